@@ -1,0 +1,147 @@
+"""Checkpoints: the plain student under "model", what distillation adds beside it."""
+import pickle
+from typing import Any, Dict, List
+from urllib.parse import urlparse
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+
+
+class PlainCheckpointer(DetectionCheckpointer):
+    """
+    Detectron2's checkpointer on the student alone, so that "model" is what stock Detectron2 loads.
+
+    Beside it "distill_heads" (adapters, generators) and "teacher" (a manifest, never weights). It
+    also remembers what the last load left uncovered.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any):
+        """
+        Args:
+            model: a Distiller or a plain detector, also inside DistributedDataParallel
+        """
+        model = unwrap(model)
+        if hasattr(model, "student"):
+            checkpointables["distill_heads"] = model.heads
+            if model.teacher is not None:
+                # First, so that another teacher is refused before optimizer and heads are loaded.
+                guard = TeacherManifest(model.teacher.manifest)
+                checkpointables = {"teacher": guard, **checkpointables}
+            model = model.student
+        super().__init__(model, save_dir, **checkpointables)
+        self.missing_keys: List[str] = []
+        self.loaded_keys = 0
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        try:
+            return super().load(path, *args, **kwargs)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
+        finally:
+            self._parsed_url_during_load = None  # upstream leaves it set after a failure
+
+    def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
+        if not isinstance(checkpoint.get("model"), dict):
+            raise TypeError('it has no "model" with named weights')
+        incompatible = super()._load_model(checkpoint)
+        wrong_shape = [key for key, *_ in incompatible.incorrect_shapes]
+        self.missing_keys = sorted({*incompatible.missing_keys, *wrong_shape})
+        self.loaded_keys = len(self.model.state_dict()) - len(self.missing_keys)
+        return incompatible
+
+
+class TeacherManifest:
+    """Which teacher a run learns from; refuses to go on with another."""
+
+    def __init__(self, manifest: Dict[str, str]):
+        """
+        Args:
+            manifest: "config" and "weights_sha256" of :class:`Teacher`
+        """
+        self.manifest = manifest
+
+    def state_dict(self) -> Dict[str, str]:
+        return dict(self.manifest)
+
+    def load_state_dict(self, state: Dict[str, str]) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint was made with another teacher
+        """
+        for key, value in self.manifest.items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"The checkpoint was made with another teacher: {key} differs.\n"
+                    f"  checkpoint: {_first_difference(str(state.get(key)), value)}\n"
+                    f"  this run:   {_first_difference(value, str(state.get(key)))}\n"
+                    "Resume with the teacher of that run (DISTILL.TEACHER), or start a new run in "
+                    "another OUTPUT_DIR."
+                )
+
+
+def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
+    """
+    Load a detector and insist that every parameter and buffer is covered.
+
+    Args:
+        path: local file, URL or model-zoo address
+        key: config key that named the path, for the error
+
+    Raises:
+        ValueError: not a checkpoint, or keys of the detector are missing or of other shape in it
+    """
+    checkpointer = _load(model, path, key)
+    if checkpointer.missing_keys:
+        keys = checkpointer.missing_keys
+        shown = "\n".join(f"  {k}" for k in keys[:20])
+        more = f"\n  and {len(keys) - 20} more" if len(keys) > 20 else ""
+        raise ValueError(
+            f"{key}: {path!r} covers {checkpointer.loaded_keys} of the detector's "
+            f"{checkpointer.loaded_keys + len(keys)} entries. Missing or of another shape:\n"
+            f"{shown}{more}\nThe config file and the weights must belong to the same detector."
+        )
+
+
+def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:
+    """
+    Load MODEL.WEIGHTS into a student: an ImageNet backbone, a zoo detector or a plain .pth.
+
+    Raises:
+        ValueError: not a checkpoint, or one that covers nothing of the student
+    """
+    _check_path(path, "MODEL.WEIGHTS")
+    checkpointer.load(path, checkpointables=[])
+    if path and not checkpointer.loaded_keys:
+        raise ValueError(
+            f"MODEL.WEIGHTS: nothing in {path!r} fits the model by name and shape. An empty value "
+            "trains from scratch."
+        )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, or the module itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _load(model: nn.Module, path: str, key: str) -> PlainCheckpointer:
+    _check_path(path, key)
+    checkpointer = PlainCheckpointer(model)
+    checkpointer.load(path)
+    return checkpointer
+
+
+def _check_path(path: str, key: str) -> None:
+    if path and not urlparse(path).scheme and not PathManager.isfile(path):
+        raise FileNotFoundError(f"{key}: there is no file {path!r}.")
+
+
+def _first_difference(text: str, other: str) -> str:
+    """The first line of `text` that `other` does not have in its place."""
+    lines, others = text.splitlines(), other.splitlines()
+    for i, line in enumerate(lines):
+        if i >= len(others) or line != others[i]:
+            return line.strip()
+    return text[:80]

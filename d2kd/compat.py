@@ -1,0 +1,51 @@
+"""The only file that knows which Detectron2 is installed, from 0.5 to upstream's newest."""
+import importlib
+from types import ModuleType
+
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+
+def require(module: str, wanted_by: str) -> ModuleType:
+    """
+    Import a part that older Detectron2s lack.
+
+    Args:
+        module: dotted name
+        wanted_by: the key and value that ask for it, for the error
+
+    Raises:
+        ValueError: the installed Detectron2 does not have it
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        import detectron2
+
+        raise ValueError(
+            f"{wanted_by} needs {module}, which the installed Detectron2 {detectron2.__version__} "
+            "does not have; it came with 0.6."
+        ) from None
+
+
+def current_iteration() -> int:
+    """The training iteration, from 0; 0 outside a trainer."""
+    try:
+        return get_event_storage().iter
+    except AssertionError:
+        return 0
+
+
+def create_local_process_group(processes_per_machine: int, machine_rank: int) -> None:
+    """Tell detectron2.utils.comm which processes share this machine; call on every process."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(processes_per_machine)
+        return
+    import torch.distributed as dist
+
+    for machine in range(dist.get_world_size() // processes_per_machine):
+        first = machine * processes_per_machine
+        group = dist.new_group(list(range(first, first + processes_per_machine)))
+        if machine == machine_rank:
+            comm._LOCAL_PROCESS_GROUP = group
+

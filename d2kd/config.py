@@ -1,0 +1,135 @@
+"""Every key d2kd adds to Detectron2's config, and reading a YAML without letting a typo through."""
+import difflib
+import os
+from typing import Any, Dict, Iterator, List, Sequence
+
+import torch
+
+from detectron2.config import CfgNode, get_cfg
+
+from .data.config import add_data_config
+from .heads import DISTILL_HEAD_REGISTRY
+from .modeling import add_model_config
+from .schedule import add_schedule_config
+
+
+def add_distill_config(cfg: CfgNode) -> None:
+    """
+    Add d2kd's keys to a config from detectron2.config.get_cfg().
+
+    The keys of a head, DISTILL.<NAME>.*, are written by the head itself (`add_config`, in
+    d2kd/heads), so that a head registered by a user has them too: import it before this call.
+    """
+    add_data_config(cfg)
+    add_model_config(cfg)
+    # Metric of Detectron2's evaluator by which model_best.pth is chosen; "": none is kept
+    cfg.TEST.BEST_METRIC = "bbox/AP"
+
+    node = cfg.DISTILL = CfgNode()
+    # False trains the student alone: exactly the run without d2kd. Said in the log.
+    node.ENABLED = True
+    # The student's own meta-architecture; MODEL.META_ARCHITECTURE is "Distiller"
+    node.STUDENT_META_ARCHITECTURE = ""
+    # Methods to apply together, such as ["MGD"]; their keys are DISTILL.<NAME>.*
+    node.HEADS = []
+    # [[student level, teacher level], ...]; []: pair the levels of equal stride
+    node.LEVELS = []
+    # Parts of the student initialised from the teacher before training, after MODEL.WEIGHTS:
+    # "neck" (the pyramid without its backbone), "head" (everything else that predicts)
+    node.INHERIT = []
+
+    node.TEACHER = CfgNode()
+    # YAML or LazyConfig .py: a path, or a model-zoo name ("COCO-Detection/retinanet_R_101_FPN_3x.yaml")
+    node.TEACHER.CONFIG_FILE = ""
+    # Trained detector: a path or URL; "": the checkpoint that belongs to a model-zoo name
+    node.TEACHER.WEIGHTS = ""
+    # Overrides of the teacher's config, as on the command line: ["MODEL.RETINANET.NUM_CLASSES", 4]
+    node.TEACHER.OPTS = []
+    # Only for tests and benchmarks: go on with a teacher that knows nothing
+    node.TEACHER.ALLOW_RANDOM_WEIGHTS = False
+
+    for name, head in DISTILL_HEAD_REGISTRY:
+        head_node = node[name[: -len("Head")]] = CfgNode()
+        head.add_config(head_node)
+        add_schedule_config(head_node)
+
+
+def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
+    """
+    Detectron2's and d2kd's defaults, then a YAML file, then overrides.
+
+    Args:
+        config_file: path of a YAML; "": none
+        opts: key, value, key, value, ... as on the command line
+
+    Raises:
+        FileNotFoundError: no such YAML
+        ValueError: a key that nobody reads, with the nearest one that somebody does
+    """
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    # Detectron2's default is "cuda" on every machine. A GPU is used without being asked for.
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
+        # Never Detectron2's default, which runs code from a YAML that asks for it.
+        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+        check_keys(cfg, list(_flatten(loaded)), config_file)
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    merge_opts(cfg, opts, "the command line")
+    return cfg
+
+
+def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
+    """
+    Merge key, value, key, value, ... into cfg.
+
+    Raises:
+        ValueError: an odd number of words, or an unknown key
+    """
+    if len(opts) % 2:
+        raise ValueError(f"{source}: overrides come as KEY VALUE pairs, got {list(opts)}.")
+    check_keys(cfg, list(opts[0::2]), source)
+    cfg.merge_from_list(list(opts))
+
+
+def check_keys(cfg: CfgNode, keys: List[str], source: str) -> None:
+    """
+    Raises:
+        ValueError: naming each of `keys` that cfg does not have, with the nearest one it has
+    """
+    known = set(_flatten(cfg)) | set(_inner(cfg))
+    lines = []
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            lines.append(f"  {key}" + (f" (did you mean {near[0]}?)" if near else ""))
+    if lines:
+        raise ValueError(f"{source} has keys that nobody reads:\n" + "\n".join(lines))
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The stock Detectron2 part of a distillation config: builds and runs the student alone."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        cfg.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    return cfg
+
+
+def _flatten(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all leaves."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _inner(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all nodes that hold others."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield f"{prefix}{key}"
+            yield from _inner(value, f"{prefix}{key}.")

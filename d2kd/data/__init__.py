@@ -1,0 +1,12 @@
+from .coco_format import register_datasets
+from .config import add_data_config
+from .loader import ResumableLoader, build_train_loader
+from .shapes import make_shapes
+
+__all__ = [
+    "ResumableLoader",
+    "add_data_config",
+    "build_train_loader",
+    "make_shapes",
+    "register_datasets",
+]

@@ -1,0 +1,102 @@
+from typing import List, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from .outlines import CLASSES, Outline, area, place
+from .painting import background, camera, cover_of, paint
+
+"""
+Draws one image of the built-in synthetic set: which objects, and where. S is the image size.
+"""
+
+TRIES = 30  # positions to try for an object before it is left out
+
+
+# An object's visible pixels, (S, S) bool, and its full area, pixels
+Visible = Tuple[np.ndarray, float]
+
+
+class Drawing(NamedTuple):
+    """One finished image: (S, S, 3) uint8 BGR; class indices; XYXY boxes in pixels."""
+
+    image: np.ndarray
+    classes: List[int]
+    boxes: List[Tuple[int, int, int, int]]
+
+
+def draw(
+    rng: np.random.Generator,
+    image_size: int,
+    num_objects: Tuple[int, int],
+    object_size: Tuple[float, float],
+    min_visible: float,
+    clutter: int,
+    noise: float,
+    blur: float,
+) -> Drawing:
+    """
+    Args:
+        rng: the only source of randomness
+        image_size: S
+        num_objects, object_size: smallest and largest number per image, longer side in pixels
+        min_visible: smallest share of an object that is left visible
+        clutter, noise, blur: largest number of figures without a class, largest standard
+            deviations of noise (grey levels) and blur (pixels)
+    """
+    image = background(rng, image_size, clutter)
+    classes: List[int] = []
+    visible: List[Visible] = []
+    wanted = rng.integers(num_objects[0], num_objects[1] + 1)
+    sizes = np.exp(rng.uniform(*np.log(object_size), size=wanted))
+    # Large ones first, so that an object is never buried under a larger one.
+    for size in sorted(sizes, reverse=True):
+        index = int(rng.integers(len(CLASSES)))
+        outline = list(CLASSES.values())[index](rng)
+        found = _find_place(rng, outline, size, image_size, visible, min_visible)
+        if found is None:
+            continue
+        cover, visible = found
+        classes.append(index)
+        image = paint(rng, image, cover, opacity=rng.uniform(0.85, 1), contrast=35)
+    image = camera(rng, image, noise, blur)
+    return Drawing(image, classes, [_box(mask) for mask, _ in visible])
+
+
+def _find_place(
+    rng: np.random.Generator,
+    outline: Outline,
+    size: float,
+    image_size: int,
+    visible: List[Visible],
+    min_visible: float,
+) -> Optional[Tuple[np.ndarray, List[Visible]]]:
+    """
+    Look for a place that leaves enough of this object and of all earlier ones visible.
+
+    Args:
+        outline, size: what to place, and its longer side in pixels
+        visible: the earlier objects
+
+    Returns:
+        the cover and the new list `visible`, or None where no place was found
+    """
+    for attempt in range(TRIES):
+        # The centre keeps a third of the size from the border: truncation, but not too much.
+        centre = rng.uniform(size / 3, image_size - size / 3, size=2)
+        # An image must have an object, and alone in the middle there is always room for it.
+        last_resort = not visible and attempt == TRIES - 1
+        if last_resort:
+            centre = np.full(2, image_size / 2)
+        placed = place(outline, rng, size, centre, stretch=1.25)
+        cover = cover_of(placed, image_size)
+        inside = cover > 0.5
+        after = [(mask & ~inside, full) for mask, full in visible] + [(inside, area(placed))]
+        if last_resort or all(mask.sum() >= min_visible * full for mask, full in after):
+            return cover, after
+    return None
+
+
+def _box(mask: np.ndarray) -> Tuple[int, int, int, int]:
+    """Returns: XYXY of a mask's pixels, the far edges exclusive."""
+    xs, ys = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1

@@ -1,0 +1,137 @@
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.utils import comm
+
+from .batches import ResumableBatchSampler, aspect_ratio_groups, build_sampler
+from .seeded import SeededDataset
+
+
+class ResumableLoader:
+    """
+    Endless training batches that can be continued at any iteration.
+
+    Guaranteed: the batch of iteration i, that is its images, their order and their augmentation,
+    follows from the seed, i, the rank, the world size and the config alone. It is the same for
+    every DATALOADER.NUM_WORKERS, and the same whether iteration 0 or i was the first of this
+    process. For a given seed and SOLVER.IMS_PER_BATCH the batches of all ranks together hold the
+    same samples for every world size, and no place in the stream of images is given to two ranks.
+    (One image can be in a batch twice: where a pass over the data ends and the next begins, where
+    the sampler repeats rare classes, and where the mapper refused an image.)
+
+    Attributes:
+        start_iter: iteration of the first batch. Set it before the first `next()`: until then
+            no worker is started and no image is read.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        dataset_dicts: List[Dict[str, Any]],
+        mapper: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]],
+        sampler: Sampler,
+        total_batch_size: int,
+        seed: int,
+        aspect_ratio_grouping: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        """
+        Args:
+            dataset_dicts: in Detectron2's format
+            mapper: dataset dict -> sample, or None to have another image instead
+            sampler: a training sampler of Detectron2, seeded alike in all processes
+            total_batch_size: images per iteration of all processes together
+            seed: >= 0, of the augmentation, alike in all processes
+            aspect_ratio_grouping: a total batch has only images wider than high, or only others
+            num_workers: processes that load; 0: this one
+            pin_memory: see :class:`torch.utils.data.DataLoader`
+        """
+        world_size = comm.get_world_size()
+        if total_batch_size < 1 or total_batch_size % world_size:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {total_batch_size}: it must be a positive multiple of "
+                f"the number of processes, {world_size}"
+            )
+        if seed < 0:
+            raise ValueError(
+                f"The loader's seed is {seed}: it must be >= 0 and the same in all processes. "
+                "For SEED -1, draw one with detectron2.utils.comm.shared_random_seed()."
+            )
+        self.start_iter = 0
+        self.dataset = SeededDataset(dataset_dicts, mapper, seed)
+        self.sampler = sampler
+        self.total_batch_size = total_batch_size
+        same = [0] * len(dataset_dicts)
+        self.groups = aspect_ratio_groups(dataset_dicts) if aspect_ratio_grouping else same
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, seed: int, mapper: Optional[Callable[..., Any]] = None
+    ) -> Dict[str, Any]:
+        keypoints, proposals = cfg.MODEL.KEYPOINT_ON, cfg.MODEL.LOAD_PROPOSALS
+        dataset_dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if keypoints else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if proposals else None,
+        )
+        if not isinstance(dataset_dicts, list):
+            raise ValueError(
+                f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} is a {type(dataset_dicts).__name__}: "
+                "only sets that are lists of dicts can be resumed"
+            )
+        return {
+            "dataset_dicts": dataset_dicts,
+            "mapper": mapper or DatasetMapper(cfg, is_train=True),
+            "sampler": build_sampler(cfg, dataset_dicts, max(seed, 0)),
+            "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+            "seed": seed,
+            "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            "num_workers": cfg.DATALOADER.NUM_WORKERS,
+            "pin_memory": cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
+        }
+
+    def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
+        """Yields: lists of total_batch_size / world_size samples; see the mapper for a sample."""
+        # A generator function: nothing below runs before the first next().
+        yield from DataLoader(
+            self.dataset,
+            batch_sampler=ResumableBatchSampler(
+                sampler=self.sampler,
+                groups=self.groups,
+                total_batch_size=self.total_batch_size,
+                start_iter=self.start_iter,
+                rank=comm.get_rank(),
+                world_size=comm.get_world_size(),
+            ),
+            num_workers=self.num_workers,
+            collate_fn=_as_list,
+            pin_memory=self.pin_memory,
+            # Without one of its own, the DataLoader would draw from the training's generator.
+            generator=torch.Generator(),
+        )
+
+
+def _as_list(samples: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Detectors take lists of samples of different sizes, so nothing is stacked."""
+    return samples
+
+
+def build_train_loader(
+    cfg: CfgNode, seed: int, mapper: Optional[Callable[..., Any]] = None
+) -> ResumableLoader:
+    """
+    Args:
+        cfg: Detectron2's keys DATASETS, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH
+        seed: >= 0, the same in all processes
+        mapper: None: Detectron2's :class:`DatasetMapper`
+    """
+    return ResumableLoader(cfg, seed, mapper=mapper)

@@ -1,0 +1,100 @@
+import argparse
+import json
+import os
+from collections import defaultdict
+from typing import Any, Dict, List
+
+import cv2
+import numpy as np
+
+from detectron2.config import get_cfg
+from detectron2.utils.logger import setup_logger
+
+from .config import add_data_config
+from .shapes import make_shapes
+
+"""
+A contact sheet of the built-in shapes:
+
+    python -m d2kd.data.preview preview.png DATASETS.SHAPES.CLUTTER 20
+
+The upper half shows images as they are, the lower half others with their boxes and classes.
+"""
+
+WHITE = (255, 255, 255)
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+def annotate(
+    image: np.ndarray, annotations: List[Dict[str, Any]], names: Dict[int, str], zoom: int
+) -> np.ndarray:
+    """
+    Args:
+        image: (H, W, 3) uint8 BGR, already `zoom` times as large as the boxes say
+        annotations: COCO's, boxes XYWH
+        names: category id -> class name
+
+    Returns:
+        (H, W, 3), a copy with boxes and class names
+    """
+    image = image.copy()
+    for annotation in annotations:
+        x, y, w, h = (int(v * zoom) for v in annotation["bbox"])
+        name = names[annotation["category_id"]]
+        cv2.rectangle(image, (x, y), (x + w - 1, y + h - 1), WHITE, 1)
+        (text_width, _), _ = cv2.getTextSize(name, FONT, 0.4, 1)
+        # Above the box, inside the image: on the box it would hide a small object.
+        left, top = min(x, image.shape[1] - text_width - 4), max(y - 14, 0)
+        cv2.rectangle(image, (left, top), (left + text_width + 4, top + 14), WHITE, -1)
+        cv2.putText(image, name, (left + 2, top + 11), FONT, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    return image
+
+
+def contact_sheet(folder: str, rows: int, columns: int, zoom: int) -> np.ndarray:
+    """
+    Args:
+        folder: with `annotations.json` and `images`
+        rows: half of them, rounded down, without boxes
+
+    Returns:
+        (H, W, 3) uint8 BGR
+    """
+    with open(os.path.join(folder, "annotations.json")) as f:
+        content = json.load(f)
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    by_image = defaultdict(list)
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    tiles = []
+    for i, entry in enumerate(content["images"][: rows * columns]):
+        tile = cv2.imread(os.path.join(folder, "images", entry["file_name"]))
+        tile = cv2.resize(tile, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+        if i >= rows // 2 * columns:
+            tile = annotate(tile, by_image[entry["id"]], names, zoom)
+        tiles.append(cv2.copyMakeBorder(tile, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=WHITE))
+    # A set smaller than the sheet leaves white tiles.
+    tiles += [np.full_like(tiles[0], 255)] * (rows * columns - len(tiles))
+    return np.vstack([np.hstack(tiles[r * columns : (r + 1) * columns]) for r in range(rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw a contact sheet of the built-in shapes")
+    parser.add_argument("output", help="image file to write, such as preview.png")
+    parser.add_argument("--split", choices=("train", "val"), default="val")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--columns", type=int, default=7)
+    parser.add_argument("--zoom", type=int, default=2, help="screen pixels per image pixel")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, such as DATASETS.SHAPES.SEED 1")
+    args = parser.parse_args()
+    setup_logger(name="d2kd")
+    cfg = get_cfg()
+    add_data_config(cfg)
+    cfg.merge_from_list(args.opts)
+    sheet = contact_sheet(make_shapes(cfg, args.split), args.rows, args.columns, args.zoom)
+    if not cv2.imwrite(args.output, sheet):
+        raise OSError(f"Cannot write {args.output}")
+    print(f"Wrote {args.output}, {sheet.shape[1]} x {sheet.shape[0]} pixels")
+
+
+if __name__ == "__main__":
+    main()

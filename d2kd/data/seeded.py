@@ -1,0 +1,80 @@
+import random
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from detectron2.data import DatasetFromList
+from detectron2.utils.serialize import PicklableWrapper
+
+MAX_TRIES = 100  # images in a row that the mapper may refuse
+
+
+class SeededDataset(Dataset):
+    """
+    Maps dataset dicts to training samples with randomness that belongs to the sample's place in
+    the stream, whichever process computes it, and whatever was computed before.
+
+    Augmentation may draw from `random`, `np.random` (as Detectron2's does) or torch's CPU
+    generator. A mapper with a generator of its own is on its own.
+    """
+
+    def __init__(
+        self,
+        dataset_dicts: List[Dict[str, Any]],
+        mapper: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]],
+        seed: int,
+    ):
+        """
+        Args:
+            dataset_dicts: in Detectron2's format
+            mapper: dataset dict -> sample; None where the image cannot be used, then another one
+                takes its place
+            seed: >= 0
+        """
+        self.dataset = DatasetFromList(dataset_dicts, copy=False)
+        self.mapper = PicklableWrapper(mapper)  # so that a lambda survives a spawned worker
+        self.seed = seed
+
+    def __getitem__(self, pick: Tuple[int, int]) -> Dict[str, Any]:
+        """
+        Args:
+            pick: index of the dataset dict, and place in the stream of all images
+        """
+        index, place = pick
+        refused = []
+        with seeded(self.seed, place):
+            while len(refused) < MAX_TRIES:
+                sample = self.mapper(self.dataset[index])
+                if sample is not None:
+                    return sample
+                refused.append(index)
+                # Not from np.random: the mapper may have re-seeded it, and would be asked for
+                # the same image for ever.
+                rng = np.random.default_rng([self.seed, place, len(refused)])
+                index = int(rng.integers(len(self.dataset)))
+        raise RuntimeError(
+            f"The mapper returned None for {MAX_TRIES} images in a row: {refused[:5]}, ..."
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Seed `random`, `np.random` and torch's CPU generator for a while, then put them back."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    a, b, c = np.random.SeedSequence(seed).generate_state(3)
+    random.seed(int(a))
+    np.random.seed(int(b))
+    # Not torch.manual_seed: it would seed the GPUs' generators too.
+    torch.default_generator.manual_seed(int(c))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

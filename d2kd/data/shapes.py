@@ -1,0 +1,142 @@
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from typing import Any, Dict, Tuple
+
+import cv2
+import numpy as np
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from .drawing import Drawing, draw
+from .outlines import CLASSES
+
+"""
+The built-in synthetic detection set: shapes of 8 classes on cluttered backgrounds, in COCO's
+format, so that d2kd can be tried without a download.
+
+Boxes are of the visible part, as in COCO; an object is drawn only where MIN_VISIBLE of it stays
+visible, so that everything drawn is labelled. There are no masks: "area" is that of the box. The
+same settings give the same bytes as long as the installed OpenCV and NumPy stay the same.
+"""
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {"d2kd_shapes_train": "train", "d2kd_shapes_val": "val"}
+FORMAT_VERSION = 1  # raise it whenever the drawing changes, so that old sets are not taken for new
+
+
+def make_shapes(cfg: CfgNode, split: str) -> str:
+    """
+    Draw a split unless it is there. On each machine one process draws and the others wait for it.
+
+    Args:
+        cfg: with the keys of :func:`add_data_config`
+        split: "train" or "val"
+
+    Returns:
+        the split's folder, with `annotations.json` and the folder `images`
+    """
+    settings = _settings(cfg.DATASETS.SHAPES, split)
+    root = cfg.DATASETS.SHAPES.ROOT or os.getenv("DETECTRON2_DATASETS", "datasets")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = os.path.join(os.path.expanduser(root), "d2kd_shapes", f"{split}_{digest}")
+    if comm.get_local_rank() == 0 and not os.path.isdir(folder):
+        _write(folder, settings)
+    comm.synchronize()
+    return folder
+
+
+def _write(folder: str, settings: Dict[str, Any]) -> None:
+    """
+    Draw into a temporary folder beside the final one and rename it at the end: a killed first use
+    leaves no half set, and of two at the same time one wins.
+    """
+    parent = os.path.dirname(folder)
+    os.makedirs(parent, exist_ok=True)
+    logger.info(f"Drawing {settings['NUM']} images of the built-in shapes into {folder}")
+    temporary = tempfile.mkdtemp(prefix=".drawing_", dir=parent)
+    try:
+        os.chmod(temporary, 0o755)  # mkdtemp's 0o700 would lock out others who share the data
+        _draw_all(temporary, settings)
+        os.rename(temporary, folder)
+    except OSError:
+        if not os.path.isdir(folder):
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _draw_all(folder: str, settings: Dict[str, Any]) -> None:
+    """Write `images` and `annotations.json` of a split."""
+    images, annotations = [], []
+    os.mkdir(os.path.join(folder, "images"))
+    size, start, logged = settings["IMAGE_SIZE"], time.perf_counter(), time.perf_counter()
+    for i in range(settings["NUM"]):
+        drawing = draw_one(settings, i)
+        name = f"{i:06d}.jpg"
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
+        if not cv2.imwrite(os.path.join(folder, "images", name), drawing.image, quality):
+            raise OSError(f"Cannot write {os.path.join(folder, 'images', name)}")
+        images.append({"id": i + 1, "file_name": name, "width": size, "height": size})
+        for index, (x0, y0, x1, y1) in zip(drawing.classes, drawing.boxes):
+            w, h = x1 - x0, y1 - y0
+            annotation = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": index + 1}
+            annotations.append({**annotation, "bbox": [x0, y0, w, h], "area": w * h, "iscrowd": 0})
+        if time.perf_counter() - logged > 10:
+            logged = time.perf_counter()
+            logger.info(f"Drawn {i + 1} of {settings['NUM']} images")
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    content = {"info": settings, "categories": categories}
+    with open(os.path.join(folder, "annotations.json"), "w") as f:
+        json.dump({**content, "images": images, "annotations": annotations}, f)
+    seconds = time.perf_counter() - start
+    logger.info(f"Drew {len(images)} images, {len(annotations)} objects in {seconds:.1f} s")
+
+
+def draw_one(settings: Dict[str, Any], index: int) -> Drawing:
+    """Returns: the :class:`Drawing` of image `index`, which no other image has influence on."""
+    split = list(SPLITS.values()).index(settings["SPLIT"])
+    size = settings["IMAGE_SIZE"]
+    return draw(
+        np.random.default_rng([settings["SEED"], split, index]),
+        image_size=size,
+        num_objects=(settings["MIN_OBJECTS"], settings["MAX_OBJECTS"]),
+        object_size=(settings["MIN_SIZE"], settings["MAX_SIZE"] * size),
+        min_visible=settings["MIN_VISIBLE"],
+        clutter=settings["CLUTTER"],
+        noise=settings["NOISE"],
+        blur=settings["BLUR"],
+    )
+
+
+def _settings(node: CfgNode, split: str) -> Dict[str, Any]:
+    """Returns: everything that the bytes of a split depend on, checked."""
+    for key, (low, high) in _ranges(node).items():
+        if not low <= node[key] <= high:
+            raise ValueError(f"DATASETS.SHAPES.{key} is {node[key]}: must be in [{low}, {high}]")
+    settings = {k: v for k, v in node.items() if k not in ("ROOT", "NUM_TRAIN", "NUM_VAL")}
+    return {**settings, "NUM": node[f"NUM_{split.upper()}"], "SPLIT": split, "V": FORMAT_VERSION}
+
+
+def _ranges(node: CfgNode) -> Dict[str, Tuple[float, float]]:
+    """Returns: key of DATASETS.SHAPES -> smallest and largest value."""
+    return {
+        "SEED": (0, 2**32 - 1),
+        "NUM_TRAIN": (1, 999999),
+        "NUM_VAL": (1, 999999),
+        "IMAGE_SIZE": (32, 4096),
+        "MIN_OBJECTS": (1, node.MAX_OBJECTS),
+        "MAX_OBJECTS": (1, 1000),
+        "MIN_SIZE": (6, node.MAX_SIZE * node.IMAGE_SIZE),
+        "MAX_SIZE": (0.01, 1),
+        "MIN_VISIBLE": (0.05, 0.9),
+        "CLUTTER": (0, 1000),
+        "NOISE": (0, 255),
+        "BLUR": (0, 100),
+    }

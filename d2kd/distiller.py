@@ -1,0 +1,189 @@
+"""The meta-architecture that trains a student with a frozen teacher beside it."""
+import logging
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import get_event_storage
+
+from .compat import current_iteration
+from .config import student_config
+from .heads import DetectorInfo, DistillPair, build_head, head_class
+from .heads.build import required_members
+from .inherit import inherit
+from .pyramid import describe_plan, pair_levels
+from .schedule import WeightSchedule
+from .teacher import Teacher, build_teacher
+from .views import DetectorView, find_view
+
+logger = logging.getLogger(__name__)
+
+
+@META_ARCH_REGISTRY.register()
+class Distiller(nn.Module):
+    """
+    A student, a teacher and the distillation heads between them.
+
+    In training: the student's own losses plus one per head. In eval mode it *is* the student.
+    The teacher is held outside the module tree: it has no part in state_dict(), parameters(),
+    DistributedDataParallel or the optimizer, yet follows `.to(device)`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Optional[Teacher],
+        heads: Mapping[str, nn.Module],
+        schedules: Mapping[str, Callable[[int], float]],
+        image_format: str,
+        inherit_parts: List[str],
+        members: FrozenSet[str] = frozenset({"features"}),
+    ):
+        """
+        Args:
+            student: any detector with a DetectorView
+            teacher: see build_teacher; None trains the student alone
+            heads: name in DISTILL.HEADS to head
+            schedules: name of a head to its weight as a function of the iteration
+            image_format: channel order of the batches, the student's INPUT.FORMAT
+            inherit_parts: parts of the student that :meth:`inherit_from_teacher` initialises
+            members: what the heads read of the student's view
+        """
+        super().__init__()
+        self.student = student
+        self.heads = nn.ModuleDict(heads)
+        # Past nn.Module's own __setattr__, which would make a submodule of it.
+        object.__setattr__(self, "teacher", teacher)
+        self.schedules = dict(schedules)
+        self.image_format = image_format
+        self.inherit_parts = inherit_parts
+        self.members = members
+        # Views and unweighted terms of the latest batch, for whoever must explain a loss.
+        self.latest: Dict[str, Any] = {}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        # The student first: its initialisation must not depend on whether there is a teacher.
+        student = build_model(student_config(cfg))
+        ret = {
+            "student": student,
+            "teacher": None,
+            "heads": {},
+            "schedules": {},
+            "image_format": cfg.INPUT.FORMAT,
+            "inherit_parts": [],
+        }
+        if not cfg.DISTILL.ENABLED:
+            logger.warning("DISTILL.ENABLED is False: training the student alone.")
+            return ret
+        names = list(cfg.DISTILL.HEADS)
+        teacher = build_teacher(cfg)
+        pair = _describe_pair(cfg, student, teacher.model)
+        ret["teacher"] = teacher
+        ret["heads"] = {name: build_head(name, cfg, pair) for name in names}
+        ret["schedules"] = {name: WeightSchedule.from_config(name, cfg) for name in names}
+        ret["inherit_parts"] = list(cfg.DISTILL.INHERIT)
+        ret["members"] = frozenset().union(*(required_members(head_class(n)) for n in names))
+        return ret
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def forward(self, batched_inputs: List[Dict[str, Any]]) -> Union[Dict[str, Tensor], List[Any]]:
+        """
+        Args:
+            batched_inputs: Detectron2's standard input: "image" (3, H, W) in the student's
+                INPUT.FORMAT, and in training "instances"
+
+        Returns:
+            in training, the student's losses and the weighted distillation losses, all scalars
+            whose names start with "loss_"; else the student's detections
+        """
+        self.latest = {}
+        if not self.training or self.teacher is None:
+            return self.student(batched_inputs)
+        batched_inputs = _to_device(batched_inputs, self.device)
+        student = find_view(self.student, "student")(self.student, batched_inputs)
+        with student.record(self.members):
+            losses = dict(self.student(batched_inputs))
+        teacher_batch = self.teacher.batch(batched_inputs, self.image_format)
+        teacher = find_view(self.teacher.model, "teacher")(self.teacher.model, teacher_batch)
+        self.latest = {"student": student, "teacher": teacher, "terms": {}}
+        for name, head in self.heads.items():
+            for key, loss in self._distill(name, head, student, teacher).items():
+                assert key not in losses, f"{name} returns {key!r}, a name that is taken"
+                losses[key] = loss
+        return losses
+
+    def _distill(
+        self, name: str, head: nn.Module, student: DetectorView, teacher: DetectorView
+    ) -> Dict[str, Tensor]:
+        """The weighted losses of one head; the only place where a weight is applied."""
+        weight = self.schedules[name](current_iteration())
+        _log(f"{name}/weight", weight)
+        if weight == 0:
+            # Off, and the teacher is not asked. DistributedDataParallel still wants each
+            # parameter of the head to take part.
+            zeros = [p.sum() * 0 for p in head.parameters()]
+            return {f"loss_{name.lower()}": sum(zeros)} if zeros else {}
+        terms = head(student, teacher)
+        self.latest["terms"].update(terms)
+        totals = {k: sum(v.values()) if isinstance(v, dict) else v for k, v in terms.items()}
+        return {key: total * weight for key, total in totals.items()}
+
+    def inherit_from_teacher(self) -> None:
+        """Initialise the parts of the student in DISTILL.INHERIT from the teacher; say which."""
+        if self.inherit_parts:
+            inherit(self.student, self.teacher.model, self.inherit_parts)
+
+    def train(self, mode: bool = True) -> "Distiller":
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.model.eval()  # also after somebody switched it by hand
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> "Distiller":
+        if self.teacher is not None:
+            self.teacher.model._apply(fn, *args)
+        return super()._apply(fn, *args)
+
+
+def _describe_pair(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> DistillPair:
+    infos = []
+    for role, detector in (("student", student), ("teacher", teacher)):
+        view = find_view(detector, role)
+        infos.append(
+            DetectorInfo(
+                name=type(detector).__name__,
+                shapes=detector.backbone.output_shape(),
+                num_classes=view.num_classes(detector),
+                members=view.members_of(detector),
+            )
+        )
+    shapes = infos[0].shapes, infos[1].shapes
+    levels = pair_levels(*shapes, named=cfg.DISTILL.LEVELS)
+    logger.info(
+        f"Distilling {infos[1].name} -> {infos[0].name} on:\n" + describe_plan(levels, *shapes)
+    )
+    return DistillPair(infos[0], infos[1], levels)
+
+
+def _to_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:
+    """Move images and instances once, not once for each detector."""
+    moved = ("image", "instances")
+    return [
+        {k: v.to(device) if k in moved else v for k, v in x.items()} for x in batched_inputs
+    ]
+
+
+def _log(name: str, value: float) -> None:
+    try:
+        get_event_storage().put_scalar(name, value, smoothing_hint=False)
+    except AssertionError:  # outside a trainer there is nothing to log to
+        pass

@@ -1,0 +1,153 @@
+"""Detectron2's DefaultTrainer, with what distillation and exact resume need."""
+import logging
+import os
+import weakref
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.utils import comm
+
+from ..data import ResumableLoader, build_train_loader
+from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
+from .finite import FiniteLossMixin
+from .hooks import BestCheckpointer, SeedEachIteration, seed_everything
+from .optimizer import build_optimizer
+from .parallel import data_parallel
+
+logger = logging.getLogger(__name__)
+
+
+class _SimpleTrainer(FiniteLossMixin, SimpleTrainer):
+    pass
+
+
+class _AMPTrainer(FiniteLossMixin, AMPTrainer):
+    pass
+
+
+class Trainer(DefaultTrainer):
+    """
+    Trains a Distiller or a plain detector from a config.
+
+    Data order, augmentation and every random draw of iteration i are functions of (seed, i, rank),
+    so a resumed run goes on exactly as if it had not been interrupted, and a student trained alone
+    sees the batches of the distilled one.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # Not DefaultTrainer's: it wraps models for CUDA only and checkpoints the wrapper.
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        seed_everything(self.seed)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        inner = _AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer
+        self._trainer = inner(data_parallel(model), data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = PlainCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    def build_train_loader(self, cfg: CfgNode) -> ResumableLoader:
+        return build_train_loader(cfg, self.seed)
+
+    def build_hooks(self) -> List[Optional[Any]]:
+        hooks = [SeedEachIteration(self.seed), *super().build_hooks()]
+        if self.cfg.TEST.BEST_METRIC and self.cfg.DATASETS.TEST and comm.is_main_process():
+            best = BestCheckpointer(
+                self.cfg.TEST.EVAL_PERIOD, self.checkpointer, self.cfg.TEST.BEST_METRIC
+            )
+            hooks.insert(-1, best)  # after the evaluation; the writers stay last
+        return hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Go on from the last checkpoint in OUTPUT_DIR; without one, or with resume False, start from
+        MODEL.WEIGHTS and what DISTILL.INHERIT takes from the teacher.
+
+        Raises:
+            ValueError: a checkpoint that is none, or is of another student, teacher or set of heads
+        """
+        if resume and self.checkpointer.has_checkpoint():
+            path = self.checkpointer.get_checkpoint_file()
+            self.checkpointer.load(path)
+            if self.checkpointer.missing_keys:
+                raise ValueError(
+                    f"{path} does not cover the student, it lacks "
+                    f"{self.checkpointer.missing_keys[0]}: it is of another run. Give this one an "
+                    "OUTPUT_DIR of its own."
+                )
+            self.start_iter = self.data_loader.start_iter = self.iter + 1
+            logger.info(f"Resuming at iteration {self.start_iter}.")
+            return
+        load_initial_weights(self.checkpointer, self.cfg.MODEL.WEIGHTS)
+        if hasattr(self._module, "inherit_from_teacher"):
+            self._module.inherit_from_teacher()
+
+    def state_dict(self) -> Dict[str, Any]:
+        # Detectron2 0.5 leaves the inner trainer, and with it the optimizer, out of its state.
+        state = TrainerBase.state_dict(self)
+        state["_trainer"] = self._trainer.state_dict()
+        state["seed"] = self.seed  # read by d2kd.engine.train where SEED is left to chance
+        state["heads"] = self._head_names
+        return state
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        if state.get("heads", []) != self._head_names:
+            raise ValueError(
+                f"The checkpoint is of a run with DISTILL.HEADS {state.get('heads', [])}, this one "
+                f"has {self._head_names}. Give it an OUTPUT_DIR of its own."
+            )
+        TrainerBase.load_state_dict(self, state)
+        self._trainer.load_state_dict(state["_trainer"])
+
+    @property
+    def _module(self) -> nn.Module:
+        return unwrap(self._trainer.model)
+
+    @property
+    def _head_names(self) -> List[str]:
+        return list(getattr(self._module, "heads", []))
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
+    ) -> DatasetEvaluator:
+        """
+        Detectron2's evaluator for the data set's type.
+
+        Raises:
+            ValueError: a type without boxes to evaluate
+        """
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        if kind == "coco":
+            # One implementation everywhere: the fast one needs Detectron2's compiled part.
+            return COCOEvaluator(dataset_name, output_dir=output_folder, use_fast_impl=False)
+        if kind == "lvis":
+            return LVISEvaluator(dataset_name, output_dir=output_folder)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise ValueError(
+            f"DATASETS.TEST: {dataset_name!r} has the evaluator type {kind!r}; d2kd evaluates "
+            "'coco', 'lvis' and 'pascal_voc' sets."
+        )

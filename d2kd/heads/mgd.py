@@ -1,0 +1,80 @@
+from typing import Dict, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detectron2.config import CfgNode, configurable
+
+from ..layers import build_adapter, build_generator
+from ..pyramid import LevelPair, match_levels
+from ..views import DetectorView
+from .build import DISTILL_HEAD_REGISTRY, DistillPair
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class MGDHead(nn.Module):
+    """
+    Masked Generative Distillation, https://arxiv.org/abs/2205.01529 (exact, after the authors'
+    released code): hide random positions of the student's features and have a small generator
+    rebuild the teacher's whole features from the rest.
+
+    Shapes: N images; Cs, Ct student and teacher channels; Hi, Wi height and width of level i.
+    """
+
+    @configurable
+    def __init__(self, *, levels: Sequence[LevelPair], mask_ratio: float):
+        """
+        Args:
+            levels: the pairs of levels to distil
+            mask_ratio: probability of hiding a position, in [0, 1)
+        """
+        super().__init__()
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(
+                f"DISTILL.MGD.MASK_RATIO must be in [0, 1), got {mask_ratio}: it is the probability "
+                "of hiding a position (0.65 for dense detectors, 0.45 for two-stage ones)."
+            )
+        self.levels = levels
+        self.mask_ratio = mask_ratio
+        self.adapter = nn.ModuleDict(
+            {p.student: build_adapter(p.student_channels, p.teacher_channels) for p in levels}
+        )
+        self.generator = nn.ModuleDict(
+            {p.student: build_generator(p.teacher_channels) for p in levels}
+        )
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        # alpha. The published weights are for 800x1344 inputs: 2e-5 for a dense student, 5e-7 for
+        # a two-stage one. The loss is a sum over positions, so at other input sizes multiply by
+        # 1075200 / padded pixels to keep the balance with the detection losses.
+        node.LOSS_WEIGHT = 2e-5
+        # lambda: probability of hiding a position, in [0, 1); published: 0.65 dense, 0.45 two-stage
+        node.MASK_RATIO = 0.65
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+        return {"levels": pair.levels, "mask_ratio": cfg.DISTILL.MGD.MASK_RATIO}
+
+    def forward(
+        self, student: DetectorView, teacher: DetectorView
+    ) -> Dict[str, Dict[str, Tensor]]:
+        """
+        Args:
+            student, teacher: views with features (N, Cs, Hi, Wi) and (N, Ct, Hi, Wi)
+
+        Returns:
+            {"loss_mgd": {level: scalar}}: squared error summed over channels and positions,
+            averaged over images. The published weights assume this reduction.
+        """
+        losses = {}
+        for level, x, target in match_levels(self.levels, student.features, teacher.features):
+            x = self.adapter[level](x)
+            # One draw per position for all channels: otherwise they would give each other away.
+            visible = torch.rand_like(x[:, :1]) >= self.mask_ratio  # (N, 1, Hi, Wi)
+            rebuilt = self.generator[level](x * visible)
+            # float32 also under AMP: a sum over 100,000 positions overflows half precision.
+            error = F.mse_loss(rebuilt.float(), target.float(), reduction="sum")
+            losses[level] = error / len(x)
+        return {"loss_mgd": losses}

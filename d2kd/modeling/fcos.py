@@ -1,0 +1,63 @@
+"""FCOS from YAML. Detectron2 has the class since 0.6, but registers no builder for it."""
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
+from detectron2.modeling.backbone.resnet import build_resnet_backbone
+
+from ..compat import require
+
+
+def build_fcos(cfg: CfgNode) -> nn.Module:
+    """
+    Build detectron2.modeling.FCOS from MODEL.FCOS and MODEL.BACKBONE.
+
+    Raises:
+        ValueError: the installed Detectron2 has no FCOS
+    """
+    fcos = require("detectron2.modeling.meta_arch.fcos", "MODEL.META_ARCHITECTURE: FCOS")
+    node = cfg.MODEL.FCOS
+    backbone = build_backbone(cfg)
+    shapes = backbone.output_shape()
+    in_features = list(node.IN_FEATURES)
+    channels = shapes[in_features[0]].channels
+    return fcos.FCOS(
+        backbone=backbone,
+        head=fcos.FCOSHead(
+            input_shape=[shapes[f] for f in in_features],
+            num_classes=node.NUM_CLASSES,
+            conv_dims=[channels] * node.NUM_CONVS,
+            prior_prob=node.PRIOR_PROB,
+            norm=node.NORM,
+        ),
+        head_in_features=in_features,
+        num_classes=node.NUM_CLASSES,
+        center_sampling_radius=node.CENTER_SAMPLING_RADIUS,
+        focal_loss_alpha=node.FOCAL_LOSS_ALPHA,
+        focal_loss_gamma=node.FOCAL_LOSS_GAMMA,
+        test_score_thresh=node.SCORE_THRESH_TEST,
+        test_topk_candidates=node.TOPK_CANDIDATES_TEST,
+        test_nms_thresh=node.NMS_THRESH_TEST,
+        max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+    )
+
+
+if "FCOS" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY._do_register("FCOS", build_fcos)
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape) -> FPN:
+    """A ResNet with an FPN whose P6 and P7 come from P5, as FCOS has it (RetinaNet: from C5)."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,56 @@
+"""Swin Transformer with an FPN from YAML. Detectron2 has the backbone since 0.6, without builder."""
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+
+from ..compat import require
+
+
+def build_swin(cfg: CfgNode) -> nn.Module:
+    """
+    Build detectron2.modeling.SwinTransformer from MODEL.SWIN: "p0".."p3" at strides 4 to 32.
+
+    Raises:
+        ValueError: the installed Detectron2 has no Swin
+    """
+    swin = require("detectron2.modeling.backbone.swin", "MODEL.BACKBONE.NAME: a Swin backbone")
+    node = cfg.MODEL.SWIN
+    return swin.SwinTransformer(
+        embed_dim=node.EMBED_DIM,
+        depths=node.DEPTHS,
+        num_heads=node.NUM_HEADS,
+        window_size=node.WINDOW_SIZE,
+        drop_path_rate=node.DROP_PATH_RATE,
+        out_indices=[int(name[1:]) for name in node.OUT_FEATURES],
+        frozen_stages=node.FREEZE_AT,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_swin_fpn_backbone(cfg: CfgNode, input_shape) -> FPN:
+    """Swin with P2..P5 and a pooled P6, for two-stage detectors."""
+    return _build_fpn(cfg, build_swin(cfg), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_swin_fpn_backbone(cfg: CfgNode, input_shape) -> FPN:
+    """Swin with P6 and P7 convolved from the last stage, for RetinaNet and FCOS."""
+    bottom_up = build_swin(cfg)
+    last = cfg.MODEL.SWIN.OUT_FEATURES[-1]
+    top = LastLevelP6P7(
+        bottom_up.output_shape()[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last
+    )
+    return _build_fpn(cfg, bottom_up, top)
+
+
+def _build_fpn(cfg: CfgNode, bottom_up: nn.Module, top_block: nn.Module) -> FPN:
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.SWIN.OUT_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,113 @@
+"""How the weight of a distillation loss changes while training runs."""
+from detectron2.config import CfgNode
+
+from fvcore.common.param_scheduler import (
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+)
+
+DECAYS = ("none", "linear", "cosine")
+
+
+def add_schedule_config(node: CfgNode) -> None:
+    """Write the keys of one head's weight schedule, DISTILL.<NAME>.SCHEDULE."""
+    node.SCHEDULE = CfgNode()
+    # iterations over which the weight rises linearly from 0 to LOSS_WEIGHT; 0: full from the start
+    node.SCHEDULE.WARMUP_ITERS = 0
+    # "none", "linear" or "cosine": from LOSS_WEIGHT at DECAY_FROM to END_FACTOR x LOSS_WEIGHT at
+    # the stop
+    node.SCHEDULE.DECAY = "none"
+    node.SCHEDULE.DECAY_FROM = 0  # iteration
+    node.SCHEDULE.END_FACTOR = 0.0  # in [0, 1]
+    # iteration from which the term is off and costs nothing; -1: on until the end of training
+    node.SCHEDULE.STOP_ITER = -1
+
+
+class WeightSchedule:
+    """The weight of one distillation loss as a function of the iteration alone: resume-proof."""
+
+    def __init__(
+        self,
+        *,
+        weight: float,
+        max_iter: int,
+        warmup_iters: int = 0,
+        decay: str = "none",
+        decay_from: int = 0,
+        end_factor: float = 0.0,
+        stop_iter: int = -1,
+    ):
+        """
+        Args:
+            weight: loss weight at full strength
+            max_iter: iterations of the run
+            warmup_iters, decay, decay_from, end_factor, stop_iter: see add_schedule_config
+        """
+        self.weight = weight
+        self.warmup_iters = warmup_iters
+        self.decay_from = decay_from
+        self.stop_iter = max_iter if stop_iter < 0 else stop_iter
+        self.decay = {
+            "none": ConstantParamScheduler(1.0),
+            "linear": LinearParamScheduler(1.0, end_factor),
+            "cosine": CosineParamScheduler(1.0, end_factor),
+        }[decay]
+
+    @classmethod
+    def from_config(cls, name: str, cfg: CfgNode) -> "WeightSchedule":
+        """
+        Args:
+            name: of the head, as in DISTILL.HEADS
+
+        Raises:
+            ValueError: a value outside its range
+        """
+        node = cfg.DISTILL[name]
+        _check(f"DISTILL.{name}", node, cfg.SOLVER.MAX_ITER)
+        keys = {k.lower(): v for k, v in node.SCHEDULE.items()}
+        return cls(weight=node.LOSS_WEIGHT, max_iter=cfg.SOLVER.MAX_ITER, **keys)
+
+    def __call__(self, iteration: int) -> float:
+        """
+        Args:
+            iteration: from 0
+
+        Returns:
+            the weight in this iteration; 0 from the stop on
+        """
+        if iteration >= self.stop_iter:
+            return 0.0
+        warmup = min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+        span = max(self.stop_iter - self.decay_from, 1)
+        where = min(max(iteration - self.decay_from, 0) / span, 1.0)
+        return self.weight * warmup * self.decay(where)
+
+
+def _check(key: str, node: CfgNode, max_iter: int) -> None:
+    schedule = node.SCHEDULE
+    if not node.LOSS_WEIGHT > 0:
+        raise ValueError(
+            f"{key}.LOSS_WEIGHT must be above 0, got {node.LOSS_WEIGHT}: a head without weight would "
+            "be silently off. Take it out of DISTILL.HEADS instead."
+        )
+    if schedule.DECAY not in DECAYS:
+        raise ValueError(
+            f"{key}.SCHEDULE.DECAY must be one of {', '.join(DECAYS)}, got {schedule.DECAY!r}."
+        )
+    if not 0 <= schedule.END_FACTOR <= 1:
+        raise ValueError(
+            f"{key}.SCHEDULE.END_FACTOR must be in [0, 1], got {schedule.END_FACTOR}: it is the "
+            "share of LOSS_WEIGHT that is left at the stop."
+        )
+    for name in ("WARMUP_ITERS", "DECAY_FROM"):
+        if not 0 <= schedule[name] <= max_iter:
+            raise ValueError(
+                f"{key}.SCHEDULE.{name} must be in [0, SOLVER.MAX_ITER = {max_iter}], got "
+                f"{schedule[name]}."
+            )
+    if schedule.STOP_ITER == 0 or schedule.STOP_ITER < -1:
+        raise ValueError(
+            f"{key}.SCHEDULE.STOP_ITER must be -1 (never) or a positive iteration, got "
+            f"{schedule.STOP_ITER}."
+        )

@@ -1,0 +1,165 @@
+"""Build the frozen teacher from a config file and weights, and refuse one that is not whole."""
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from .checkpoint import load_whole_detector
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Teacher:
+    """
+    A frozen detector with what is needed to feed it and to recognise it again.
+
+    `image_format`: channel order of its input, "BGR" or "RGB"; `manifest`: its config as text and
+    the sha256 of its weights, saved with every checkpoint of the student.
+    """
+
+    model: nn.Module
+    image_format: str
+    manifest: Dict[str, str]
+
+    def batch(self, batched_inputs: List[Dict[str, Any]], image_format: str) -> List[Dict]:
+        """
+        The student's raw batch in the teacher's channel order.
+
+        Mean, deviation and padding are left to the teacher's own preprocess_image, which expects
+        its channels in the right order already.
+
+        Args:
+            batched_inputs: as the data loader gave it, "image" (3, H, W) in `image_format`
+        """
+        if image_format == self.image_format:
+            return batched_inputs
+        return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+
+
+def build_teacher(cfg: CfgNode) -> Teacher:
+    """
+    Build the teacher that DISTILL.TEACHER names, with all its weights, in eval mode, frozen.
+
+    Its config is a node of its own: nothing of it reaches the student's, nor the other way round.
+
+    Raises:
+        ValueError, FileNotFoundError: config or weights missing, not readable, or not covering
+            every parameter and buffer of the teacher
+    """
+    config_file, weights = resolve_teacher(cfg)
+    opts = list(cfg.DISTILL.TEACHER.OPTS)
+    build = _from_lazy_config if config_file.endswith(".py") else _from_yaml
+    model, image_format, text = build(config_file, opts, cfg.MODEL.DEVICE)
+    _check_format(image_format, cfg.INPUT.FORMAT)
+    if weights:
+        load_whole_detector(model, weights, "DISTILL.TEACHER.WEIGHTS")
+    else:
+        logger.warning("DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS: this teacher knows nothing.")
+    model.eval().requires_grad_(False)
+    return Teacher(model, image_format, {"config": text, "weights_sha256": _sha256(weights)})
+
+
+def resolve_teacher(cfg: CfgNode) -> Tuple[str, str]:
+    """
+    Find the teacher's files without building anything.
+
+    Returns:
+        path of the config file; path or URL of the weights, "" only where random ones are allowed
+    """
+    node = cfg.DISTILL.TEACHER
+    if not node.CONFIG_FILE:
+        raise ValueError(
+            "DISTILL.TEACHER.CONFIG_FILE is empty: name the teacher's YAML or LazyConfig .py, or a "
+            "model-zoo config such as COCO-Detection/retinanet_R_101_FPN_3x.yaml."
+        )
+    config_file, zoo_weights = node.CONFIG_FILE, ""
+    if not os.path.isfile(config_file):
+        config_file, zoo_weights = _from_model_zoo(node.CONFIG_FILE)
+    if node.ALLOW_RANDOM_WEIGHTS:
+        return config_file, node.WEIGHTS
+    weights = node.WEIGHTS or zoo_weights
+    if not weights:
+        raise ValueError(
+            "DISTILL.TEACHER.WEIGHTS is empty: a teacher without weights knows nothing. Give the "
+            f"path of a checkpoint of {node.CONFIG_FILE}. (MODEL.WEIGHTS in that file is not used: "
+            "it usually names an ImageNet backbone.)"
+        )
+    if "://" not in weights and not os.path.isfile(weights):
+        raise FileNotFoundError(f"DISTILL.TEACHER.WEIGHTS: there is no file {weights!r}.")
+    return config_file, weights
+
+
+def _from_model_zoo(name: str) -> Tuple[str, str]:
+    """Path of a zoo config and the URL of its checkpoint, "" if it has none."""
+    # Not at the top: upstream's newest needs pkg_resources here, which recent setuptools lack.
+    from detectron2 import model_zoo
+
+    try:
+        config_file = model_zoo.get_config_file(name)
+    except RuntimeError:
+        raise FileNotFoundError(
+            f"DISTILL.TEACHER.CONFIG_FILE: {name!r} is neither a file nor a config of Detectron2's "
+            "model zoo."
+        ) from None
+    try:
+        return config_file, model_zoo.get_checkpoint_url(name) or ""
+    except RuntimeError:
+        return config_file, ""
+
+
+def _from_yaml(path: str, opts: List[Any], device: str) -> Tuple[nn.Module, str, str]:
+    from .config import load_config, merge_opts
+
+    cfg = load_config(path)
+    merge_opts(cfg, opts, "DISTILL.TEACHER.OPTS")
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        raise ValueError(
+            f"DISTILL.TEACHER.CONFIG_FILE: {path!r} is itself a distillation run. Name a config of "
+            "a plain detector."
+        )
+    cfg.MODEL.DEVICE = device
+    return build_model(cfg), cfg.INPUT.FORMAT, _identity(cfg)
+
+
+def _from_lazy_config(path: str, opts: List[Any], device: str) -> Tuple[nn.Module, str, str]:
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(path), [str(x) for x in opts])
+    model = instantiate(cfg.model).to(device)
+    image_format = "BGR"  # Detectron2's default, also for the model's `input_format`
+    if "dataloader" in cfg:
+        image_format = cfg.dataloader.train.mapper.get("image_format", image_format)
+    return model, cfg.model.get("input_format") or image_format, str(cfg.model)
+
+
+def _identity(cfg: CfgNode) -> str:
+    """What makes the teacher the detector it is; not where it runs or how it was trained."""
+    model = cfg.MODEL.clone()
+    model.defrost()
+    model.DEVICE, model.WEIGHTS = "", ""
+    return f"INPUT.FORMAT: {cfg.INPUT.FORMAT}\n{model.dump()}"
+
+
+def _check_format(teacher: str, student: str) -> None:
+    if teacher != student and {teacher, student} != {"BGR", "RGB"}:
+        raise ValueError(
+            f"INPUT.FORMAT: the teacher wants {teacher!r}, the student {student!r}. d2kd can only "
+            "turn BGR into RGB and back; read images for the student as one of the two."
+        )
+
+
+def _sha256(weights: str) -> str:
+    if not weights:
+        return ""
+    digest = hashlib.sha256()
+    with PathManager.open(weights, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,252 @@
+"""What a distillation head may see of a detector, one batch at a time."""
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
+
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, Instances
+
+logger = logging.getLogger(__name__)
+
+DETECTOR_VIEW_REGISTRY = Registry("DETECTOR_VIEW")
+DETECTOR_VIEW_REGISTRY.__doc__ = """
+Registry of views: how d2kd reads a detector of one family.
+
+A view is registered under the class name of a meta-architecture and serves its subclasses too. It
+is called as `View(detector, batched_inputs)` and subclasses :class:`DetectorView`.
+"""
+
+
+def find_view(detector: nn.Module, role: str) -> Callable[..., "DetectorView"]:
+    """
+    Args:
+        detector: a student or a teacher
+        role: "student" or "teacher", for the error
+
+    Raises:
+        ValueError: no view is registered for the detector's class or a parent of it
+    """
+    for cls in type(detector).__mro__:
+        if cls.__name__ in DETECTOR_VIEW_REGISTRY:
+            return DETECTOR_VIEW_REGISTRY.get(cls.__name__)
+    known = ", ".join(sorted(name for name, _ in DETECTOR_VIEW_REGISTRY))
+    raise ValueError(
+        f"The {role}'s meta-architecture {type(detector).__name__} has no DetectorView. Known: "
+        f"{known}. Register one with @DETECTOR_VIEW_REGISTRY (d2kd/views shows how)."
+    )
+
+
+@dataclass
+class DensePredictions:
+    """
+    What a detector predicts at every cell. A anchors, K classes (1 for an RPN: objectness).
+
+    `logits`: per level (N, A*K, Hi, Wi); `deltas`: per level (N, A*4, Hi, Wi); `tower`: per level
+    the last feature of the classification tower, (N, C, Hi, Wi); `centerness`: per level
+    (N, 1, Hi, Wi), FCOS only. `levels` names the levels, in the order of all these lists.
+    """
+
+    levels: Sequence[str]
+    logits: List[Tensor]
+    deltas: List[Tensor]
+    tower: List[Tensor]
+    centerness: Optional[List[Tensor]] = None
+
+
+@dataclass
+class RoIPredictions:
+    """
+    What a two-stage detector's box head says of R boxes (a cascade: its first stage).
+
+    `feature`: last vector before the predictors, (R, D); `logits`: (R, K+1), background last;
+    `deltas`: (R, 4*K), or (R, 4) when class-agnostic.
+    """
+
+    feature: Tensor
+    logits: Tensor
+    deltas: Tensor
+
+
+class DetectorView:
+    """
+    One detector and one batch. Each part is computed at most once, and only when asked for.
+
+    A student's view is filled by its own training forward, inside :meth:`record`. A teacher's view
+    computes what it is asked for, without gradients.
+
+    Attributes:
+        detector: the detector itself
+        batched_inputs: the batch as this detector wants it: images in its own channel order
+        members: everything a view of this family can give; a head declares what it `requires`
+    """
+
+    members: FrozenSet[str] = frozenset({"features"})
+
+    def __init__(self, detector: nn.Module, batched_inputs: List[Dict[str, Any]]):
+        self.detector = detector
+        self.batched_inputs = batched_inputs
+        self._recorded: Dict[str, Any] = {}
+        self._versions: Dict[str, List[Tuple[Tensor, int]]] = {}
+        self._is_student = False
+
+    # What is known of the detector, whatever the batch -------------------------------------------
+
+    @classmethod
+    def members_of(cls, detector: nn.Module) -> FrozenSet[str]:
+        """What views of this very detector can give; a subset of `members`."""
+        return cls.members
+
+    @staticmethod
+    def num_classes(detector: nn.Module) -> int:
+        """Number of foreground classes."""
+        raise NotImplementedError
+
+    # The parts -----------------------------------------------------------------------------------
+
+    @property
+    def strides(self) -> Dict[str, int]:
+        """Level name to input pixels per cell."""
+        return {k: v.stride for k, v in self.detector.backbone.output_shape().items()}
+
+    @property
+    def image_sizes(self) -> List[Tuple[int, int]]:
+        """(height, width) of each image in pixels, without padding."""
+        return [tuple(x["image"].shape[-2:]) for x in self.batched_inputs]
+
+    @property
+    def image_size(self) -> Tuple[int, int]:
+        """(height, width) of the padded batch in pixels."""
+        return self._part("backbone")[0]
+
+    @property
+    def features(self) -> Dict[str, Tensor]:
+        """Level name to (N, C, Hi, Wi): the output of the backbone with its pyramid."""
+        return self._part("backbone")[1]
+
+    @property
+    def gt_instances(self) -> List[Instances]:
+        """Ground truth of each image, boxes XYXY in input pixels; may be empty."""
+        device = next(self.detector.parameters()).device
+        return [x["instances"].to(device) for x in self.batched_inputs]
+
+    def dense(self) -> DensePredictions:
+        """Per-cell predictions; a two-stage detector answers with its RPN."""
+        return self._part("dense")
+
+    def roi_features(self, boxes: List[Boxes], levels: str = "assigned") -> Tensor:
+        """
+        RoIAlign of given boxes.
+
+        Args:
+            boxes: one Boxes per image, XYXY in input pixels, R in all
+            levels: "assigned": each box on the level that the usual size rule gives it (a box of
+                224 pixels belongs to stride 16); "all": each box on every pooled level
+
+        Returns:
+            (R, C, S, S), or (R, L, C, S, S) for "all"
+        """
+        names, pooler = self._pooled_levels(), self._pooler()
+        features = [self.features[k] for k in names]
+        if levels == "assigned":
+            return pooler(features, boxes)
+        assert levels == "all", f"levels must be 'assigned' or 'all', got {levels!r}"
+        size = pooler.output_size
+        pooled = [
+            _single_level_pooler(self.strides[k], size)([x], boxes) for k, x in zip(names, features)
+        ]
+        return torch.stack(pooled, dim=1)
+
+    def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
+        """
+        The box head's answer for given boxes, one Boxes per image.
+
+        A student answers for the proposals it sampled for its own loss when `boxes` is None, from
+        that very pass: nothing is computed twice.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no RoI head")
+
+    # Recording and computing ---------------------------------------------------------------------
+
+    @contextmanager
+    def record(self, members: FrozenSet[str]) -> Iterator[None]:
+        """
+        Hook the detector while its own forward runs, and keep the named members.
+
+        Hooks are removed on leaving, so a student outside this block is a stock detector.
+        """
+        self._is_student = True
+        handles = self._add_hooks(members)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
+        return [self.detector.backbone.register_forward_hook(self._on_backbone)]
+
+    def _on_backbone(self, module: nn.Module, inputs: Tuple[Tensor], output: Dict[str, Tensor]):
+        self._keep("backbone", (tuple(inputs[0].shape[-2:]), dict(output)), list(output.values()))
+
+    def _keep(self, name: str, value: Any, tensors: Sequence[Tensor]) -> None:
+        # The first call counts: a detector that runs a module again (a cascade's later stages)
+        # does so on other inputs.
+        if name not in self._recorded:
+            self._recorded[name] = value
+            self._versions[name] = [(x, x._version) for x in tensors]
+
+    def _part(self, name: str) -> Any:
+        if name not in self._recorded:
+            if self._is_student:
+                raise RuntimeError(
+                    f"The student's {name!r} was not recorded in its forward. A head must declare "
+                    "what it reads in `requires`."
+                )
+            with torch.no_grad():
+                self._recorded[name] = getattr(self, f"_compute_{name}")()
+        for tensor, version in self._versions.get(name, ()):
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"The student's {name!r} was changed in place after it was recorded; a loss on "
+                    "it would be wrong."
+                )
+        return self._recorded[name]
+
+    def _compute_backbone(self) -> Tuple[Tuple[int, int], Dict[str, Tensor]]:
+        images = self.detector.preprocess_image(self.batched_inputs)
+        return tuple(images.tensor.shape[-2:]), self.detector.backbone(images.tensor)
+
+    def _pooled_levels(self) -> Sequence[str]:
+        """Names of the levels that RoIAlign uses, finest first."""
+        raise NotImplementedError
+
+    def _pooler(self) -> ROIPooler:
+        return _multi_level_pooler(tuple(self.strides[k] for k in self._pooled_levels()))
+
+
+def unaliased(logits: Sequence[Tensor]) -> List[Tensor]:
+    """
+    Clone the maps that Detectron2's inference would turn into probabilities behind our back.
+
+    It calls sigmoid_() on (N, Hi*Wi*A, K) views of (N, A*K, Hi, Wi) logits. Reordering copies the
+    data, except where there is nothing to reorder: a level of one cell, or one anchor of one class.
+    """
+    return [x.clone() if x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1 else x for x in logits]
+
+
+# RoIAlign has no parameters, so poolers are shared by all views.
+@lru_cache(maxsize=None)
+def _single_level_pooler(stride: int, size: Tuple[int, int]) -> ROIPooler:
+    return ROIPooler(size, (1.0 / stride,), sampling_ratio=0, pooler_type="ROIAlignV2")
+
+
+@lru_cache(maxsize=None)
+def _multi_level_pooler(strides: Tuple[int, ...], size: int = 7) -> ROIPooler:
+    scales = tuple(1.0 / s for s in strides)
+    return ROIPooler(size, scales, sampling_ratio=0, pooler_type="ROIAlignV2")

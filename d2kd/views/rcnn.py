@@ -1,0 +1,129 @@
+"""Faster, Mask and Cascade R-CNN: an RPN, then a head on each region."""
+from typing import Any, FrozenSet, List, Optional, Sequence, Tuple
+
+from torch import Tensor, nn
+
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, Instances
+
+from .base import (
+    DETECTOR_VIEW_REGISTRY,
+    DensePredictions,
+    DetectorView,
+    RoIPredictions,
+    unaliased,
+)
+
+
+class RCNNView(DetectorView):
+    """A view of GeneralizedRCNN: Faster, Mask, Keypoint and Cascade R-CNN with an FPN."""
+
+    members = frozenset({"features", "dense", "roi_features", "roi_predictions"})
+
+    @classmethod
+    def members_of(cls, detector: nn.Module) -> FrozenSet[str]:
+        # A C4 model pools from one level and has no separate box head to ask.
+        has_box_head = hasattr(detector.roi_heads, "box_pooler")
+        return cls.members if has_box_head else frozenset({"features", "dense"})
+
+    @staticmethod
+    def num_classes(detector: nn.Module) -> int:
+        return detector.roi_heads.num_classes
+
+    @property
+    def sampled_boxes(self) -> List[Boxes]:
+        """The boxes that the student's box head was trained on in this batch, one per image."""
+        return self._part("sampled_boxes")
+
+    @property
+    def sampled_proposals(self) -> List[Instances]:
+        """
+        The student's sampled proposals with their `gt_classes` (K is background).
+
+        Their boxes may have been refined since (TRAIN_ON_PRED_BOXES): take `sampled_boxes`.
+        """
+        return self._part("sampled_proposals")
+
+    def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
+        if boxes is None:
+            return self._part("roi_predictions")
+        feature = self._box_head(self.roi_features(boxes))
+        logits, deltas = self._predictor(feature)
+        return RoIPredictions(feature, logits, deltas)
+
+    def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
+        handles = super()._add_hooks(members)
+        if "dense" in members:
+            handles += self._hook_rpn()
+        if "roi_predictions" in members:
+            roi_heads = self.detector.roi_heads
+            handles += [
+                roi_heads.box_pooler.register_forward_hook(self._on_pooler),
+                self._predictor.register_forward_hook(self._on_predictor),
+                roi_heads.register_forward_hook(self._on_roi_heads),
+            ]
+        return handles
+
+    def _on_pooler(self, module: nn.Module, inputs: Tuple[Any, ...], output: Tensor) -> None:
+        boxes = [Boxes(x.tensor.detach().clone()) for x in inputs[1]]
+        self._keep("sampled_boxes", boxes, [])
+
+    def _on_predictor(self, module: nn.Module, inputs: Tuple[Tensor], output: Any) -> None:
+        predictions = RoIPredictions(inputs[0], *output)
+        self._keep("roi_predictions", predictions, [inputs[0], *output])
+
+    def _on_roi_heads(self, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
+        self._keep("sampled_proposals", output[0], [])
+
+    def _hook_rpn(self) -> List[Any]:
+        tower, rpn_head = [], self.detector.proposal_generator.rpn_head
+
+        def on_tower(module, inputs, output):
+            # Detectron2 0.5 applies the ReLU outside the hooked layer; a second one changes nothing.
+            tower.append(output.relu())
+
+        def on_head(module, inputs, output):
+            predictions = DensePredictions(
+                levels=list(self.detector.proposal_generator.in_features),
+                logits=unaliased(output[0]),
+                deltas=list(output[1]),
+                tower=list(tower),
+            )
+            self._keep("dense", predictions, predictions.logits + predictions.deltas)
+            tower.clear()
+
+        return [
+            rpn_head.conv.register_forward_hook(on_tower),
+            rpn_head.register_forward_hook(on_head),
+        ]
+
+    def _compute_dense(self) -> DensePredictions:
+        handles = self._hook_rpn()
+        try:
+            rpn = self.detector.proposal_generator
+            rpn.rpn_head([self.features[k] for k in rpn.in_features])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self._recorded["dense"]
+
+    @property
+    def _box_head(self) -> nn.Module:
+        return _first_stage(self.detector.roi_heads.box_head)
+
+    @property
+    def _predictor(self) -> nn.Module:
+        return _first_stage(self.detector.roi_heads.box_predictor)
+
+    def _pooled_levels(self) -> Sequence[str]:
+        return list(self.detector.roi_heads.box_in_features)
+
+    def _pooler(self) -> ROIPooler:
+        return self.detector.roi_heads.box_pooler
+
+
+def _first_stage(module: nn.Module) -> nn.Module:
+    return module[0] if isinstance(module, nn.ModuleList) else module
+
+
+DETECTOR_VIEW_REGISTRY._do_register("GeneralizedRCNN", RCNNView)

@@ -1,0 +1,35 @@
+"""d2kd: knowledge distillation for object detectors, as an extension of Detectron2."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+# The linters' newest versions ask for Python 3.11; older Pythons can still run everything else.
+LINTERS = ["black==26.10.1", "flake8==7.5.0", "isort==9.0.2"]
+
+setup(
+    name="d2kd",
+    description="Knowledge distillation for object detectors in Detectron2",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["d2kd", "d2kd.*"]),
+    python_requires=">=3.9",
+    # Detectron2 is not named here: PyPI has no package of that name, so pip would fail on it or,
+    # once somebody registers it, install a stranger's code. third_party/detectron2 builds one.
+    install_requires=[
+        "fvcore>=0.1.5",
+        "numpy",
+        "pycocotools>=2.0.2",
+        "torch>=2.0",
+        "torchvision>=0.15",
+    ],
+    extras_require={
+        "dev": ["pytest>=7"] + [f"{linter}; python_version >= '3.11'" for linter in LINTERS],
+        # Detectron2 draws with cv2, which opencv-python provides as well. The two overwrite each
+        # other's files, so ask for this one only where `import cv2` fails; it needs no libGL.
+        "opencv": ["opencv-python-headless"],
+    },
+)

@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""Train or evaluate a student, alone or with a teacher, from a YAML config."""
+import argparse
+
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from d2kd import load_config
+from d2kd.engine import evaluate, launch, train
+
+EXAMPLES = """
+Examples:
+  the student alone, then with a teacher, on the built-in data:
+    python train_net.py --config-file configs/quickstart/student.yaml
+    python train_net.py --config-file configs/quickstart/pkd.yaml
+  go on with an interrupted run:
+    python train_net.py --config-file configs/quickstart/pkd.yaml --resume
+  evaluate a student (the teacher is not needed):
+    python train_net.py --config-file configs/quickstart/pkd.yaml --eval-only \\
+        MODEL.WEIGHTS output/quickstart/pkd/model_final.pth
+  8 GPUs and another loss weight:
+    python train_net.py --config-file configs/COCO/RetinaNet/mgd_R_50_FPN_R_101_2x.yaml \\
+        --num-gpus 8 DISTILL.MGD.LOSS_WEIGHT 1e-5
+  2 processes on the CPU:
+    python train_net.py --config-file configs/quickstart/pkd.yaml --num-gpus 2 MODEL.DEVICE cpu
+
+A method's keys are under DISTILL.<METHOD>, and each is explained where it is defined: the common
+ones in d2kd/config.py, a method's own in d2kd/heads/<method>.py.
+"""
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    results = (evaluate if args.eval_only else train)(cfg, resume=args.resume)
+    if comm.is_main_process() and args.eval_only:
+        verify_results(cfg, results)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = default_argument_parser(epilog=EXAMPLES)
+    parser.description = __doc__
+    parser.set_defaults(dist_url="auto")
+    args = parser.parse_args()
+    if args.num_machines > 1 and args.dist_url == "auto":
+        parser.error("--num-machines needs --dist-url tcp://<main machine>:<port>")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        device=load_config(args.config_file, args.opts).MODEL.DEVICE,
+        args=(args,),
+    )

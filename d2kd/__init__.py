@@ -6,8 +6,9 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError(
         "d2kd needs Detectron2, which is not installed. Install it as its own installation page "
-        "says (https://detectron2.readthedocs.io/tutorials/install.html), or, with nothing but "
-        "PyPI, run `pip install ./third_party/detectron2` in d2kd's repository.",
+        "says (https://detectron2.readthedocs.io/en/latest/tutorials/install.html), or run "
+        "`pip install -c constraints.txt ./third_party/detectron2` in d2kd's repository: that "
+        "builds v0.5 from PyPI without a compiler.",
         name="detectron2",
     ) from None
 

@@ -1,13 +1,13 @@
+"""
+Draws one image of the built-in synthetic set: which objects, and where. S is the image size.
+"""
+
 from typing import List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from .outlines import CLASSES, Outline, area, place
 from .painting import background, camera, cover_of, paint
-
-"""
-Draws one image of the built-in synthetic set: which objects, and where. S is the image size.
-"""
 
 TRIES = 30  # positions to try for an object before it is left out
 

@@ -1,11 +1,11 @@
-from typing import Callable, Dict, List
-
-import numpy as np
-
 """
 Outlines of the built-in synthetic set. An outline is a list of polygons, each (P, 2) in XY, inside
 the unit circle; a pixel is inside the figure where an odd number of polygons contains it.
 """
+
+from typing import Callable, Dict, List
+
+import numpy as np
 
 Outline = List[np.ndarray]
 

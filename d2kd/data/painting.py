@@ -1,14 +1,14 @@
-import cv2
-import numpy as np
-
-from .outlines import DISTRACTORS, Outline, place
-
 """
 Pixels of the built-in synthetic set.
 
 Shape shorthand: S is the image size in pixels, an image is (S, S, 3) floats, BGR in [0, 255], a
 cover is (S, S) float32 in [0, 1], the share of each pixel that a figure covers.
 """
+
+import cv2
+import numpy as np
+
+from .outlines import DISTRACTORS, Outline, place
 
 SUPERSAMPLING = 3  # covers are drawn this many times larger and then averaged
 

@@ -1,3 +1,11 @@
+"""
+A contact sheet of the built-in shapes:
+
+    python -m d2kd.data.preview preview.png DATASETS.SHAPES.CLUTTER 20
+
+The upper half shows images as they are, the lower half others with their boxes and classes.
+"""
+
 import argparse
 import json
 import os
@@ -12,14 +20,6 @@ from detectron2.utils.logger import setup_logger
 
 from .config import add_data_config
 from .shapes import make_shapes
-
-"""
-A contact sheet of the built-in shapes:
-
-    python -m d2kd.data.preview preview.png DATASETS.SHAPES.CLUTTER 20
-
-The upper half shows images as they are, the lower half others with their boxes and classes.
-"""
 
 WHITE = (255, 255, 255)
 FONT = cv2.FONT_HERSHEY_SIMPLEX

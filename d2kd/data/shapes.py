@@ -1,3 +1,12 @@
+"""
+The built-in synthetic detection set: shapes of 8 classes on cluttered backgrounds, in COCO's
+format, so that d2kd can be tried without a download.
+
+Boxes are of the visible part, as in COCO; an object is drawn only where MIN_VISIBLE of it stays
+visible, so that everything drawn is labelled. There are no masks: "area" is that of the box. The
+same settings give the same bytes as long as the installed OpenCV and NumPy stay the same.
+"""
+
 import hashlib
 import json
 import logging
@@ -15,15 +24,6 @@ from detectron2.utils import comm
 
 from .drawing import Drawing, draw
 from .outlines import CLASSES
-
-"""
-The built-in synthetic detection set: shapes of 8 classes on cluttered backgrounds, in COCO's
-format, so that d2kd can be tried without a download.
-
-Boxes are of the visible part, as in COCO; an object is drawn only where MIN_VISIBLE of it stays
-visible, so that everything drawn is labelled. There are no masks: "area" is that of the box. The
-same settings give the same bytes as long as the installed OpenCV and NumPy stay the same.
-"""
 
 logger = logging.getLogger(__name__)
 

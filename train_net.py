@@ -1,13 +1,17 @@
 #!/usr/bin/env python
 """Train or evaluate a student, alone or with a teacher, from a YAML config."""
+
 import argparse
 
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from d2kd import load_config
 from d2kd.engine import evaluate, launch, train
+from d2kd.plugin import import_file
 
 EXAMPLES = """
 Examples:
@@ -31,18 +35,33 @@ ones in d2kd/config.py, a method's own in d2kd/heads/<method>.py.
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config_file, args.opts)
+    cfg = setup(args)
     cfg.freeze()
     default_setup(cfg, args)
+    # Detectron2 gives a handler to its own logger only.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     results = (evaluate if args.eval_only else train)(cfg, resume=args.resume)
     if comm.is_main_process() and args.eval_only:
         verify_results(cfg, results)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    for path in args.plugin:  # before the config, to which a head adds its keys
+        import_file(path)
+    return load_config(args.config_file, args.opts)
 
 
 def parse_args() -> argparse.Namespace:
     parser = default_argument_parser(epilog=EXAMPLES)
     parser.description = __doc__
     parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file that registers heads, views or detectors of yours; may be repeated",
+    )
     args = parser.parse_args()
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines needs --dist-url tcp://<main machine>:<port>")
@@ -57,6 +76,6 @@ if __name__ == "__main__":
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
-        device=load_config(args.config_file, args.opts).MODEL.DEVICE,
+        device=setup(args).MODEL.DEVICE,
         args=(args,),
     )

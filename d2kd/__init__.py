@@ -1,4 +1,5 @@
 """d2kd: distillation of object detectors inside Detectron2. Importing it registers everything."""
+
 try:
     import detectron2  # noqa: F401
 except ModuleNotFoundError as error:

@@ -1,4 +1,5 @@
 """Checkpoints: the plain student under "model", what distillation adds beside it."""
+
 import pickle
 from typing import Any, Dict, List
 from urllib.parse import urlparse
@@ -8,6 +9,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
+
+# What reading a file that is no checkpoint, or half of one, has been seen to raise.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+)
 
 
 class PlainCheckpointer(DetectionCheckpointer):
@@ -32,13 +43,14 @@ class PlainCheckpointer(DetectionCheckpointer):
                 checkpointables = {"teacher": guard, **checkpointables}
             model = model.student
         super().__init__(model, save_dir, **checkpointables)
-        self.missing_keys: List[str] = []
+        self.missing_keys: List[str] = []  # of the model, not in the file or of another shape
+        self.unexpected_keys: List[str] = []  # in the file, not of the model
         self.loaded_keys = 0
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         try:
             return super().load(path, *args, **kwargs)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
         finally:
             self._parsed_url_during_load = None  # upstream leaves it set after a failure
@@ -46,10 +58,13 @@ class PlainCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         if not isinstance(checkpoint.get("model"), dict):
             raise TypeError('it has no "model" with named weights')
+        given = len(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         wrong_shape = [key for key, *_ in incompatible.incorrect_shapes]
         self.missing_keys = sorted({*incompatible.missing_keys, *wrong_shape})
-        self.loaded_keys = len(self.model.state_dict()) - len(self.missing_keys)
+        self.unexpected_keys = list(incompatible.unexpected_keys)
+        # Not what is left of the model's: PyTorch does not miss BatchNorm's counters.
+        self.loaded_keys = given - len(self.unexpected_keys) - len(wrong_shape)
         return incompatible
 
 
@@ -93,14 +108,15 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
     Raises:
         ValueError: not a checkpoint, or keys of the detector are missing or of other shape in it
     """
-    checkpointer = _load(model, path, key)
+    checkpointer = PlainCheckpointer(model)
+    _load(checkpointer, path, key)
     if checkpointer.missing_keys:
-        keys = checkpointer.missing_keys
+        keys, total = checkpointer.missing_keys, len(model.state_dict())
         shown = "\n".join(f"  {k}" for k in keys[:20])
         more = f"\n  and {len(keys) - 20} more" if len(keys) > 20 else ""
         raise ValueError(
-            f"{key}: {path!r} covers {checkpointer.loaded_keys} of the detector's "
-            f"{checkpointer.loaded_keys + len(keys)} entries. Missing or of another shape:\n"
+            f"{key}: {path!r} covers {total - len(keys)} of the detector's {total} entries. "
+            "Missing or of another shape:\n"
             f"{shown}{more}\nThe config file and the weights must belong to the same detector."
         )
 
@@ -112,8 +128,7 @@ def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:
     Raises:
         ValueError: not a checkpoint, or one that covers nothing of the student
     """
-    _check_path(path, "MODEL.WEIGHTS")
-    checkpointer.load(path, checkpointables=[])
+    _load(checkpointer, path, "MODEL.WEIGHTS", checkpointables=[])
     if path and not checkpointer.loaded_keys:
         raise ValueError(
             f"MODEL.WEIGHTS: nothing in {path!r} fits the model by name and shape. An empty value "
@@ -126,16 +141,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _load(model: nn.Module, path: str, key: str) -> PlainCheckpointer:
-    _check_path(path, key)
-    checkpointer = PlainCheckpointer(model)
-    checkpointer.load(path)
-    return checkpointer
-
-
-def _check_path(path: str, key: str) -> None:
+def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> None:
+    """`checkpointer.load`, with the config key that named the path in its errors."""
     if path and not urlparse(path).scheme and not PathManager.isfile(path):
         raise FileNotFoundError(f"{key}: there is no file {path!r}.")
+    try:
+        checkpointer.load(path, **kwargs)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _first_difference(text: str, other: str) -> str:

@@ -1,4 +1,5 @@
 """The only file that knows which Detectron2 is installed, from 0.5 to upstream's newest."""
+
 import importlib
 from types import ModuleType
 
@@ -48,4 +49,3 @@ def create_local_process_group(processes_per_machine: int, machine_rank: int) ->
         group = dist.new_group(list(range(first, first + processes_per_machine)))
         if machine == machine_rank:
             comm._LOCAL_PROCESS_GROUP = group
-

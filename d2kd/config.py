@@ -1,4 +1,5 @@
 """Every key d2kd adds to Detectron2's config, and reading a YAML without letting a typo through."""
+
 import difflib
 import os
 from typing import Any, Dict, Iterator, List, Sequence
@@ -41,7 +42,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     node.INHERIT = []
 
     node.TEACHER = CfgNode()
-    # YAML or LazyConfig .py: a path, or a model-zoo name ("COCO-Detection/retinanet_R_101_FPN_3x.yaml")
+    # YAML or LazyConfig .py: a path, or a name in Detectron2's model zoo, such as
+    # "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
     node.TEACHER.CONFIG_FILE = ""
     # Trained detector: a path or URL; "": the checkpoint that belongs to a model-zoo name
     node.TEACHER.WEIGHTS = ""

@@ -1,4 +1,5 @@
 """The meta-architecture that trains a student with a frozen teacher beside it."""
+
 import logging
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Union
 
@@ -177,9 +178,7 @@ def _describe_pair(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> Dist
 def _to_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:
     """Move images and instances once, not once for each detector."""
     moved = ("image", "instances")
-    return [
-        {k: v.to(device) if k in moved else v for k, v in x.items()} for x in batched_inputs
-    ]
+    return [{k: v.to(device) if k in moved else v for k, v in x.items()} for x in batched_inputs]
 
 
 def _log(name: str, value: float) -> None:

@@ -1,4 +1,5 @@
 """Initialise parts of the student from the teacher ("inheriting strategy" of FGD and MGD)."""
+
 import logging
 from typing import List
 
@@ -40,7 +41,7 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: List[str]) -> List[st
         if not fits:
             raise ValueError(
                 f"DISTILL.INHERIT: nothing of the student's {part!r} has the name and shape of the "
-                f"teacher's. Parts: {', '.join(PARTS)}; take {part!r} out of the list for this pair."
+                f"teacher's. Take {part!r} out of the list for this pair."
             )
         for k in fits:
             target[k].copy_(source[k])

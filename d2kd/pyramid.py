@@ -1,4 +1,5 @@
 """Which student level learns from which teacher level, decided once when the model is built."""
+
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
 

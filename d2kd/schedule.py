@@ -1,11 +1,12 @@
 """How the weight of a distillation loss changes while training runs."""
-from detectron2.config import CfgNode
 
 from fvcore.common.param_scheduler import (
     ConstantParamScheduler,
     CosineParamScheduler,
     LinearParamScheduler,
 )
+
+from detectron2.config import CfgNode
 
 DECAYS = ("none", "linear", "cosine")
 
@@ -88,8 +89,8 @@ def _check(key: str, node: CfgNode, max_iter: int) -> None:
     schedule = node.SCHEDULE
     if not node.LOSS_WEIGHT > 0:
         raise ValueError(
-            f"{key}.LOSS_WEIGHT must be above 0, got {node.LOSS_WEIGHT}: a head without weight would "
-            "be silently off. Take it out of DISTILL.HEADS instead."
+            f"{key}.LOSS_WEIGHT must be above 0, got {node.LOSS_WEIGHT}: a head without weight "
+            "would be silently off. Take it out of DISTILL.HEADS instead."
         )
     if schedule.DECAY not in DECAYS:
         raise ValueError(

@@ -1,11 +1,12 @@
 """Build the frozen teacher from a config file and weights, and refuse one that is not whole."""
+
 import hashlib
 import logging
 import os
+import re
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
-import torch
 from torch import nn
 
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -136,7 +137,9 @@ def _from_lazy_config(path: str, opts: List[Any], device: str) -> Tuple[nn.Modul
     image_format = "BGR"  # Detectron2's default, also for the model's `input_format`
     if "dataloader" in cfg:
         image_format = cfg.dataloader.train.mapper.get("image_format", image_format)
-    return model, cfg.model.get("input_format") or image_format, str(cfg.model)
+    # A function in it is printed with its address in memory, which no two processes share.
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(cfg.model))
+    return model, cfg.model.get("input_format") or image_format, text
 
 
 def _identity(cfg: CfgNode) -> str:

@@ -1,14 +1,18 @@
-"""Small detectors and batches that the tests share: real Detectron2 models, narrow and few pixels."""
+"""Small detectors and batches that the tests share: real Detectron2 models, narrow ones."""
+
 import os
-from typing import Any, Dict, List, Sequence
+from types import SimpleNamespace
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 
-from d2kd import load_config
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+
+from d2kd import load_config
+from d2kd.pyramid import LevelPair
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NUM_CLASSES = 3
@@ -167,3 +171,21 @@ def batch(num_images: int = 2, boxes: int = 2, height: int = 64, width: int = 64
             }
         )
     return inputs
+
+
+def level_pairs(**channels: Tuple[int, int]) -> Tuple[LevelPair, ...]:
+    """Pairs of levels of one name and stride: level_pairs(p3=(Cs, Ct)) has the stride 2 ** 3."""
+    return tuple(
+        LevelPair(k, k, s, t, 2 ** int(k[1:]), 2 ** int(k[1:])) for k, (s, t) in channels.items()
+    )
+
+
+def feature_view(features: Mapping[str, torch.Tensor]) -> SimpleNamespace:
+    """What a head that reads features alone needs of a DetectorView."""
+    return SimpleNamespace(features=features)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal values in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)

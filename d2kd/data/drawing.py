@@ -30,6 +30,8 @@ def draw(
     num_objects: Tuple[int, int],
     object_size: Tuple[float, float],
     min_visible: float,
+    own_colour: float,
+    texture: float,
     clutter: int,
     noise: float,
     blur: float,
@@ -40,10 +42,12 @@ def draw(
         image_size: S
         num_objects, object_size: smallest and largest number per image, longer side in pixels
         min_visible: smallest share of an object that is left visible
+        own_colour: probability that an object has about the hue of its class
+        texture: its strength, on the background and on all figures, in [0, 1]
         clutter, noise, blur: largest number of figures without a class, largest standard
             deviations of noise (grey levels) and blur (pixels)
     """
-    image = background(rng, image_size, clutter)
+    image = background(rng, image_size, clutter, texture)
     classes: List[int] = []
     visible: List[Visible] = []
     wanted = rng.integers(num_objects[0], num_objects[1] + 1)
@@ -57,7 +61,9 @@ def draw(
             continue
         cover, visible = found
         classes.append(index)
-        image = paint(rng, image, cover, opacity=rng.uniform(0.85, 1), contrast=35)
+        hue = 360 * index / len(CLASSES) if rng.random() < own_colour else None
+        opacity = rng.uniform(0.85, 1)
+        image = paint(rng, image, cover, opacity, contrast=35, texture=texture, hue=hue)
     image = camera(rng, image, noise, blur)
     return Drawing(image, classes, [_box(mask) for mask, _ in visible])
 

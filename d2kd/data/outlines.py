@@ -34,15 +34,13 @@ def _cross(rng: np.random.Generator) -> Outline:
     return [np.concatenate([quarter @ turn for turn in turns])]
 
 
-# Class name -> outline. Some differ by little on purpose: disc and ring with a small hole, hexagon
-# and disc, pentagon and hexagon. The order is that of the category ids, from 1 on.
+# Class name -> outline. Some differ by little on purpose: disc and ring with a small hole. The order
+# is that of the category ids, from 1 on.
 CLASSES: Dict[str, Callable[[np.random.Generator], Outline]] = {
     "disc": lambda rng: [regular(64)],
     "ring": _ring,
     "triangle": lambda rng: [regular(3)],
     "square": lambda rng: [regular(4)],
-    "pentagon": lambda rng: [regular(5)],
-    "hexagon": lambda rng: [regular(6)],
     "star": _star,
     "cross": _cross,
 }

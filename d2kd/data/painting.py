@@ -5,6 +5,8 @@ Shape shorthand: S is the image size in pixels, an image is (S, S, 3) floats, BG
 cover is (S, S) float32 in [0, 1], the share of each pixel that a figure covers.
 """
 
+from typing import Optional
+
 import cv2
 import numpy as np
 
@@ -40,35 +42,59 @@ def _grating(rng: np.random.Generator, image_size: int) -> np.ndarray:
     return np.tanh(wave * rng.uniform(0.5, 4))[..., None]
 
 
-def background(rng: np.random.Generator, image_size: int, clutter: int) -> np.ndarray:
-    """Returns: an image with a texture and up to `clutter` figures that belong to no class."""
+def background(
+    rng: np.random.Generator, image_size: int, clutter: int, texture: float
+) -> np.ndarray:
+    """
+    Returns: an image with a texture of the given strength, in [0, 1], and up to `clutter` figures
+        that belong to no class
+    """
     colour, cells = rng.uniform(0, 255, size=3), int(rng.integers(2, 7))
-    image = _colour_field(rng, image_size, colour, cells, spread=rng.uniform(5, 60))
+    image = _colour_field(rng, image_size, colour, cells, spread=texture * rng.uniform(5, 60))
     if rng.random() < 0.5:
-        image = image + rng.uniform(4, 22) * _grating(rng, image_size)
-    grain = rng.normal(0, rng.uniform(0, 25), size=(image_size // 3, image_size // 3, 3))
+        image = image + texture * rng.uniform(4, 22) * _grating(rng, image_size)
+    sigma = texture * rng.uniform(0, 25)
+    grain = rng.normal(0, sigma, size=(image_size // 3, image_size // 3, 3))
     image = image + cv2.resize(grain.astype(np.float32), (image_size,) * 2)
     for _ in range(rng.integers(0, clutter + 1)):
         size = np.exp(rng.uniform(np.log(10), np.log(0.8 * image_size)))
         outline = DISTRACTORS[rng.integers(len(DISTRACTORS))](rng)
         placed = place(outline, rng, size, rng.uniform(0, image_size, size=2), stretch=1.1)
         cover = cover_of(placed, image_size)
-        image = paint(rng, image, cover, opacity=rng.uniform(0.3, 1), contrast=15)
+        opacity = rng.uniform(0.3, 1)
+        image = paint(rng, image, cover, opacity=opacity, contrast=15, texture=texture)
     return image
 
 
+def _colour(rng: np.random.Generator, hue: Optional[float]) -> np.ndarray:
+    """Returns: (3,) BGR, any colour, or a strong one within 20 degrees of a hue, 0 to 360."""
+    if hue is None:
+        return rng.uniform(0, 255, size=3)
+    hsv = [(hue + rng.uniform(-20, 20)) % 360, rng.uniform(0.45, 1), rng.uniform(0.35, 1)]
+    return cv2.cvtColor(np.float32([[hsv]]), cv2.COLOR_HSV2BGR)[0, 0] * 255.0
+
+
 def paint(
-    rng: np.random.Generator, image: np.ndarray, cover: np.ndarray, opacity: float, contrast: float
+    rng: np.random.Generator,
+    image: np.ndarray,
+    cover: np.ndarray,
+    opacity: float,
+    contrast: float,
+    texture: float,
+    hue: Optional[float] = None,
 ) -> np.ndarray:
-    """Returns: the image with one figure on top, `contrast` grey levels off what is behind it."""
+    """
+    Returns: the image with one figure on top, of about the given hue (None: any colour), at least
+        `contrast` grey levels off what is behind it, with a texture of the given strength
+    """
     size = len(image)
     behind = cover.reshape(-1) @ image.reshape(-1, 3) / max(cover.sum(), 1)
-    colour = rng.uniform(0, 255, size=3)
+    colour = _colour(rng, hue)
     while np.abs(colour - behind).mean() < contrast:
-        colour = rng.uniform(0, 255, size=3)
-    fill = _colour_field(rng, size, colour, cells=2, spread=rng.uniform(0, 35))
+        colour = _colour(rng, hue)
+    fill = _colour_field(rng, size, colour, cells=2, spread=texture * rng.uniform(0, 35))
     if rng.random() < 0.35:
-        fill = fill + rng.uniform(8, 30) * _grating(rng, size)
+        fill = fill + texture * rng.uniform(8, 30) * _grating(rng, size)
     alpha = opacity * cover[..., None]
     if rng.random() < 0.3:  # a soft shadow
         shift = np.float32([[1, 0, rng.uniform(-3, 3)], [0, 1, rng.uniform(-3, 3)]])

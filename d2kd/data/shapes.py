@@ -1,5 +1,5 @@
 """
-The built-in synthetic detection set: shapes of 8 classes on cluttered backgrounds, in COCO's
+The built-in synthetic detection set: shapes of 6 classes on cluttered backgrounds, in COCO's
 format, so that d2kd can be tried without a download.
 
 Boxes are of the visible part, as in COCO; an object is drawn only where MIN_VISIBLE of it stays
@@ -109,6 +109,8 @@ def draw_one(settings: Dict[str, Any], index: int) -> Drawing:
         num_objects=(settings["MIN_OBJECTS"], settings["MAX_OBJECTS"]),
         object_size=(settings["MIN_SIZE"], settings["MAX_SIZE"] * size),
         min_visible=settings["MIN_VISIBLE"],
+        own_colour=settings["OWN_COLOUR"],
+        texture=settings["TEXTURE"],
         clutter=settings["CLUTTER"],
         noise=settings["NOISE"],
         blur=settings["BLUR"],
@@ -136,6 +138,8 @@ def _ranges(node: CfgNode) -> Dict[str, Tuple[float, float]]:
         "MIN_SIZE": (6, node.MAX_SIZE * node.IMAGE_SIZE),
         "MAX_SIZE": (0.01, 1),
         "MIN_VISIBLE": (0.05, 0.9),
+        "OWN_COLOUR": (0, 1),
+        "TEXTURE": (0, 1),
         "CLUTTER": (0, 1000),
         "NOISE": (0, 255),
         "BLUR": (0, 100),

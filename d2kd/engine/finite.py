@@ -1,4 +1,5 @@
 """Say which term, level and image made a loss infinite or NaN."""
+
 from typing import Any, Dict, List, Mapping
 
 import torch

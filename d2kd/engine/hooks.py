@@ -1,12 +1,16 @@
 """Hooks that Detectron2 lacks, or has only in its newest version."""
+
 import logging
 import math
+import os
 import random
-from typing import Any, Dict
+import time
+from typing import Any, Dict, List
 
 import numpy as np
 import torch
 from fvcore.common.checkpoint import Checkpointer
+from torch import nn
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -37,6 +41,42 @@ class SeedEachIteration(HookBase):
         seed_everything(self.seed, self.trainer.iter, comm.get_rank())
 
 
+class KeepLossNormalizer(HookBase):
+    """
+    Save the running mean by which RetinaNet and FCOS divide their losses; Detectron2 forgets it.
+
+    Without it a resumed run would start with other losses. Every process has a mean of its own,
+    so this hook runs on all of them, before the one that saves.
+    """
+
+    def __init__(self, detector: nn.Module, period: int):
+        """
+        Args:
+            detector: the student; one without such a mean is left alone
+            period: iterations between checkpoints
+        """
+        self.detector = detector
+        self.period = period
+        self.values: List[float] = []  # one per process
+
+    def after_step(self) -> None:
+        next_iter = self.trainer.iter + 1
+        if next_iter % self.period == 0 or next_iter >= self.trainer.max_iter:
+            value = getattr(self.detector, "loss_normalizer", None)
+            self.values = [] if value is None else [float(x) for x in comm.all_gather(value)]
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        values = state["values"]
+        if not values:
+            return
+        same_world = len(values) == comm.get_world_size()
+        mean = values[comm.get_rank()] if same_world else sum(values) / len(values)
+        self.detector.loss_normalizer = mean
+
+
 class BestCheckpointer(HookBase):
     """
     Keep model_best.pth, the student with the best value of a metric; run on the main process.
@@ -55,6 +95,7 @@ class BestCheckpointer(HookBase):
         self.checkpointer = checkpointer
         self.metric = metric
         self.best = -math.inf
+        self.run = time.time_ns()  # tells the files of this run from an older one's in the folder
 
     def after_step(self) -> None:
         next_iter = self.trainer.iter + 1
@@ -80,9 +121,18 @@ class BestCheckpointer(HookBase):
         self.checkpointer.save("model_best", iteration=iteration)
         if last:
             self.checkpointer.tag_last_checkpoint(last.rsplit("/", 1)[-1])
+        else:
+            os.remove(os.path.join(self.checkpointer.save_dir, "last_checkpoint"))
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "run": self.run}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.best = state["best"]
+        self.best, self.run = state["best"], state["run"]
+        # The checkpoint was written before the evaluation of its own iteration.
+        path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
+        if os.path.isfile(path):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = saved["trainer"].get("hooks", {}).get(type(self).__qualname__, {})
+            if saved.get("run") == self.run:
+                self.best = saved["best"]

@@ -1,4 +1,5 @@
 """Detectron2's optimizer from SOLVER, and gradient clipping over the whole model."""
+
 import itertools
 from typing import Any
 

@@ -1,4 +1,5 @@
 """Several processes, on GPUs (NCCL) or on CPUs (gloo), on one machine or more."""
+
 import socket
 from typing import Any, Callable, Tuple
 
@@ -40,8 +41,8 @@ def launch(
         return
     if device.startswith("cuda") and num_processes > torch.cuda.device_count():
         raise ValueError(
-            f"--num-gpus {num_processes}: this machine has {torch.cuda.device_count()} GPUs. On the "
-            "CPU (MODEL.DEVICE cpu) the flag is the number of processes."
+            f"--num-gpus {num_processes}: this machine has {torch.cuda.device_count()} GPUs. With "
+            "MODEL.DEVICE cpu the flag is the number of processes."
         )
     if dist_url == "auto":
         if num_machines > 1:
@@ -74,10 +75,10 @@ def _worker(
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     comm.synchronize()
-    try:
-        main_func(*args)
-    finally:
-        dist.destroy_process_group()
+    main_func(*args)
+    # Not after an error: the other processes would report a lost connection before this one could
+    # report its reason.
+    dist.destroy_process_group()
 
 
 def data_parallel(model: nn.Module) -> nn.Module:

@@ -1,4 +1,5 @@
 """Everything that can be found wrong with a config before a model is built."""
+
 import torch
 
 from detectron2.config import CfgNode

@@ -1,4 +1,5 @@
 """One run from a config: train, go on, or evaluate. What train_net.py calls in every process."""
+
 import os
 from typing import Any, Dict
 
@@ -9,9 +10,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
+from ..checkpoint import load_whole_detector
 from ..config import student_config
 from ..data import register_datasets
-from ..checkpoint import load_whole_detector
 from .preflight import check_config
 from .trainer import Trainer
 

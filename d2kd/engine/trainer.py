@@ -1,4 +1,5 @@
 """Detectron2's DefaultTrainer, with what distillation and exact resume need."""
+
 import logging
 import os
 import weakref
@@ -18,10 +19,10 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
-from ..data import ResumableLoader, build_train_loader
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
+from ..data import ResumableLoader, build_train_loader
 from .finite import FiniteLossMixin
-from .hooks import BestCheckpointer, SeedEachIteration, seed_everything
+from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
 from .optimizer import build_optimizer
 from .parallel import data_parallel
 
@@ -51,6 +52,7 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)  # 0.5's writers want it to be there
         seed_everything(self.seed)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -63,6 +65,12 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
+    def train(self) -> Any:
+        # TorchScript's focal loss rounds otherwise in the first iteration of a process, where it is
+        # not optimised yet: a resumed run would differ. GPUs are not exact to the bit anyway.
+        with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
+            return super().train()
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
@@ -71,7 +79,9 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg, self.seed)
 
     def build_hooks(self) -> List[Optional[Any]]:
-        hooks = [SeedEachIteration(self.seed), *super().build_hooks()]
+        student = getattr(self._module, "student", self._module)
+        keep = KeepLossNormalizer(student, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        hooks = [SeedEachIteration(self.seed), keep, *super().build_hooks()]
         if self.cfg.TEST.BEST_METRIC and self.cfg.DATASETS.TEST and comm.is_main_process():
             best = BestCheckpointer(
                 self.cfg.TEST.EVAL_PERIOD, self.checkpointer, self.cfg.TEST.BEST_METRIC
@@ -90,12 +100,6 @@ class Trainer(DefaultTrainer):
         if resume and self.checkpointer.has_checkpoint():
             path = self.checkpointer.get_checkpoint_file()
             self.checkpointer.load(path)
-            if self.checkpointer.missing_keys:
-                raise ValueError(
-                    f"{path} does not cover the student, it lacks "
-                    f"{self.checkpointer.missing_keys[0]}: it is of another run. Give this one an "
-                    "OUTPUT_DIR of its own."
-                )
             self.start_iter = self.data_loader.start_iter = self.iter + 1
             logger.info(f"Resuming at iteration {self.start_iter}.")
             return
@@ -116,6 +120,13 @@ class Trainer(DefaultTrainer):
             raise ValueError(
                 f"The checkpoint is of a run with DISTILL.HEADS {state.get('heads', [])}, this one "
                 f"has {self._head_names}. Give it an OUTPUT_DIR of its own."
+            )
+        # The student was loaded just before; its optimizer would not say what is wrong.
+        wrong = self.checkpointer.missing_keys + self.checkpointer.unexpected_keys
+        if wrong:
+            raise ValueError(
+                f"The checkpoint is of a run with another student: {wrong[0]!r} is not in both, or "
+                "of another shape. Give this one an OUTPUT_DIR of its own."
             )
         TrainerBase.load_state_dict(self, state)
         self._trainer.load_state_dict(state["_trainer"])

@@ -1,4 +1,5 @@
 """The contract of a distillation head, and how YAML names one."""
+
 import difflib
 from dataclasses import dataclass
 from typing import Dict, FrozenSet, List, Tuple, Type
@@ -76,7 +77,8 @@ def head_class(name: str) -> Type[nn.Module]:
         near = difflib.get_close_matches(name.upper(), head_names(), n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"DISTILL.HEADS names the unknown head {name!r}.{hint} Known: {', '.join(head_names())}."
+            f"DISTILL.HEADS names the unknown head {name!r}.{hint} "
+            f"Known: {', '.join(head_names())}."
         )
     return DISTILL_HEAD_REGISTRY.get(f"{name}Head")
 
@@ -101,8 +103,8 @@ def build_head(name: str, cfg: CfgNode, pair: DistillPair) -> nn.Module:
         if classes[0] != classes[1]:
             raise ValueError(
                 f"DISTILL.HEADS: {name} compares class logits, but the student has {classes[0]} "
-                f"classes and the teacher {classes[1]}. Use a teacher of the same classes, or heads "
-                "that read features alone, such as MGD or PKD."
+                f"classes and the teacher {classes[1]}. Use a teacher of the same classes, or "
+                "heads that read features alone, such as MGD or PKD."
             )
     return cls(cfg, pair)
 

@@ -32,8 +32,8 @@ class MGDHead(nn.Module):
         super().__init__()
         if not 0 <= mask_ratio < 1:
             raise ValueError(
-                f"DISTILL.MGD.MASK_RATIO must be in [0, 1), got {mask_ratio}: it is the probability "
-                "of hiding a position (0.65 for dense detectors, 0.45 for two-stage ones)."
+                f"DISTILL.MGD.MASK_RATIO must be in [0, 1), got {mask_ratio}: it is the "
+                "probability of hiding a position (0.65 for dense detectors, 0.45 for two-stage)."
             )
         self.levels = levels
         self.mask_ratio = mask_ratio
@@ -57,9 +57,7 @@ class MGDHead(nn.Module):
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         return {"levels": pair.levels, "mask_ratio": cfg.DISTILL.MGD.MASK_RATIO}
 
-    def forward(
-        self, student: DetectorView, teacher: DetectorView
-    ) -> Dict[str, Dict[str, Tensor]]:
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
         """
         Args:
             student, teacher: views with features (N, Cs, Hi, Wi) and (N, Ct, Hi, Wi)

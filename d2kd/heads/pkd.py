@@ -57,9 +57,7 @@ class PKDHead(nn.Module):
         levels = pair.levels if match == "stride" else _pair_by_index(pair)
         return {"levels": levels[: num_levels or None], "resize": match == "index"}
 
-    def forward(
-        self, student: DetectorView, teacher: DetectorView
-    ) -> Dict[str, Dict[str, Tensor]]:
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
         """
         Args:
             student, teacher: views with features (N, Cs, Hi, Wi) and (N, Ct, Hi, Wi)

@@ -1,4 +1,5 @@
 """Detectors that upstream builds only from LazyConfig, made buildable from YAML."""
+
 from .config import add_model_config
 from .fcos import build_fcos
 from .swin import build_retinanet_swin_fpn_backbone, build_swin_fpn_backbone

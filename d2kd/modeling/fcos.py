@@ -1,4 +1,5 @@
 """FCOS from YAML. Detectron2 has the class since 0.6, but registers no builder for it."""
+
 from torch import nn
 
 from detectron2.config import CfgNode

@@ -1,4 +1,5 @@
-"""Swin Transformer with an FPN from YAML. Detectron2 has the backbone since 0.6, without builder."""
+"""Swin with an FPN from YAML. Detectron2 has the backbone since 0.6, but registers no builder."""
+
 from torch import nn
 
 from detectron2.config import CfgNode

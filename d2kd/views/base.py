@@ -1,4 +1,5 @@
 """What a distillation head may see of a detector, one batch at a time."""
+
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -230,14 +231,17 @@ class DetectorView:
         return _multi_level_pooler(tuple(self.strides[k] for k in self._pooled_levels()))
 
 
-def unaliased(logits: Sequence[Tensor]) -> List[Tensor]:
+def unaliased(logits: Sequence[Tensor], num_classes: int) -> List[Tensor]:
     """
     Clone the maps that Detectron2's inference would turn into probabilities behind our back.
 
     It calls sigmoid_() on (N, Hi*Wi*A, K) views of (N, A*K, Hi, Wi) logits. Reordering copies the
-    data, except where there is nothing to reorder: a level of one cell, or one anchor of one class.
+    data, except where strides alone can express it: one anchor per cell, or a level of one cell.
     """
-    return [x.clone() if x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1 else x for x in logits]
+    return [
+        x.clone() if x.shape[1] == num_classes or x.shape[2] * x.shape[3] == 1 else x
+        for x in logits
+    ]
 
 
 # RoIAlign has no parameters, so poolers are shared by all views.

@@ -1,4 +1,5 @@
 """RetinaNet and FCOS: detectors that predict at every cell of the pyramid."""
+
 from typing import Any, FrozenSet, List, Sequence
 
 from torch import nn
@@ -52,10 +53,10 @@ class DenseView(DetectorView):
         logits, deltas, *centerness = output
         return DensePredictions(
             levels=self._pooled_levels(),
-            logits=unaliased(logits),
+            logits=unaliased(logits, self.num_classes(self.detector)),
             deltas=list(deltas),
             tower=tower,
-            centerness=unaliased(centerness[0]) if centerness else None,
+            centerness=unaliased(centerness[0], 1) if centerness else None,
         )
 
     def _pooled_levels(self) -> Sequence[str]:

@@ -1,4 +1,5 @@
 """Faster, Mask and Cascade R-CNN: an RPN, then a head on each region."""
+
 from typing import Any, FrozenSet, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
@@ -79,13 +80,13 @@ class RCNNView(DetectorView):
         tower, rpn_head = [], self.detector.proposal_generator.rpn_head
 
         def on_tower(module, inputs, output):
-            # Detectron2 0.5 applies the ReLU outside the hooked layer; a second one changes nothing.
+            # Detectron2 0.5 applies the ReLU outside the hooked layer; twice is the same as once.
             tower.append(output.relu())
 
         def on_head(module, inputs, output):
             predictions = DensePredictions(
                 levels=list(self.detector.proposal_generator.in_features),
-                logits=unaliased(output[0]),
+                logits=unaliased(output[0], num_classes=1),
                 deltas=list(output[1]),
                 tower=list(tower),
             )

@@ -57,7 +57,7 @@ class TestRegisterDatasets(unittest.TestCase):
         shapes = {"ROOT": self.root, "NUM_TRAIN": 3, "NUM_VAL": 2, **changes}
         cfg.DATASETS.SHAPES.merge_from_other_cfg(CfgNode(shapes))
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("d2kd_shapes_train",), ("d2kd_shapes_val",)
-        cfg.MODEL.RETINANET.NUM_CLASSES = 8
+        cfg.MODEL.RETINANET.NUM_CLASSES = 6
         return cfg
 
     def _check_error(self, cfg: CfgNode, *parts: str, error: type = ValueError) -> None:
@@ -165,7 +165,7 @@ class TestRegisterDatasets(unittest.TestCase):
         register_datasets(self._shapes(NUM_TRAIN=5))
         self.assertEqual(len(get_detection_dataset_dicts(cfg.DATASETS.TRAIN)), 5)
         cfg.MODEL.RETINANET.NUM_CLASSES = 80
-        self._check_error(cfg, "MODEL.RETINANET.NUM_CLASSES is 80", "d2kd_shapes_train has 8")
+        self._check_error(cfg, "MODEL.RETINANET.NUM_CLASSES is 80", "d2kd_shapes_train has 6")
 
 
 if __name__ == "__main__":

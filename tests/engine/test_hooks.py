@@ -1,0 +1,166 @@
+"""Seeds of an iteration, the best checkpoint, the running mean of RetinaNet's losses."""
+
+import random
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import pytest
+import torch
+from runs import assert_same_tensors, build_trainer, interrupt, run, run_config
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.modeling import build_model
+
+from d2kd.engine import Trainer
+from d2kd.engine.hooks import SeedEachIteration, seed_everything
+
+
+class Draws(HookBase):
+    """What the three random generators give in each iteration."""
+
+    def __init__(self) -> None:
+        self.seen: Dict[int, Any] = {}
+
+    def before_step(self) -> None:
+        numbers = random.random(), np.random.rand(), float(torch.rand(()))
+        self.seen[self.trainer.iter] = numbers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hooks")
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Dict[int, float]:
+    """Iteration to the bbox/AP that the evaluation after it is to find."""
+    values: Dict[int, float] = {}
+    build_hooks = Trainer.build_hooks
+
+    def with_answers(self: Trainer) -> List[Any]:
+        last = self.max_iter - 1
+        self.test = lambda cfg, model: {"bbox": {"AP": values[min(self.iter, last)]}}
+        return build_hooks(self)
+
+    monkeypatch.setattr(Trainer, "build_hooks", with_answers)
+    return values
+
+
+def best_config(folder: Path, output: Path, **overrides: Any) -> CfgNode:
+    """A save and an evaluation after every iteration."""
+    values = {
+        "OUTPUT_DIR": str(output),
+        "DATASETS__TEST": ("d2kd_shapes_val",),
+        "TEST__EVAL_PERIOD": 1,
+        "SOLVER__CHECKPOINT_PERIOD": 1,
+    }
+    return run_config(folder, **{**values, **overrides})
+
+
+def weights(output: Path, name: str) -> Dict[str, torch.Tensor]:
+    return torch.load(output / f"{name}.pth", weights_only=True)["model"]
+
+
+def test_seed_is_a_function_of_all_its_numbers() -> None:
+    draws = {}
+    for entropy in [(1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)]:
+        seed_everything(*entropy)
+        draws[entropy] = random.random(), np.random.rand(), float(torch.rand(()))
+    assert len(set(draws.values())) == 4
+    seed_everything(1, 1, 0)
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) == draws[1, 1, 0]
+
+
+def test_draws_of_an_iteration_do_not_depend_on_what_was_drawn_before() -> None:
+    class FakeTrainer:
+        iter = 5
+
+    hook, draws = SeedEachIteration(3), []
+    hook.trainer = FakeTrainer()
+    for count in (0, 7):
+        torch.rand(count), np.random.rand(count)
+        hook.before_step()
+        draws.append((random.random(), np.random.rand(), float(torch.rand(()))))
+    assert draws[0] == draws[1]
+
+
+def test_draws_of_an_iteration_are_the_same_after_resume(folder: Path, tmp_path: Path) -> None:
+    whole, resumed = Draws(), Draws()
+    run(run_config(folder, OUTPUT_DIR=str(tmp_path / "whole")), whole)
+    cfg = run_config(folder, OUTPUT_DIR=str(tmp_path / "parts"))
+    interrupt(cfg, 2)
+    run(cfg, resumed, resume=True)
+    assert len(set(whole.seen.values())) == 4
+    assert resumed.seen == {i: whole.seen[i] for i in (2, 3)}
+
+
+def test_best_checkpoint_is_the_student_of_the_best_evaluation(
+    folder: Path, tmp_path: Path, answers: Dict[int, float]
+) -> None:
+    answers.update({0: float("nan"), 1: 5.0, 2: 3.0, 3: 5.0})
+    cfg = best_config(folder, tmp_path)
+    run(cfg)
+    assert_same_tensors(weights(tmp_path, "model_best"), weights(tmp_path, "model_0000001"))
+    student = build_model(cfg)
+    DetectionCheckpointer(student).load(str(tmp_path / "model_best.pth"))
+    assert_same_tensors(student.state_dict(), weights(tmp_path, "model_0000001"))
+
+
+def test_best_checkpoint_is_never_the_one_to_resume_from(
+    folder: Path, tmp_path: Path, answers: Dict[int, float]
+) -> None:
+    answers.update({i: float(i) for i in range(4)})
+    cfg = best_config(folder, tmp_path)
+    interrupt(cfg, 2)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert (tmp_path / "model_best.pth").exists()
+    assert build_trainer(cfg, resume=True).start_iter == 2
+    run(cfg, resume=True)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_best_checkpoint_before_any_other_is_not_one_to_resume_from(
+    folder: Path, tmp_path: Path, answers: Dict[int, float]
+) -> None:
+    answers.update({i: float(i) for i in range(4)})
+    cfg = best_config(folder, tmp_path, SOLVER__CHECKPOINT_PERIOD=3)
+    interrupt(cfg, 1)
+    assert (tmp_path / "model_best.pth").exists()
+    assert build_trainer(cfg, resume=True).start_iter == 0
+
+
+@pytest.mark.parametrize("dies_in", [2, 3])
+def test_best_value_survives_resume(
+    dies_in: int, folder: Path, tmp_path: Path, answers: Dict[int, float]
+) -> None:
+    # In one case the last save is that of the best iteration itself, made before its evaluation.
+    answers.update({0: 1.0, 1: 5.0, 2: 3.0, 3: 4.0})
+    cfg = best_config(folder, tmp_path)
+    interrupt(cfg, dies_in)
+    run(cfg, resume=True)
+    assert_same_tensors(weights(tmp_path, "model_best"), weights(tmp_path, "model_0000001"))
+
+
+def test_a_new_run_does_not_inherit_the_best_value_of_an_old_one(
+    folder: Path, tmp_path: Path, answers: Dict[int, float]
+) -> None:
+    answers.update({0: 9.0, 1: 1.0, 2: 2.0, 3: 1.0})
+    run(best_config(folder, tmp_path))
+    answers.update({0: 1.0, 1: 1.0, 2: 2.0, 3: 1.0})
+    run(best_config(folder, tmp_path))
+    assert_same_tensors(weights(tmp_path, "model_best"), weights(tmp_path, "model_0000002"))
+
+
+def test_without_a_test_set_no_best_checkpoint_is_kept(folder: Path, tmp_path: Path) -> None:
+    run(run_config(folder, OUTPUT_DIR=str(tmp_path)))
+    assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_running_mean_of_the_losses_is_restored_by_resume(folder: Path, tmp_path: Path) -> None:
+    cfg = run_config(folder, OUTPUT_DIR=str(tmp_path))
+    mean = run(cfg).model.loss_normalizer
+    assert mean != 100  # where it starts
+    assert build_trainer(cfg, resume=True).model.loss_normalizer == mean

@@ -1,0 +1,195 @@
+"""Two processes on the CPU: the same step as one process, equal weights, resume, errors."""
+
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import torch
+from runs import assert_same_tensors, build_trainer, interrupt, run, run_config, tensors_in
+from torch import nn
+from toys import batch, distill_config, write_teacher
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from d2kd.engine import Trainer, launch
+from d2kd.engine.parallel import data_parallel
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+
+
+def step_config(teacher: List[Any]) -> CfgNode:
+    """Without batch statistics and random masks: then an image's gradient is its own."""
+    cfg = distill_config("retinanet", teacher, ["MGD"], DISTILL__MGD__MASK_RATIO=0.0)
+    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "GN"
+    cfg.MODEL.RETINANET.NORM = ""  # p7 is a single cell
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 32  # GN has 32 groups
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 32
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32
+    return cfg
+
+
+def images() -> List[Dict[str, Any]]:
+    """Two images with the same boxes, so that both have the same number of positive anchors."""
+    inputs = batch(2)
+    inputs[1]["instances"] = inputs[0]["instances"]
+    return inputs
+
+
+def one_step(cfg: CfgNode, inputs: List[Dict[str, Any]], loss_normalizer: float) -> nn.Module:
+    """The model after a step of SGD."""
+    torch.manual_seed(0)
+    distiller = build_model(cfg).train()
+    distiller.student.loss_normalizer = loss_normalizer
+    model = data_parallel(distiller)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with EventStorage():
+        sum(model(inputs).values()).backward()
+    optimizer.step()
+    return model
+
+
+class CountTeacher(HookBase):
+    def __init__(self) -> None:
+        self.calls: List[int] = []
+
+    def before_train(self) -> None:
+        backbone = self.trainer._module.teacher.model.backbone
+        backbone.register_forward_hook(lambda *_: self.calls.append(self.trainer.iter))
+
+
+def in_each_process(folder: Path, teacher: List[Any]) -> None:
+    """All that is done with two processes; what they found is left in files."""
+    rank, found = comm.get_rank(), {}
+    model = one_step(step_config(teacher), images()[rank : rank + 1], loss_normalizer=100.0)
+    found["step"] = model.module.state_dict()
+    hidden = {id(p) for p in model.module.teacher.model.parameters()}
+    found["teacher_in_ddp"] = sum(id(p) in hidden for p in model.parameters())
+
+    cfg = run_config(folder, teacher, DISTILL__MGD__SCHEDULE__STOP_ITER=4)
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER = 3, 5
+    found["dead"] = state_of(interrupt(cfg, 3))
+    counter = CountTeacher()
+    found["resumed"] = state_of(run(cfg, counter, resume=True))
+    found["calls"] = counter.calls
+    cfg.OUTPUT_DIR = str(folder / "whole")
+    found["whole"] = state_of(run(cfg))
+
+    cfg.SOLVER.IMS_PER_BATCH = 3
+    with pytest.raises(ValueError) as info:
+        build_trainer(cfg)
+    found["error"] = str(info.value)
+    torch.save(found, folder / f"rank_{rank}.pth")
+
+
+def state_of(trainer: Trainer) -> Dict[str, Any]:
+    comm.synchronize()  # nobody reads a checkpoint before it is written
+    return {
+        "start": trainer.start_iter,
+        "model": trainer._module.state_dict(),
+        "momentum": list(tensors_in(trainer.optimizer.state_dict()["state"])),
+        "normalizer": trainer._module.student.loss_normalizer,
+    }
+
+
+def fails_on_the_second(folder: Path) -> None:
+    if comm.get_rank() == 1:
+        raise FloatingPointError("loss_mgd is not finite")
+    comm.synchronize()  # would wait for ever
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> List[Any]:
+    return write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64)
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path, teacher: List[Any]) -> List[Dict[str, Any]]:
+    launch(in_each_process, 2, device="cpu", args=(folder, teacher))
+    return [torch.load(folder / f"rank_{i}.pth") for i in range(2)]
+
+
+def test_step_of_two_processes_is_that_of_one_with_both_images(
+    ranks: List[Dict[str, Any]], teacher: List[Any]
+) -> None:
+    cfg = step_config(teacher)
+    # RetinaNet divides by 0.9 * 100 + 0.1 * positives, and one process has twice the positives.
+    expected = one_step(cfg, images(), loss_normalizer=200.0).state_dict()
+    torch.manual_seed(0)
+    before = build_model(cfg).state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(ranks[0]["step"][key], value, rtol=1e-4, atol=1e-6)
+    moved = [k for k, v in expected.items() if not torch.equal(v, before[k])]
+    assert {k.split(".")[0] for k in moved} == {"student", "heads"}
+    assert_same_tensors(ranks[1]["step"], ranks[0]["step"])
+
+
+def test_teacher_is_not_in_data_parallel_s_parameters(ranks: List[Dict[str, Any]]) -> None:
+    assert [x["teacher_in_ddp"] for x in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("when", ["dead", "resumed"])
+def test_processes_have_equal_weights_and_momentum_also_after_resume(
+    ranks: List[Dict[str, Any]], when: str
+) -> None:
+    first, second = (x[when] for x in ranks)
+    assert_same_tensors(trainable(first["model"]), trainable(second["model"]))
+    assert len(first["momentum"]) == len(second["momentum"]) > 100
+    assert all(torch.equal(x, y) for x, y in zip(first["momentum"], second["momentum"]))
+    assert first["start"] == second["start"] == {"dead": 0, "resumed": 3}[when]
+
+
+def test_two_processes_resume_exactly(ranks: List[Dict[str, Any]]) -> None:
+    for found in ranks:
+        resumed, whole = found["resumed"], found["whole"]
+        assert_same_tensors(trainable(resumed["model"]), trainable(whole["model"]))
+        assert resumed["normalizer"] == whole["normalizer"]
+    assert len({x["whole"]["normalizer"] for x in ranks}) == 2  # each process has its own
+
+
+def test_term_that_has_stopped_is_safe_with_two_processes(ranks: List[Dict[str, Any]]) -> None:
+    # MGD alone, stopped from the fifth iteration on: nobody waits for the gradient of its heads.
+    assert [x["calls"] for x in ranks] == [[3], [3]]
+
+
+def test_batch_size_that_cannot_be_divided_is_refused(ranks: List[Dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "SOLVER.IMS_PER_BATCH is 3" in found["error"] and "2" in found["error"]
+
+
+def test_checkpoint_of_two_processes_is_that_of_the_plain_student(
+    ranks: List[Dict[str, Any]], folder: Path
+) -> None:
+    checkpoint = torch.load(folder / "run/model_final.pth", weights_only=True)
+    state = ranks[0]["resumed"]["model"]
+    student = {k[len("student.") :]: v for k, v in state.items() if k.startswith("student.")}
+    assert_same_tensors(checkpoint["model"], student)
+
+
+def test_error_in_one_process_ends_the_others(folder: Path) -> None:
+    with pytest.raises(Exception, match="loss_mgd is not finite"):
+        launch(fails_on_the_second, 2, device="cpu", args=(folder,))
+
+
+def test_one_process_runs_in_place() -> None:
+    called = []
+    launch(called.append, 1, args=("here",))
+    assert called == ["here"]
+
+
+def test_more_processes_than_gpus_are_refused() -> None:
+    with pytest.raises(ValueError, match="--num-gpus 99"):
+        launch(print, 99, device="cuda")
+
+
+def trainable(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Without BatchNorm's statistics, which every process has of its own images."""
+    return {k: v for k, v in state.items() if "running_" not in k and "num_batches" not in k}

@@ -1,0 +1,87 @@
+"""Each mistake that a config can hold is found before a model is built."""
+
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import torch
+from toys import detector_config, distill_config
+
+from detectron2.config import CfgNode
+
+from d2kd.engine.preflight import check_config
+from d2kd.heads.build import head_names
+
+
+@pytest.fixture
+def teacher_opts(tmp_path: Path) -> List[Any]:
+    """Files that exist: that they are a detector's is found when they are loaded."""
+    for name in ("teacher.yaml", "teacher.pth"):
+        (tmp_path / name).write_text("VERSION: 2\n")
+    config_file, weights = str(tmp_path / "teacher.yaml"), str(tmp_path / "teacher.pth")
+    return ["DISTILL.TEACHER.CONFIG_FILE", config_file, "DISTILL.TEACHER.WEIGHTS", weights]
+
+
+def test_sound_configs_pass(teacher_opts: List[Any]) -> None:
+    check_config(detector_config("retinanet"))
+    check_config(distill_config("retinanet", teacher_opts, head_names()))
+
+
+MISTAKES = [
+    ({"DISTILL.HEADS": []}, "DISTILL.HEADS is empty"),
+    ({"DISTILL.HEADS": ["MDG"]}, "unknown head 'MDG'. Did you mean 'MGD'"),
+    ({"DISTILL.INHERIT": ["tail"]}, "DISTILL.INHERIT has 'tail'; it may list neck, head"),
+    ({"DISTILL.MGD.LOSS_WEIGHT": 0.0}, "DISTILL.MGD.LOSS_WEIGHT must be above 0"),
+    ({"DISTILL.MGD.SCHEDULE.DECAY": "step"}, "DISTILL.MGD.SCHEDULE.DECAY must be one of"),
+    ({"DISTILL.STUDENT_META_ARCHITECTURE": ""}, "DISTILL.STUDENT_META_ARCHITECTURE is ''"),
+    (
+        {"DISTILL.STUDENT_META_ARCHITECTURE": "Distiller"},
+        "DISTILL.STUDENT_META_ARCHITECTURE is 'Distiller'; registered are .*RetinaNet",
+    ),
+    ({"DISTILL.TEACHER.CONFIG_FILE": ""}, "DISTILL.TEACHER.CONFIG_FILE is empty"),
+    ({"DISTILL.TEACHER.WEIGHTS": ""}, "DISTILL.TEACHER.WEIGHTS is empty"),
+    ({"DISTILL.TEACHER.WEIGHTS": "no.pth"}, "DISTILL.TEACHER.WEIGHTS: there is no file 'no.pth'"),
+    ({"DISTILL.TEACHER.CONFIG_FILE": "no.yaml"}, "'no.yaml' is neither a file nor a config of"),
+]
+
+
+@pytest.mark.parametrize("values, message", MISTAKES, ids=[m for _, m in MISTAKES])
+def test_mistake_is_refused_by_its_key(
+    teacher_opts: List[Any], values: Dict[str, Any], message: str
+) -> None:
+    cfg = distill_config("retinanet", teacher_opts)
+    cfg.merge_from_list([word for pair in values.items() for word in pair])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_config(cfg)
+
+
+def test_disabled_distillation_needs_no_teacher_and_no_head() -> None:
+    cfg = distill_config("retinanet", [], heads=[])
+    cfg.DISTILL.ENABLED = False
+    check_config(cfg)
+
+
+def test_unknown_meta_architecture_is_refused_with_the_known_ones() -> None:
+    cfg = detector_config("retinanet")
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNett"
+    message = "MODEL.META_ARCHITECTURE is 'RetinaNett'; registered are .*RetinaNet"
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> CfgNode:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return detector_config("retinanet")
+
+
+def test_gpu_that_is_not_there_is_refused(no_gpu: CfgNode) -> None:
+    no_gpu.MODEL.DEVICE = "cuda:1"
+    with pytest.raises(ValueError, match="MODEL.DEVICE is 'cuda:1', but PyTorch sees no GPU"):
+        check_config(no_gpu)
+
+
+def test_amp_without_a_gpu_is_refused(no_gpu: CfgNode) -> None:
+    no_gpu.SOLVER.AMP.ENABLED = True
+    with pytest.raises(ValueError, match="SOLVER.AMP.ENABLED is True.*MODEL.DEVICE is 'cpu'"):
+        check_config(no_gpu)

@@ -1,0 +1,142 @@
+"""How YAML names a head, and which pairs of detectors a head refuses."""
+
+from typing import Any, Callable, Dict, Iterator, Type
+
+import pytest
+from torch import nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+
+from d2kd import DISTILL_HEAD_REGISTRY, load_config
+from d2kd.heads import DetectorInfo, DistillPair, MGDHead, PKDHead, build_head, head_class
+from d2kd.heads.build import head_names, required_members
+from d2kd.pyramid import pair_levels
+
+RETINANET = {"name": "RetinaNet", "members": frozenset({"features", "dense", "roi_features"})}
+FASTER_RCNN = {
+    "name": "GeneralizedRCNN",
+    "members": frozenset({"features", "dense", "roi_features", "roi_predictions"}),
+}
+
+
+class ToyHead(nn.Module):
+    """The least that is a head."""
+
+    @configurable
+    def __init__(self, *, colour: str):
+        super().__init__()
+        self.colour = colour
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        node.LOSS_WEIGHT = 1.0
+        node.COLOUR = "red"
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        return {"colour": cfg.DISTILL.Toy.COLOUR}
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[..., Type[nn.Module]]]:
+    """Register a ToyHead with the given class attributes as "Toy"; forgotten after the test."""
+
+    def register_toy(**attributes: Any) -> Type[nn.Module]:
+        cls = type("ToyHead", (ToyHead,), attributes)
+        DISTILL_HEAD_REGISTRY.register(cls)
+        return cls
+
+    yield register_toy
+    DISTILL_HEAD_REGISTRY._obj_map.pop("ToyHead", None)
+
+
+def make_pair(
+    student: Dict[str, Any], teacher: Dict[str, Any], classes: Dict[str, int]
+) -> DistillPair:
+    shapes = {"p3": ShapeSpec(channels=4, stride=8)}
+    infos = [
+        DetectorInfo(shapes=shapes, num_classes=classes[side], **detector)
+        for side, detector in (("student", student), ("teacher", teacher))
+    ]
+    return DistillPair(*infos, pair_levels(shapes, shapes))
+
+
+SAME_CLASSES = {"student": 3, "teacher": 3}
+
+
+def test_head_names_are_the_classes_without_head() -> None:
+    assert {"MGD", "PKD"} <= set(head_names())
+    assert head_class("MGD") is MGDHead and head_class("PKD") is PKDHead
+
+
+def test_every_registered_head_has_its_keys_its_weight_and_its_schedule() -> None:
+    cfg = load_config()
+    for name in head_names():
+        assert cfg.DISTILL[name].LOSS_WEIGHT > 0
+        assert cfg.DISTILL[name].SCHEDULE.STOP_ITER == -1
+
+
+@pytest.mark.parametrize("name, near", [("MDG", "MGD"), ("mgd", "MGD"), ("PKDHead", "PKD")])
+def test_unknown_head_is_refused_with_the_nearest_one(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown head '{name}'. Did you mean '{near}'") as error:
+        head_class(name)
+    assert all(known in str(error.value) for known in head_names())
+
+
+def test_unknown_head_like_no_other_is_refused_with_the_list() -> None:
+    with pytest.raises(ValueError, match=r"unknown head 'Xyz'\. Known: .*MGD.*PKD"):
+        head_class("Xyz")
+
+
+def test_head_of_a_user_has_keys_and_is_built_from_them(register: Callable) -> None:
+    register()
+    cfg = load_config(opts=["DISTILL.Toy.COLOUR", "blue"])
+    head = build_head("Toy", cfg, make_pair(RETINANET, RETINANET, SAME_CLASSES))
+    assert head.colour == "blue"
+    assert required_members(head_class("Toy")) == {"features"}, "the default"
+
+
+def test_head_that_needs_what_the_student_cannot_give_is_refused(register: Callable) -> None:
+    register(requires=frozenset({"features", "roi_predictions"}))
+    with pytest.raises(ValueError, match="Toy needs roi_predictions; the student RetinaNet has"):
+        build_head("Toy", load_config(), make_pair(RETINANET, FASTER_RCNN, SAME_CLASSES))
+
+
+def test_head_that_needs_what_the_teacher_cannot_give_is_refused(register: Callable) -> None:
+    register(requires=frozenset({"roi_predictions"}))
+    with pytest.raises(ValueError, match="Toy needs roi_predictions; the teacher RetinaNet has"):
+        build_head("Toy", load_config(), make_pair(FASTER_RCNN, RETINANET, SAME_CLASSES))
+
+
+def test_head_that_needs_what_both_can_give_is_built(register: Callable) -> None:
+    cls = register(requires=frozenset({"roi_predictions"}))
+    pair = make_pair(FASTER_RCNN, FASTER_RCNN, SAME_CLASSES)
+    assert type(build_head("Toy", load_config(), pair)) is cls
+
+
+def test_different_classes_are_refused_for_a_head_that_compares_logits(register: Callable) -> None:
+    register(requires_logits=True)
+    different = make_pair(RETINANET, RETINANET, {"student": 3, "teacher": 80})
+    with pytest.raises(ValueError, match="Toy .*student has 3 classes and the teacher 80"):
+        build_head("Toy", load_config(), different)
+    assert build_head("Toy", load_config(), make_pair(RETINANET, RETINANET, SAME_CLASSES))
+
+
+@pytest.mark.parametrize("name", ["MGD", "PKD"])
+def test_different_classes_do_not_matter_to_a_head_that_reads_features(name: str) -> None:
+    pair = make_pair(RETINANET, FASTER_RCNN, {"student": 3, "teacher": 80})
+    assert [p.student for p in build_head(name, load_config(), pair).levels] == ["p3"]
+
+
+def test_keys_reach_the_head() -> None:
+    pair = make_pair(RETINANET, RETINANET, SAME_CLASSES)
+    head = build_head("MGD", load_config(opts=["DISTILL.MGD.MASK_RATIO", 0.45]), pair)
+    assert head.mask_ratio == 0.45
+
+
+@pytest.mark.parametrize("mask_ratio", [-0.1, 1.0])
+def test_mask_ratio_outside_its_range_is_refused_by_its_key(mask_ratio: float) -> None:
+    cfg = load_config(opts=["DISTILL.MGD.MASK_RATIO", mask_ratio])
+    with pytest.raises(ValueError, match=rf"DISTILL\.MGD\.MASK_RATIO .* got {mask_ratio}"):
+        build_head("MGD", cfg, make_pair(RETINANET, RETINANET, SAME_CLASSES))

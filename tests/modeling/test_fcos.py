@@ -1,0 +1,78 @@
+"""FCOS from YAML: the detector of upstream's LazyConfig, with its values."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from toys import batch, detector_config
+
+import detectron2.modeling
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import EventStorage
+
+from d2kd import load_config
+
+has_fcos = hasattr(detectron2.modeling, "FCOS")
+needs_fcos = pytest.mark.skipif(not has_fcos, reason="this Detectron2 has no FCOS")
+
+
+@needs_fcos
+def test_yaml_builds_upstream_s_class_with_the_values_of_the_yaml() -> None:
+    cfg = detector_config(
+        "fcos", MODEL__FCOS__PRIOR_PROB=0.2, MODEL__FCOS__NMS_THRESH_TEST=0.3, INPUT__FORMAT="RGB"
+    )
+    model = build_model(cfg)
+    assert type(model) is detectron2.modeling.FCOS
+    assert model.head_in_features == ["p3", "p4", "p5", "p6", "p7"]
+    assert (model.num_classes, model.test_nms_thresh) == (3, 0.3)
+    # sigmoid(bias) = 0.2
+    assert torch.allclose(model.head.cls_score.bias.sigmoid(), torch.tensor(0.2))
+
+
+@needs_fcos
+def test_defaults_are_those_of_upstream() -> None:
+    node = load_config().MODEL.FCOS
+    defaults = {
+        name: parameter.default
+        for cls in (detectron2.modeling.FCOS,)
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+    }
+    pairs = {
+        "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
+        "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+        "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+        "test_score_thresh": node.SCORE_THRESH_TEST,
+        "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+        "test_nms_thresh": node.NMS_THRESH_TEST,
+    }
+    assert {k: defaults[k] for k in pairs} == pairs
+    assert math.isclose(node.PRIOR_PROB, 0.01)
+
+
+@needs_fcos
+def test_extra_levels_come_from_p5() -> None:
+    model = build_model(detector_config("fcos"))
+    assert model.backbone.top_block.in_feature == "p5"
+    assert {k: v.stride for k, v in model.backbone.output_shape().items()} == {
+        f"p{i}": 2**i for i in range(3, 8)
+    }
+
+
+@needs_fcos
+def test_fcos_trains_and_detects() -> None:
+    torch.manual_seed(0)
+    model = build_model(detector_config("fcos"))
+    with EventStorage():
+        losses = model.train()(batch())
+    assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert [set(x) for x in model.eval()(batch())] == [{"instances"}] * 2
+
+
+@pytest.mark.skipif(has_fcos, reason="this Detectron2 has FCOS")
+def test_fcos_is_refused_where_detectron2_lacks_it() -> None:
+    assert "FCOS" in META_ARCH_REGISTRY
+    with pytest.raises(ValueError, match="MODEL.META_ARCHITECTURE: FCOS needs .* came with 0.6"):
+        build_model(detector_config("fcos"))

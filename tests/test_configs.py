@@ -1,0 +1,71 @@
+"""Every shipped YAML builds, names data sets that exist, and says only what makes it different."""
+
+from pathlib import Path
+from typing import List
+
+import pytest
+import torch
+from toys import ROOT
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+
+from d2kd import load_config
+from d2kd.data.shapes import SPLITS
+
+FOLDER = Path(ROOT) / "configs"
+FILES = sorted(str(x.relative_to(ROOT)) for x in FOLDER.rglob("*.yaml"))
+LEAVES = [x for x in FILES if not Path(x).name.startswith("Base")]
+MAX_LINES = 20
+
+NO_WEIGHTS = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+NO_TEACHER_WEIGHTS = ["DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS", True]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in the configs start there."""
+    monkeypatch.chdir(ROOT)
+
+
+def build_or_skip(cfg: CfgNode) -> torch.nn.Module:
+    try:
+        return build_model(cfg)
+    except ValueError as error:
+        if "which the installed Detectron2" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def lines_of(path: str) -> List[str]:
+    return [x for x in Path(path).read_text().splitlines() if x.strip()]
+
+
+def test_there_are_configs() -> None:
+    assert FILES
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_config_has_only_keys_that_are_read_and_data_sets_that_exist(path: str) -> None:
+    cfg = load_config(path)
+    own = [x["NAME"] for x in cfg.DATASETS.COCO_FORMAT]
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        assert name in (*SPLITS, *own, *DatasetCatalog.list()), name
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_leaf_is_short(path: str) -> None:
+    assert len(lines_of(path)) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_leaf_builds_with_teacher_heads_and_level_plan(path: str) -> None:
+    cfg = load_config(path, NO_WEIGHTS)
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+        build_or_skip(cfg)
+        return
+    cfg.merge_from_list(NO_TEACHER_WEIGHTS)
+    distiller = build_or_skip(cfg)
+    assert cfg.DISTILL.ENABLED and list(distiller.heads) == list(cfg.DISTILL.HEADS) != []
+    distiller.inherit_from_teacher()  # refused where nothing fits

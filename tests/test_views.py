@@ -1,0 +1,437 @@
+"""A view says what the detector's own modules say; the student's comes from its own pass."""
+
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Tuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import batch, detector_config
+
+import detectron2.modeling
+from detectron2.modeling import build_model
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import BitMasks, Boxes
+from detectron2.utils.events import EventStorage
+
+from d2kd import DetectorView
+from d2kd.views import find_view
+
+needs_fcos = pytest.mark.skipif(
+    not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"
+)
+DENSE = ["retinanet", pytest.param("fcos", marks=needs_fcos)]
+TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn"]
+ALL = frozenset({"features", "dense", "roi_features", "roi_predictions"})
+
+
+def build(name: str, **overrides: Any) -> nn.Module:
+    """A detector in training mode; its BatchNorm takes the statistics of the batch."""
+    torch.manual_seed(0)
+    return build_model(detector_config(name, **overrides)).train()
+
+
+# GroupNorm has no running averages, so eval mode is sane without training. It makes 32 groups.
+GROUP_NORM = {
+    "MODEL__RESNETS__NORM": "GN",
+    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
+    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
+    "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
+    "MODEL__FPN__NORM": "",
+}
+
+
+def build_teacher(name: str, **overrides: Any) -> nn.Module:
+    """A frozen detector in eval mode."""
+    return build(name, **GROUP_NORM, **overrides).eval().requires_grad_(False)
+
+
+def masked_batch() -> List[Dict[str, Any]]:
+    """A batch whose boxes have masks as well: Mask R-CNN wants them, the others do not mind."""
+    inputs = batch()
+    for x in inputs:
+        x["instances"].gt_masks = BitMasks(torch.ones(len(x["instances"]), 64, 64))
+    return inputs
+
+
+@pytest.fixture(autouse=True)
+def storage() -> Iterator[EventStorage]:
+    with EventStorage() as storage:  # Detectron2's losses write to it
+        yield storage
+
+
+def record(
+    detector: nn.Module, inputs: List[Dict[str, Any]], members: FrozenSet[str] = ALL
+) -> DetectorView:
+    """A student's view, filled by its own forward."""
+    view = find_view(detector, "student")(detector, inputs)
+    with view.record(members & view.members_of(detector)):
+        detector(inputs)
+    return view
+
+
+def view_of_teacher(detector: nn.Module, inputs: List[Dict[str, Any]]) -> DetectorView:
+    return find_view(detector, "teacher")(detector, inputs)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Equal bit for bit: tensors, or lists or dicts of them."""
+    if isinstance(expected, Tensor):
+        assert torch.equal(actual, expected)
+        return
+    assert len(actual) == len(expected)
+    keys = expected if isinstance(expected, dict) else range(len(expected))
+    for k in keys:
+        assert torch.equal(actual[k], expected[k]), k
+
+
+def some_boxes(sizes: Tuple[int, ...] = (6, 20, 60)) -> List[Boxes]:
+    """Boxes of two images, 3 and 2."""
+    boxes = Boxes(torch.tensor([[2.0, 3.0, 2.0 + s, 3.0 + s * 0.8] for s in sizes]))
+    return [boxes, Boxes(boxes.tensor[:2] + 1)]
+
+
+# The batch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_view_knows_sizes_strides_and_ground_truth(name: str) -> None:
+    inputs = batch(height=40, width=50) + batch(num_images=1, boxes=0, height=33, width=60)
+    view = record(build(name), inputs)
+    assert view.image_sizes == [(40, 50), (40, 50), (33, 60)]
+    assert view.image_size == (64, 64), "the largest height and width, then a multiple of 32"
+    assert [len(x) for x in view.gt_instances] == [2, 2, 0]
+    for level, stride in view.strides.items():
+        assert stride == 2 ** int(level[1:])
+        # Halved again and again, rounding up: a level is never empty.
+        assert tuple(view.features[level].shape[-2:]) == (-(-64 // stride),) * 2
+
+
+@pytest.mark.parametrize("name, members", [("retinanet", 3), ("faster_rcnn", 4)])
+def test_members_and_classes_of_a_family(name: str, members: int) -> None:
+    detector = build(name)
+    cls = find_view(detector, "student")
+    assert cls.members_of(detector) <= cls.members <= ALL
+    assert len(cls.members_of(detector)) == members
+    assert cls.num_classes(detector) == 3
+
+
+def test_detector_with_one_pooled_level_has_no_roi_predictions() -> None:
+    detector = build(
+        "faster_rcnn",
+        MODEL__ROI_HEADS__NAME="Res5ROIHeads",
+        MODEL__BACKBONE__NAME="build_resnet_backbone",
+        MODEL__RESNETS__OUT_FEATURES=["res4"],
+        MODEL__RPN__IN_FEATURES=["res4"],
+        MODEL__ROI_HEADS__IN_FEATURES=["res4"],
+        MODEL__ANCHOR_GENERATOR__SIZES=[[16, 32]],
+    )
+    members = find_view(detector, "teacher").members_of(detector)
+    assert members == {"features", "dense"}
+
+
+def test_subclass_of_a_known_detector_has_its_parent_s_view() -> None:
+    parent = build("retinanet")
+    child = type("MyRetinaNet", (type(parent),), {})
+    assert find_view(child.__new__(child), "student") is find_view(parent, "student")
+
+
+# The student: recorded in its own forward --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*DENSE, *TWO_STAGE])
+def test_recorded_features_are_those_of_a_second_pass(name: str) -> None:
+    # In training mode BatchNorm normalises by the batch itself, not by its running averages, so a
+    # second pass over the same batch gives the same bits.
+    student, inputs = build(name), masked_batch()
+    view = record(student, inputs)
+    assert_same(view.features, student.backbone(student.preprocess_image(inputs).tensor))
+    assert all(x.requires_grad for x in view.features.values())
+
+
+@pytest.mark.parametrize("name", [*DENSE, *TWO_STAGE])
+def test_recording_changes_neither_losses_nor_hooks(name: str) -> None:
+    losses = []
+    for recorded in (False, True):
+        student, inputs = build(name), masked_batch()
+        torch.manual_seed(3)  # the sampling of proposals
+        if recorded:
+            view = find_view(student, "student")(student, inputs)
+            with view.record(view.members_of(student)):
+                losses.append(student(inputs))
+        else:
+            losses.append(student(inputs))
+    assert_same(losses[1], losses[0])
+    assert not hooked(student)
+
+
+def hooked(detector: nn.Module) -> List[str]:
+    return [name for name, module in detector.named_modules() if module._forward_hooks]
+
+
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_hooks_are_removed_when_the_forward_raises(name: str) -> None:
+    student, inputs = build(name), masked_batch()
+    view = find_view(student, "student")(student, inputs)
+    with pytest.raises(ZeroDivisionError):
+        with view.record(view.members_of(student)):
+            assert hooked(student)
+            student.backbone(student.preprocess_image(inputs).tensor)
+            raise ZeroDivisionError
+    assert not hooked(student)
+
+
+@pytest.mark.parametrize("name", [*DENSE, *TWO_STAGE])
+def test_student_runs_each_module_once(name: str) -> None:
+    student, inputs, calls = build(name), masked_batch(), []
+    student.backbone.register_forward_hook(lambda *_: calls.append("backbone"))
+    view = record(student, inputs)
+    view.features, view.dense(), view.roi_features(some_boxes())
+    if "roi_predictions" in view.members:
+        view.roi_predictions()
+    assert calls == ["backbone"]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_student_s_dense_predictions_are_those_of_its_head(name: str) -> None:
+    student, inputs = build(name), masked_batch()
+    dense = record(student, inputs).dense()
+    assert dense.levels == ["p3", "p4", "p5", "p6", "p7"]
+    features = student.backbone(student.preprocess_image(inputs).tensor)
+    features = [features[k] for k in dense.levels]
+    logits, deltas, *centerness = student.head(features)
+    assert_same(dense.logits, logits)
+    assert_same(dense.deltas, deltas)
+    assert_same(dense.tower, [student.head.cls_subnet(x) for x in features])
+    assert (dense.centerness is None) == (name == "retinanet")
+    if centerness:
+        assert_same(dense.centerness, centerness[0])
+    assert all(x.requires_grad for x in dense.logits + dense.deltas + dense.tower)
+
+
+@pytest.mark.parametrize("name", TWO_STAGE)
+def test_two_stage_student_answers_dense_with_its_rpn(name: str) -> None:
+    student, inputs = build(name), masked_batch()
+    dense = record(student, inputs).dense()
+    assert dense.levels == ["p2", "p3", "p4", "p5", "p6"]
+    assert_rpn(dense, student, student.backbone(student.preprocess_image(inputs).tensor))
+    assert all(x.requires_grad for x in dense.logits + dense.deltas + dense.tower)
+
+
+def assert_rpn(dense: Any, detector: nn.Module, features: Dict[str, Tensor]) -> None:
+    rpn_head = detector.proposal_generator.rpn_head
+    logits, deltas = rpn_head([features[k] for k in dense.levels])
+    assert_same(dense.logits, logits)
+    assert_same(dense.deltas, deltas)
+    assert dense.centerness is None
+    # The tower's output is what the two 1x1 predictors read.
+    assert_same([rpn_head.objectness_logits(x) for x in dense.tower], logits)
+
+
+@pytest.mark.parametrize("name", TWO_STAGE)
+def test_student_s_roi_predictions_are_those_of_its_own_training_pass(name: str) -> None:
+    student, inputs, first_stage = build(name), masked_batch(), []
+    predictor = student.roi_heads.box_predictor
+    predictor = predictor[0] if name == "cascade_rcnn" else predictor
+    predictor.register_forward_hook(lambda module, x, output: first_stage.append((x[0], *output)))
+    view = record(student, inputs)
+    predictions = view.roi_predictions()
+    assert len(first_stage) == 1, "computed once, by the student itself"
+    feature, logits, deltas = first_stage[0]
+    assert predictions.feature is feature
+    assert predictions.logits is logits and predictions.deltas is deltas
+    # A row for every sampled box, and classes to go with it.
+    rows = sum(len(x) for x in view.sampled_boxes)
+    assert 0 < rows == len(feature) == len(logits) == len(deltas)
+    assert [len(x.gt_classes) for x in view.sampled_proposals] == [
+        len(x) for x in view.sampled_boxes
+    ]
+    for boxes, proposals in zip(view.sampled_boxes, view.sampled_proposals):
+        assert torch.equal(boxes.tensor, proposals.proposal_boxes.tensor)
+    # Asked for these very boxes, the box head says the same again.
+    again = view.roi_predictions(view.sampled_boxes)
+    assert_same([again.feature, again.logits, again.deltas], [feature, logits, deltas])
+
+
+# What a head must not do -------------------------------------------------------------------------
+
+
+def test_member_that_was_not_recorded_is_refused() -> None:
+    view = record(build("faster_rcnn"), batch(), frozenset({"features"}))
+    assert view.features
+    for ask, name in ((view.dense, "dense"), (view.roi_predictions, "roi_predictions")):
+        with pytest.raises(RuntimeError, match=f"student's '{name}' was not recorded .*`requires`"):
+            ask()
+
+
+def change_features(view: DetectorView) -> None:
+    with torch.no_grad():
+        view._recorded["backbone"][1]["p4"].add_(1)
+
+
+def change_deltas(view: DetectorView) -> None:
+    with torch.no_grad():
+        view._recorded["dense"].deltas[0][:, 0].zero_()
+
+
+@pytest.mark.parametrize(
+    "change, ask, name",
+    [
+        (change_features, lambda view: view.features, "backbone"),
+        (change_deltas, lambda view: view.dense(), "dense"),
+    ],
+)
+def test_recorded_tensor_that_was_changed_in_place_is_refused(
+    change: Callable[[DetectorView], None], ask: Callable[[DetectorView], Any], name: str
+) -> None:
+    view = record(build("retinanet"), batch())
+    ask(view)
+    change(view)
+    with pytest.raises(RuntimeError, match=f"student's '{name}' was changed in place"):
+        ask(view)
+
+
+def test_probabilities_in_place_of_logits_are_kept_out() -> None:
+    # A 64 x 64 image has one cell on p6 and p7. There the reordering to (N, Hi*Wi*A, K) that
+    # Detectron2 makes before its sigmoid_() is a view of the logits.
+    detector, inputs = build("retinanet"), batch()
+    originals = {}
+
+    def remember(module: nn.Module, x: Any, output: Any) -> None:
+        originals["raw"], originals["copy"] = output[0], [y.clone() for y in output[0]]
+
+    detector.head.register_forward_hook(remember)
+    view = record(detector, inputs)
+    dense = view.dense()
+    assert [tuple(x.shape[-2:]) for x in dense.logits[-2:]] == [(1, 1), (1, 1)]
+    with torch.no_grad():
+        for x in originals["raw"]:
+            n, _, height, width = x.shape
+            split = x.view(n, -1, 3, height, width)
+            split.permute(0, 3, 4, 1, 2).reshape(n, -1, 3)[0].sigmoid_()
+    changed = [not torch.equal(a, b) for a, b in zip(originals["raw"], originals["copy"])]
+    assert changed == [False, False, False, True, True], "the trap itself"
+    assert_same(view.dense().logits, originals["copy"])
+
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("retinanet", {}),
+        # One anchor per cell: the reordering is a view on levels of any size.
+        ("retinanet", {"MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS": [[1.0]]}),
+        pytest.param("fcos", {}, marks=needs_fcos),
+        ("faster_rcnn", {}),
+        ("faster_rcnn", {"MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS": [[1.0]]}),
+    ],
+)
+def test_logits_outlive_the_detector_s_own_inference(name: str, overrides: Dict[str, Any]) -> None:
+    detector, inputs, logits = build_teacher(name, **overrides), batch(), []
+    head = detector.proposal_generator.rpn_head if name == "faster_rcnn" else detector.head
+    head.register_forward_hook(lambda m, x, output: logits.extend(y.clone() for y in output[0]))
+    assert_same(record(detector, inputs).dense().logits, logits)
+
+
+# The teacher: computed when asked ----------------------------------------------------------------
+
+
+def test_teacher_computes_what_it_is_asked_for_and_once() -> None:
+    teacher, calls = build_teacher("faster_rcnn"), []
+    parts = {
+        "backbone": teacher.backbone,
+        "rpn": teacher.proposal_generator.rpn_head,
+        "box_head": teacher.roi_heads.box_head,
+    }
+    for name, module in parts.items():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    view = view_of_teacher(teacher, batch())
+    assert calls == []
+    view.features, view.features, view.image_size
+    assert calls == ["backbone"]
+    view.dense(), view.dense()
+    assert calls == ["backbone", "rpn"]
+    view.roi_predictions(some_boxes())
+    assert calls == ["backbone", "rpn", "box_head"]
+
+
+@pytest.mark.parametrize("name", [*DENSE, *TWO_STAGE])
+def test_nothing_of_the_teacher_carries_a_gradient(name: str) -> None:
+    view = view_of_teacher(build_teacher(name), batch())
+    dense = view.dense()
+    found = [*view.features.values(), *dense.logits, *dense.deltas, *dense.tower]
+    found += [view.roi_features(some_boxes()), view.roi_features(some_boxes(), "all")]
+    if "roi_predictions" in view.members:
+        predictions = view.roi_predictions(some_boxes())
+        found += [predictions.feature, predictions.logits, predictions.deltas]
+    assert not any(x.requires_grad for x in found)
+
+
+@pytest.mark.parametrize("name", [*DENSE, *TWO_STAGE])
+@torch.no_grad()
+def test_teacher_s_parts_are_those_of_detectron2_s_modules(name: str) -> None:
+    teacher, inputs = build_teacher(name), batch(height=50, width=64)
+    view = view_of_teacher(teacher, inputs)
+    features = teacher.backbone(teacher.preprocess_image(inputs).tensor)
+    assert_same(view.features, features)
+    dense = view.dense()
+    if name in ("retinanet", "fcos"):
+        logits, deltas, *_ = teacher.head([features[k] for k in dense.levels])
+        assert_same(dense.logits, logits)
+        assert_same(dense.deltas, deltas)
+    else:
+        assert_rpn(dense, teacher, features)
+
+
+@pytest.mark.parametrize("name", TWO_STAGE)
+@torch.no_grad()
+def test_teacher_s_answer_for_boxes_is_that_of_its_box_head(name: str) -> None:
+    teacher, inputs, boxes = build_teacher(name), batch(), some_boxes()
+    view = view_of_teacher(teacher, inputs)
+    roi_heads = teacher.roi_heads
+    features = [view.features[k] for k in ("p2", "p3", "p4", "p5")]
+    pooled = roi_heads.box_pooler(features, boxes)
+    assert_same(view.roi_features(boxes), pooled)
+    head, predictor = roi_heads.box_head, roi_heads.box_predictor
+    if name == "cascade_rcnn":
+        head, predictor = head[0], predictor[0]
+    predictions = view.roi_predictions(boxes)
+    logits, deltas = predictor(head(pooled))
+    assert_same([predictions.feature, predictions.logits], [head(pooled), logits])
+    assert_same(predictions.deltas, deltas)
+    assert logits.shape == (5, 4), "R boxes, K + 1 classes"
+    assert deltas.shape == (5, 4 if name == "cascade_rcnn" else 12)
+
+
+@pytest.mark.parametrize("name, levels", [("retinanet", range(3, 8)), ("faster_rcnn", range(2, 6))])
+@torch.no_grad()
+def test_boxes_are_pooled_from_every_level(name: str, levels: range) -> None:
+    view, boxes = view_of_teacher(build_teacher(name), batch()), some_boxes()
+    pooled = view.roi_features(boxes, levels="all")
+    assert pooled.shape == (5, len(levels), 32, 7, 7)
+    for i, level in enumerate(levels):
+        alone = ROIPooler(7, (1 / 2**level,), sampling_ratio=0, pooler_type="ROIAlignV2")
+        assert_same(pooled[:, i], alone([view.features[f"p{level}"]], boxes))
+
+
+@torch.no_grad()
+def test_a_box_of_224_pixels_belongs_to_stride_16() -> None:
+    # Level 4 + log2(side / 224), rounded down: 112 to p3, 224 to p4, 448 to p5.
+    inputs = batch(num_images=1, height=512, width=512)
+    view = view_of_teacher(build_teacher("retinanet"), inputs)
+    boxes = [Boxes(torch.tensor([[0.0, 0.0, side, side] for side in (112, 224, 448)]))]
+    assigned, every = view.roi_features(boxes), view.roi_features(boxes, levels="all")
+    assert_same(assigned, every[torch.arange(3), torch.tensor([0, 1, 2])])
+
+
+@torch.no_grad()
+def test_no_boxes_at_all_give_no_rows() -> None:
+    view = view_of_teacher(build_teacher("faster_rcnn"), batch())
+    none = [Boxes(torch.zeros(0, 4)), Boxes(torch.zeros(0, 4))]
+    assert view.roi_features(none).shape[0] == 0
+    assert view.roi_features(none, levels="all").shape[:2] == (0, 4)
+    assert view.roi_predictions(none).logits.shape == (0, 4)
+
+
+def test_unknown_choice_of_levels_is_refused() -> None:
+    view = view_of_teacher(build_teacher("retinanet"), batch())
+    with pytest.raises(AssertionError, match="'assigned' or 'all', got 'best'"):
+        view.roi_features(some_boxes(), levels="best")

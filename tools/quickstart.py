@@ -1,0 +1,170 @@
+#!/usr/bin/env python
+"""
+See what distillation does, in minutes, from nothing: train a small detector alone, train it again
+with a teacher beside it, and compare the two. Same seed, same batches in the same order, same
+schedule; the teacher is the only difference.
+
+Each step is a train_net.py command, printed so that you can run it yourself. A step that was
+finished before is not repeated; one that was interrupted goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from typing import Dict, List, Sequence
+
+from tabulate import tabulate
+
+from detectron2.config import CfgNode
+
+from d2kd import load_config
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+METRICS = ("AP", "AP50", "APs", "APm", "APl")
+# Detectron2's progress line: keep time left, iteration and losses, drop timers and learning rate.
+PROGRESS = re.compile(r"eta: .*?(?=\s+time:)")
+
+
+def main() -> None:
+    args = parse_args()
+    distilled = load_config(args.distilled, args.opts)
+    teacher_weights = distilled.DISTILL.TEACHER.WEIGHTS
+    steps = [
+        ("teacher", distilled.DISTILL.TEACHER.CONFIG_FILE, teacher_weights),
+        ("student alone", args.student, ""),
+        ("student distilled", args.distilled, ""),
+    ]
+    start, results = time.perf_counter(), {}
+    for i, (name, config_file, weights) in enumerate(steps, 1):
+        print(f"\n[{i}/{len(steps)}] {name}: {config_file}", flush=True)
+        # The teacher's own training is not what the overrides are about.
+        opts = args.opts if i > 1 else shared_opts(args.opts)
+        results[name] = run_step(config_file, weights, opts, args.fresh)
+    seconds = time.perf_counter() - start
+    report = make_report(results, seconds)
+    print("\n" + report)
+    folder = os.path.dirname(load_config(args.student, args.opts).OUTPUT_DIR.rstrip("/")) or "."
+    with open(os.path.join(folder, "table.md"), "w") as file:
+        file.write(report + "\n")
+    print(f"\nTable: {folder}/table.md. Curves: tensorboard --logdir {folder}")
+
+
+def run_step(config_file: str, weights: str, opts: Sequence[str], fresh: bool) -> Dict[str, float]:
+    """
+    Train, or only evaluate where trained weights are there already.
+
+    Args:
+        weights: trained weights of this detector, "" if it is to be trained
+
+    Returns:
+        metric to value, in percent
+    """
+    cfg = load_config(config_file, opts)
+    command = [sys.executable, os.path.join(ROOT, "train_net.py"), "--config-file", config_file]
+    if weights and os.path.isfile(weights):
+        print(f"Trained weights are there: {weights}. Evaluating them.")
+        scratch = os.path.join(cfg.OUTPUT_DIR, "evaluation")
+        words = [*opts, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]
+        return evaluation(run(command + ["--eval-only"], words))
+    done = os.path.join(cfg.OUTPUT_DIR, "quickstart.json")
+    if not fresh and os.path.isfile(done) and load_json(done)["config"] == identity(cfg):
+        print(f"Done before: {done}. Add --fresh to repeat it.")
+        return load_json(done)["results"]
+    resume = [] if fresh else resumable(cfg)
+    results = evaluation(run(command + resume, opts))
+    with open(done, "w") as file:
+        json.dump({"config": identity(cfg), "results": results}, file)
+    return results
+
+
+def run(command: List[str], opts: Sequence[str]) -> List[str]:
+    """Run train_net.py, show its progress, and return all it printed; stop if it fails."""
+    command = command + list(opts)
+    print("$ python " + " ".join(os.path.relpath(w) if w[:1] == "/" else w for w in command[1:]))
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=os.getcwd()
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        progress = PROGRESS.search(line)
+        if progress:
+            print("  " + progress.group(), flush=True)
+        elif "Drawing" in line or "Start inference" in line:
+            print("  " + line.split("]: ")[-1].rstrip(), flush=True)
+    if process.wait():
+        sys.exit("\n".join(lines[-30:]) + "\nThe step failed; the lines above say why.")
+    return lines
+
+
+def evaluation(lines: Sequence[str]) -> Dict[str, float]:
+    """Read Detectron2's last "copypaste" block: a line of names, a line of values."""
+    rows = [x.split("copypaste: ")[1] for x in lines if "copypaste: " in x]
+    values = dict(zip(rows[-2].split(","), map(float, rows[-1].split(","))))
+    return {k: values[k] for k in METRICS}
+
+
+def make_report(results: Dict[str, Dict[str, float]], seconds: float) -> str:
+    """The three rows and the gain, as a Markdown table with a sentence."""
+    rows = [[name] + [values[k] for k in METRICS] for name, values in results.items()]
+    gains = [results["student distilled"][k] - results["student alone"][k] for k in METRICS]
+    rows.append(["gain"] + [f"{x:+.1f}" for x in gains])
+    table = tabulate(rows, ["", *METRICS], tablefmt="github", floatfmt=".1f")
+    verdict = (
+        f"The teacher's company is worth {gains[0]:+.1f} AP to this student."
+        if gains[0] > 0
+        else f"No gain this time ({gains[0]:+.1f} AP)."
+    )
+    return f"{table}\n\n{verdict} ({seconds / 60:.1f} minutes; one seed, so take it as one draw.)"
+
+
+def resumable(cfg: CfgNode) -> List[str]:
+    """["--resume"] if OUTPUT_DIR holds an interrupted run of this very config."""
+    saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if not os.path.isfile(saved) or identity(load_config(saved)) != identity(cfg):
+        return []
+    return ["--resume"]
+
+
+def identity(cfg: CfgNode) -> str:
+    return cfg.dump()
+
+
+def shared_opts(opts: Sequence[str]) -> List[str]:
+    """Of the overrides, those that the teacher needs too: device and data."""
+    pairs = zip(opts[0::2], opts[1::2])
+    keep = ("MODEL.DEVICE", "DATASETS.", "DATALOADER.")
+    return [word for key, value in pairs if key.startswith(keep) for word in (key, value)]
+
+
+def load_json(path: str) -> Dict:
+    with open(path) as file:
+        return json.load(file)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example: python tools/quickstart.py --distilled configs/quickstart/mgd.yaml",
+    )
+    folder = "configs/quickstart"
+    parser.add_argument(
+        "--student", default=f"{folder}/student.yaml", metavar="FILE", help="the student alone"
+    )
+    parser.add_argument(
+        "--distilled", default=f"{folder}/pkd.yaml", metavar="FILE", help="with its teacher"
+    )
+    parser.add_argument("--fresh", action="store_true", help="train anew what was trained before")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="config overrides for both students: KEY VALUE ..."
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

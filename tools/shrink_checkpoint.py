@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""
+Keep of a checkpoint what inference needs: the model, its weights as float16, half a float32's size.
+
+Detectron2 loads the result as any other; the weights become float32 again, rounded.
+"""
+import argparse
+import hashlib
+import os
+
+import torch
+
+
+def shrink(source: str, target: str) -> str:
+    """
+    Args:
+        source: a checkpoint with "model"
+        target: file to write
+
+    Returns:
+        sha256 of the written file
+    """
+    model = torch.load(source, map_location="cpu", weights_only=True)["model"]
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in model.items()}
+    for key, value in halves.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{key} of {source} does not fit into float16")
+    torch.save({"model": halves}, target)
+    with open(target, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="checkpoint, such as output/run/model_final.pth")
+    parser.add_argument("target", help="file to write")
+    args = parser.parse_args()
+    digest = shrink(args.source, args.target)
+    print(f"{args.target}: {os.path.getsize(args.target) / 1e6:.2f} MB, sha256 {digest}")
+
+
+if __name__ == "__main__":
+    main()

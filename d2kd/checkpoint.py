@@ -112,10 +112,11 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
     _load(checkpointer, path, key)
     if checkpointer.missing_keys:
         keys, total = checkpointer.missing_keys, len(model.state_dict())
+        loaded = checkpointer.loaded_keys
         shown = "\n".join(f"  {k}" for k in keys[:20])
         more = f"\n  and {len(keys) - 20} more" if len(keys) > 20 else ""
         raise ValueError(
-            f"{key}: {path!r} covers {total - len(keys)} of the detector's {total} entries. "
+            f"{key}: {path!r} covers {loaded} of the detector's {total} entries. "
             "Missing or of another shape:\n"
             f"{shown}{more}\nThe config file and the weights must belong to the same detector."
         )

@@ -68,8 +68,8 @@ def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: no such YAML
-        ValueError: a YAML that wants to run code, or a key that nobody reads, with the nearest one
-            that somebody does
+        ValueError: a YAML that is empty or wants to run code, or a key that nobody reads, with the
+            nearest one that somebody does
     """
     cfg = get_cfg()
     add_distill_config(cfg)
@@ -126,6 +126,10 @@ class _SafeCfgNode(CfgNode):
         own = os.path.dirname(detectron2.__file__)
         trusted = os.path.abspath(filename).startswith(os.path.abspath(own) + os.sep)
         try:
+            with cls._open_cfg(filename) as file:
+                # What fvcore does with an empty file is a TypeError that does not name it.
+                if not yaml.compose(file, Loader=yaml.SafeLoader):
+                    raise ValueError(f"{filename} is empty.")
             return super().load_yaml_with_base(filename, allow_unsafe=trusted)
         except yaml.constructor.ConstructorError as error:
             raise ValueError(

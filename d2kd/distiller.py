@@ -110,23 +110,28 @@ class Distiller(nn.Module):
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
         batched_inputs = _to_device(batched_inputs, self.device)
+        weights = {name: schedule(current_iteration()) for name, schedule in self.schedules.items()}
         student = find_view(self.student, "student")(self.student, batched_inputs)
-        with student.record(self.members):
-            losses = dict(self.student(batched_inputs))
         teacher_batch = self.teacher.batch(batched_inputs, self.image_format)
         teacher = find_view(self.teacher.model, "teacher")(self.teacher.model, teacher_batch)
+        if any(weights.values()):
+            # Before the student: what its forward passes through is freed again, while what the
+            # student's passes through stays for the backward. Together they would be the peak.
+            teacher.features
+        with student.record(self.members):
+            losses = dict(self.student(batched_inputs))
         self.latest = {"student": student, "teacher": teacher, "terms": {}}
-        for name, head in self.heads.items():
-            for key, loss in self._distill(name, head, student, teacher).items():
+        for name, weight in weights.items():
+            for key, loss in self._distill(name, weight, student, teacher).items():
                 assert key not in losses, f"{name} returns {key!r}, a name that is taken"
                 losses[key] = loss
         return losses
 
     def _distill(
-        self, name: str, head: nn.Module, student: DetectorView, teacher: DetectorView
+        self, name: str, weight: float, student: DetectorView, teacher: DetectorView
     ) -> Dict[str, Tensor]:
         """The weighted losses of one head; the only place where a weight is applied."""
-        weight = self.schedules[name](current_iteration())
+        head = self.heads[name]
         _log(f"{name}/weight", weight)
         if weight == 0:
             # Off, and the teacher is not asked. DistributedDataParallel still wants each

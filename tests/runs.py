@@ -4,7 +4,6 @@ from typing import Any, Dict, Iterable, List, Sequence
 
 import torch
 from torch import nn
-from toys import detector_config, distill_config
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -12,6 +11,8 @@ from detectron2.engine import HookBase
 from d2kd.data import register_datasets
 from d2kd.data.outlines import CLASSES
 from d2kd.engine import Trainer
+
+from toys import detector_config, distill_config
 
 SHAPES_CLASSES = len(CLASSES)
 

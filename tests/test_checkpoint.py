@@ -7,9 +7,7 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from runs import assert_same_tensors, build_trainer, run, run_config, snapshot, tensors_in
 from torch import nn
-from toys import distill_config, write_teacher
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -18,6 +16,9 @@ from detectron2.modeling import build_model
 from d2kd import student_config
 from d2kd.checkpoint import PlainCheckpointer, load_initial_weights, load_whole_detector
 from d2kd.engine import evaluate
+
+from runs import assert_same_tensors, build_trainer, run, run_config, snapshot, tensors_in
+from toys import distill_config, write_teacher
 
 SAVES = ["model_0000001.pth", "model_0000003.pth", "model_final.pth"]
 

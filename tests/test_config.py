@@ -6,12 +6,13 @@ from typing import Any, List
 import pytest
 import torch
 import yaml
-from toys import ROOT
 
 import detectron2
 from detectron2.config import get_cfg
 
 from d2kd import add_distill_config, load_config, student_config
+
+from toys import ROOT
 
 
 def write(path: Path, text: str) -> str:
@@ -149,3 +150,10 @@ def test_a_config_that_was_dumped_loads_again(tmp_path: Path) -> None:
 )
 def test_every_config_of_the_repository_has_known_keys_only(path: Path) -> None:
     load_config(str(path))
+
+
+def test_an_empty_yaml_is_refused_by_name(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing but a comment\n")
+    with pytest.raises(ValueError, match="empty.yaml is empty"):
+        load_config(str(path))

@@ -5,7 +5,6 @@ from typing import List
 
 import pytest
 import torch
-from toys import ROOT
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -13,6 +12,8 @@ from detectron2.modeling import build_model
 
 from d2kd import load_config
 from d2kd.data.shapes import SPLITS
+
+from toys import ROOT
 
 FOLDER = Path(ROOT) / "configs"
 FILES = sorted(str(x.relative_to(ROOT)) for x in FOLDER.rglob("*.yaml"))

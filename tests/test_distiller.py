@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import DETECTORS, batch, distill_config, write_teacher
 
 import detectron2.modeling
 from detectron2.config import CfgNode
@@ -20,6 +19,8 @@ from detectron2.utils.events import EventStorage
 from d2kd import Distiller, student_config
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.heads.build import head_names
+
+from toys import DETECTORS, batch, distill_config, write_teacher
 
 FAMILIES = [
     pytest.param(

@@ -6,11 +6,12 @@ from typing import Dict, List
 import pytest
 import torch
 from torch import nn
-from toys import detector_config
 
 from detectron2.modeling import build_model
 
 from d2kd.inherit import inherit, part_of
+
+from toys import detector_config
 
 
 def build(name: str, seed: int, **overrides: object) -> nn.Module:

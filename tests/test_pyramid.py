@@ -5,12 +5,13 @@ from typing import Dict, List
 
 import pytest
 import torch
-from toys import detector_config, level_pairs
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
 from d2kd.pyramid import LevelPair, describe_plan, match_levels, pair_levels
+
+from toys import detector_config, level_pairs
 
 
 def shapes(**strides: int) -> Dict[str, ShapeSpec]:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import ROOT, distill_config, write_teacher
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from d2kd import student_config
 from d2kd.engine import train
+
+from toys import ROOT, distill_config, write_teacher
 
 BCCD = os.path.join(ROOT, "..", "shared", "data", "bccd")
 

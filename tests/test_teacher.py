@@ -6,7 +6,6 @@ from typing import Any, Callable, List
 import pytest
 import torch
 from torch import nn
-from toys import batch, detector_config, distill_config, write_teacher
 
 from detectron2 import config as detectron2_config
 from detectron2.modeling import build_model
@@ -14,6 +13,8 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import Distiller, Teacher, build_teacher, load_config
 from d2kd.teacher import resolve_teacher
+
+from toys import batch, detector_config, distill_config, write_teacher
 
 LAZY_RETINANET = """
 from detectron2.config import LazyCall as L

@@ -9,6 +9,7 @@ from typing import Any, List
 
 import pytest
 import torch
+
 from runs import run_config
 from toys import ROOT, write_teacher
 

@@ -5,7 +5,6 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Tuple
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import batch, detector_config
 
 import detectron2.modeling
 from detectron2.modeling import build_model
@@ -15,6 +14,8 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView
 from d2kd.views import find_view
+
+from toys import batch, detector_config
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"

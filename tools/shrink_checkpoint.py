@@ -4,6 +4,7 @@ Keep of a checkpoint what inference needs: the model, its weights as float16, ha
 
 Detectron2 loads the result as any other; the weights become float32 again, rounded.
 """
+
 import argparse
 import hashlib
 import os

@@ -34,8 +34,8 @@ def _cross(rng: np.random.Generator) -> Outline:
     return [np.concatenate([quarter @ turn for turn in turns])]
 
 
-# Class name -> outline. Some differ by little on purpose: disc and ring with a small hole. The order
-# is that of the category ids, from 1 on.
+# Class name -> outline, in the order of the category ids, from 1 on. Some differ by little on
+# purpose: a disc and a ring with a small hole.
 CLASSES: Dict[str, Callable[[np.random.Generator], Outline]] = {
     "disc": lambda rng: [regular(64)],
     "ring": _ring,

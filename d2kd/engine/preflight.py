@@ -48,6 +48,8 @@ def _check_distillation(cfg: CfgNode) -> None:
             "DISTILL.HEADS is empty: nothing would be distilled. Name a head, or set "
             "DISTILL.ENABLED False to train the student alone."
         )
+    if len(set(map(str, cfg.DISTILL.HEADS))) < len(cfg.DISTILL.HEADS):
+        raise ValueError(f"DISTILL.HEADS names a head twice: {list(cfg.DISTILL.HEADS)}.")
     for name in cfg.DISTILL.HEADS:
         head_class(name)
         WeightSchedule.from_config(name, cfg)

@@ -74,7 +74,7 @@ def head_class(name: str) -> Type[nn.Module]:
         ValueError: no head of that name
     """
     if f"{name}Head" not in DISTILL_HEAD_REGISTRY:
-        near = difflib.get_close_matches(name.upper(), head_names(), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(name).upper(), head_names(), n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"DISTILL.HEADS names the unknown head {name!r}.{hint} "

@@ -54,6 +54,11 @@ class PKDHead(nn.Module):
             raise ValueError(f"DISTILL.PKD.MATCH must be 'stride' or 'index', got {match!r}.")
         if num_levels < 0:
             raise ValueError(f"DISTILL.PKD.NUM_LEVELS must be 0 (all) or more, got {num_levels}.")
+        if match == "index" and cfg.DISTILL.LEVELS:
+            raise ValueError(
+                f"DISTILL.PKD.MATCH is 'index', but DISTILL.LEVELS names pairs: "
+                f"{list(cfg.DISTILL.LEVELS)}. Leave one of the two out."
+            )
         levels = pair.levels if match == "stride" else _pair_by_index(pair)
         return {"levels": levels[: num_levels or None], "resize": match == "index"}
 

@@ -1,5 +1,7 @@
 """Swin with an FPN from YAML. Detectron2 has the backbone since 0.6, but registers no builder."""
 
+import importlib.util
+
 from torch import nn
 
 from detectron2.config import CfgNode
@@ -18,6 +20,12 @@ def build_swin(cfg: CfgNode) -> nn.Module:
     """
     swin = require("detectron2.modeling.backbone.swin", "MODEL.BACKBONE.NAME: a Swin backbone")
     node = cfg.MODEL.SWIN
+    if node.DROP_PATH_RATE > 0 and importlib.util.find_spec("timm") is None:
+        raise ValueError(
+            f"MODEL.SWIN.DROP_PATH_RATE is {node.DROP_PATH_RATE}: Detectron2 takes stochastic "
+            "depth from timm, which is not installed. Run `pip install timm`, or set it to 0, "
+            "which changes nothing for a teacher."
+        )
     return swin.SwinTransformer(
         embed_dim=node.EMBED_DIM,
         depths=node.DEPTHS,

@@ -6,12 +6,13 @@ from typing import Any, Dict, Iterator, List
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import feature_view
 
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 
 from d2kd.engine.finite import FiniteLossMixin, explain
+
+from toys import feature_view
 
 
 def latest(p4: float = 1.0, student: float = 1.0, teacher: float = 1.0) -> Dict[str, Any]:

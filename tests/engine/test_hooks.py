@@ -7,7 +7,6 @@ from typing import Any, Dict, List
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_tensors, build_trainer, interrupt, run, run_config
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -16,6 +15,8 @@ from detectron2.modeling import build_model
 
 from d2kd.engine import Trainer
 from d2kd.engine.hooks import SeedEachIteration, seed_everything
+
+from runs import assert_same_tensors, build_trainer, interrupt, run, run_config
 
 
 class Draws(HookBase):

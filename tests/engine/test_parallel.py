@@ -5,9 +5,7 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from runs import assert_same_tensors, build_trainer, interrupt, run, run_config, tensors_in
 from torch import nn
-from toys import batch, distill_config, write_teacher
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -17,6 +15,9 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.engine import Trainer, launch
 from d2kd.engine.parallel import data_parallel
+
+from runs import assert_same_tensors, build_trainer, interrupt, run, run_config, tensors_in
+from toys import batch, distill_config, write_teacher
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 

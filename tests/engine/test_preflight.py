@@ -5,12 +5,13 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from toys import detector_config, distill_config
 
 from detectron2.config import CfgNode
 
 from d2kd.engine.preflight import check_config
 from d2kd.heads.build import head_names
+
+from toys import detector_config, distill_config
 
 
 @pytest.fixture
@@ -30,6 +31,8 @@ def test_sound_configs_pass(teacher_opts: List[Any]) -> None:
 MISTAKES = [
     ({"DISTILL.HEADS": []}, "DISTILL.HEADS is empty"),
     ({"DISTILL.HEADS": ["MDG"]}, "unknown head 'MDG'. Did you mean 'MGD'"),
+    ({"DISTILL.HEADS": ["MGD", "MGD"]}, "DISTILL.HEADS names a head twice"),
+    ({"DISTILL.HEADS": [1]}, "unknown head 1"),
     ({"DISTILL.INHERIT": ["tail"]}, "DISTILL.INHERIT has 'tail'; it may list neck, head"),
     ({"DISTILL.MGD.LOSS_WEIGHT": 0.0}, "DISTILL.MGD.LOSS_WEIGHT must be above 0"),
     ({"DISTILL.MGD.SCHEDULE.DECAY": "step"}, "DISTILL.MGD.SCHEDULE.DECAY must be one of"),

@@ -6,6 +6,13 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+
+from d2kd import student_config
+from d2kd.engine import Trainer, train
+
 from runs import (
     Interrupt,
     Interruption,
@@ -17,12 +24,6 @@ from runs import (
     scalars,
 )
 from toys import write_teacher
-
-from detectron2.config import CfgNode
-from detectron2.engine import HookBase
-
-from d2kd import student_config
-from d2kd.engine import Trainer, train
 
 
 @pytest.fixture(scope="module")

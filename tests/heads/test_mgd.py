@@ -6,9 +6,10 @@ from typing import Tuple
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import feature_view, level_pairs, noise
 
 from d2kd.heads import MGDHead
+
+from toys import feature_view, level_pairs, noise
 
 
 def identity_head(mask_ratio: float, **levels: Tuple[int, int]) -> MGDHead:

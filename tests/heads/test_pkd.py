@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toys import feature_view, level_pairs, noise
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -14,6 +13,8 @@ from detectron2.layers import ShapeSpec
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, PKDHead, build_head
 from d2kd.pyramid import LevelPair, pair_levels
+
+from toys import feature_view, level_pairs, noise
 
 
 def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -243,3 +244,10 @@ def test_index_brings_the_student_to_the_teacher_s_size() -> None:
 def test_value_outside_its_range_is_refused(values: Dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_head("PKD", config(**values), pair_of_detectors(pyramid(3, 7), pyramid(3, 7)))
+
+
+def test_index_and_named_levels_are_refused_together() -> None:
+    cfg = config(MATCH="index")
+    cfg.DISTILL.LEVELS = [["p3", "p3"]]
+    with pytest.raises(ValueError, match="MATCH is 'index', but DISTILL.LEVELS names pairs"):
+        build_head("PKD", cfg, pair_of_detectors(pyramid(3, 7), pyramid(3, 7)))

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from toys import batch, detector_config
 
 import detectron2.modeling
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
+
+from toys import batch, detector_config
 
 has_fcos = hasattr(detectron2.modeling, "FCOS")
 needs_fcos = pytest.mark.skipif(not has_fcos, reason="this Detectron2 has no FCOS")

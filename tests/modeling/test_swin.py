@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toys import batch, detector_config
 
 import detectron2.modeling
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
+
+from toys import batch, detector_config
 
 has_swin = hasattr(detectron2.modeling, "SwinTransformer")
 needs_swin = pytest.mark.skipif(not has_swin, reason="this Detectron2 has no Swin")
@@ -94,3 +95,10 @@ def test_defaults_are_swin_tiny_as_upstream_has_it() -> None:
 def test_swin_is_refused_where_detectron2_lacks_it() -> None:
     with pytest.raises(ValueError, match="a Swin backbone needs .* came with 0.6"):
         build("faster_rcnn", "build_swin_fpn_backbone")
+
+
+@needs_swin
+def test_stochastic_depth_without_timm_is_refused_with_the_remedy(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="MODEL.SWIN.DROP_PATH_RATE is 0.1.*pip install timm"):
+        build("faster_rcnn", "build_swin_fpn_backbone", MODEL__SWIN__DROP_PATH_RATE=0.1)

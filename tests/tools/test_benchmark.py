@@ -10,9 +10,10 @@ from typing import Any, Callable, Dict
 import pytest
 import torch
 from torch import nn
-from toys import detector_config, distill_config
 
 from d2kd import load_config
+
+from toys import detector_config, distill_config
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--size", "64x96", "--rounds", "2", "--warmup", "1"]

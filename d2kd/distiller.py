@@ -110,7 +110,7 @@ class Distiller(nn.Module):
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
         batched_inputs = _to_device(batched_inputs, self.device)
-        weights = {name: schedule(current_iteration()) for name, schedule in self.schedules.items()}
+        weights = {name: self.schedules[name](current_iteration()) for name in self.heads}
         student = find_view(self.student, "student")(self.student, batched_inputs)
         teacher_batch = self.teacher.batch(batched_inputs, self.image_format)
         teacher = find_view(self.teacher.model, "teacher")(self.teacher.model, teacher_batch)

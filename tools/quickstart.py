@@ -10,6 +10,7 @@ finished before is not repeated; one that was interrupted goes on where it stopp
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import time
 from typing import Dict, List, Sequence
 
+from draw_detections import draw_detections
 from tabulate import tabulate
 
 from detectron2.config import CfgNode
@@ -26,7 +28,7 @@ from d2kd import load_config
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
 # Detectron2's progress line: keep time left, iteration and losses, drop timers and learning rate.
-PROGRESS = re.compile(r"eta: .*?(?=\s+time:)")
+PROGRESS = re.compile(r"eta: .*?iter: (\d+).*?(?=\s+time:)")
 
 
 def main() -> None:
@@ -50,7 +52,12 @@ def main() -> None:
     folder = os.path.dirname(load_config(args.student, args.opts).OUTPUT_DIR.rstrip("/")) or "."
     with open(os.path.join(folder, "table.md"), "w") as file:
         file.write(report + "\n")
-    print(f"\nTable: {folder}/table.md. Curves: tensorboard --logdir {folder}")
+    panels = [(n, c, w or final_weights(load_config(c, args.opts))) for n, c, w in steps[::-1]]
+    draw_detections(panels, args.opts, rows=4, threshold=0.3, path=f"{folder}/detections.png")
+    print(
+        f"\nTable: {folder}/table.md. Picture: {folder}/detections.png. "
+        f"Curves: tensorboard --logdir {folder}"
+    )
 
 
 def run_step(config_file: str, weights: str, opts: Sequence[str], fresh: bool) -> Dict[str, float]:
@@ -92,7 +99,7 @@ def run(command: List[str], opts: Sequence[str]) -> List[str]:
     for line in process.stdout:
         lines.append(line.rstrip())
         progress = PROGRESS.search(line)
-        if progress:
+        if progress and int(progress.group(1)) % 100 == 99:
             print("  " + progress.group(), flush=True)
         elif "Drawing" in line or "Start inference" in line:
             print("  " + line.split("]: ")[-1].rstrip(), flush=True)
@@ -102,18 +109,23 @@ def run(command: List[str], opts: Sequence[str]) -> List[str]:
 
 
 def evaluation(lines: Sequence[str]) -> Dict[str, float]:
-    """Read Detectron2's last "copypaste" block: a line of names, a line of values."""
+    """
+    Read Detectron2's last "copypaste" block: a line of names, a line of values.
+
+    Detectron2 says NaN where a detector detects nothing at all; that is an AP of 0.
+    """
     rows = [x.split("copypaste: ")[1] for x in lines if "copypaste: " in x]
     values = dict(zip(rows[-2].split(","), map(float, rows[-1].split(","))))
-    return {k: values[k] for k in METRICS}
+    blind = math.isnan(values["AP"])
+    return {k: 0.0 if blind else values[k] for k in METRICS}
 
 
 def make_report(results: Dict[str, Dict[str, float]], seconds: float) -> str:
     """The three rows and the gain, as a Markdown table with a sentence."""
-    rows = [[name] + [values[k] for k in METRICS] for name, values in results.items()]
+    rows = [[name] + [f"{v[k]:.1f}" for k in METRICS] for name, v in results.items()]
     gains = [results["student distilled"][k] - results["student alone"][k] for k in METRICS]
     rows.append(["gain"] + [f"{x:+.1f}" for x in gains])
-    table = tabulate(rows, ["", *METRICS], tablefmt="github", floatfmt=".1f")
+    table = tabulate(rows, ["", *METRICS], tablefmt="github", disable_numparse=True)
     verdict = (
         f"The teacher's company is worth {gains[0]:+.1f} AP to this student."
         if gains[0] > 0
@@ -128,6 +140,10 @@ def resumable(cfg: CfgNode) -> List[str]:
     if not os.path.isfile(saved) or identity(load_config(saved)) != identity(cfg):
         return []
     return ["--resume"]
+
+
+def final_weights(cfg: CfgNode) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
 
 
 def identity(cfg: CfgNode) -> str:

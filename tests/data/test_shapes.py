@@ -135,7 +135,7 @@ class TestShapes(unittest.TestCase):
     def test_contact_sheet_of_a_small_set(self):
         sheet = contact_sheet(make_shapes(_cfg(self.root), "val"), rows=2, columns=3, zoom=2)
         self.assertEqual(sheet.shape, (2 * 292, 3 * 292, 3))
-        self.assertTrue((sheet[260:, 260:] == 255).all())
+        self.assertTrue((sheet[292:, 292:] == 255).all())
 
 
 class TestOutlines(unittest.TestCase):

@@ -1,5 +1,6 @@
 """Every shipped YAML builds, names data sets that exist, and says only what makes it different."""
 
+import hashlib
 from pathlib import Path
 from typing import List
 
@@ -70,3 +71,9 @@ def test_leaf_builds_with_teacher_heads_and_level_plan(path: str) -> None:
     distiller = build_or_skip(cfg)
     assert cfg.DISTILL.ENABLED and list(distiller.heads) == list(cfg.DISTILL.HEADS) != []
     distiller.inherit_from_teacher()  # refused where nothing fits
+
+
+def test_shipped_teacher_is_the_one_that_the_model_zoo_names() -> None:
+    weights = (FOLDER / "quickstart" / "teacher.pth").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() in (Path(ROOT) / "MODEL_ZOO.md").read_text()
+    assert len(weights) < 4_000_000

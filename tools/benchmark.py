@@ -33,9 +33,9 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView, Distiller, load_config
+from d2kd.engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight import check_config
-from d2kd.engine.trainer import _AMPTrainer, _SimpleTrainer
 from d2kd.heads.build import head_class, required_members
 from d2kd.views import find_view
 
@@ -136,7 +136,9 @@ def build_arms(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Callable[[],
     whole = build_model(cfg).train()
     calm(whole)
     batch = random_batch(whole.student, args)
-    stock, ours = (AMPTrainer, _AMPTrainer) if args.amp else (SimpleTrainer, _SimpleTrainer)
+    stock, ours = (
+        (AMPTrainer, FiniteAMPTrainer) if args.amp else (SimpleTrainer, FiniteSimpleTrainer)
+    )
     arms = {"student": partial(training_step, cfg, whole.student, batch, stock)}
     for name in whole.heads:
         distiller = with_one_head(whole, name)

@@ -5,6 +5,8 @@ from typing import Any, Dict, List, Mapping
 import torch
 from torch import Tensor, nn
 
+from detectron2.engine import AMPTrainer, SimpleTrainer
+
 from ..checkpoint import unwrap
 
 
@@ -32,6 +34,14 @@ class FiniteLossMixin:
             latest = getattr(unwrap(self.model), "latest", {})
             raise FloatingPointError(explain(losses, latest, self._file_names))
         super()._write_metrics(loss_dict, *args, **kwargs)
+
+
+class FiniteSimpleTrainer(FiniteLossMixin, SimpleTrainer):
+    """Detectron2's SimpleTrainer that explains a non-finite loss."""
+
+
+class FiniteAMPTrainer(FiniteLossMixin, AMPTrainer):
+    """Detectron2's AMPTrainer that explains a non-finite loss."""
 
 
 def explain(losses: Dict[str, float], latest: Dict[str, Any], file_names: List[str]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -21,20 +21,12 @@ from detectron2.utils import comm
 
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader
-from .finite import FiniteLossMixin
+from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
 from .optimizer import build_optimizer
 from .parallel import data_parallel
 
 logger = logging.getLogger(__name__)
-
-
-class _SimpleTrainer(FiniteLossMixin, SimpleTrainer):
-    pass
-
-
-class _AMPTrainer(FiniteLossMixin, AMPTrainer):
-    pass
 
 
 class Trainer(DefaultTrainer):
@@ -57,7 +49,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        inner = _AMPTrainer if cfg.SOLVER.AMP.ENABLED else _SimpleTrainer
+        inner = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
         self._trainer = inner(data_parallel(model), data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = PlainCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))

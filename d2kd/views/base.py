@@ -2,8 +2,6 @@
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -12,6 +10,8 @@ from torch import Tensor, nn
 
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
+
+from .parts import DensePredictions, RoIPredictions, multi_level_pooler, single_level_pooler
 
 logger = logging.getLogger(__name__)
 
@@ -41,37 +41,6 @@ def find_view(detector: nn.Module, role: str) -> Callable[..., "DetectorView"]:
         f"The {role}'s meta-architecture {type(detector).__name__} has no DetectorView. Known: "
         f"{known}. Register one with @DETECTOR_VIEW_REGISTRY (d2kd/views shows how)."
     )
-
-
-@dataclass
-class DensePredictions:
-    """
-    What a detector predicts at every cell. A anchors, K classes (1 for an RPN: objectness).
-
-    `logits`: per level (N, A*K, Hi, Wi); `deltas`: per level (N, A*4, Hi, Wi); `tower`: per level
-    the last feature of the classification tower, (N, C, Hi, Wi); `centerness`: per level
-    (N, 1, Hi, Wi), FCOS only. `levels` names the levels, in the order of all these lists.
-    """
-
-    levels: Sequence[str]
-    logits: List[Tensor]
-    deltas: List[Tensor]
-    tower: List[Tensor]
-    centerness: Optional[List[Tensor]] = None
-
-
-@dataclass
-class RoIPredictions:
-    """
-    What a two-stage detector's box head says of R boxes (a cascade: its first stage).
-
-    `feature`: last vector before the predictors, (R, D); `logits`: (R, K+1), background last;
-    `deltas`: (R, 4*K), or (R, 4) when class-agnostic.
-    """
-
-    feature: Tensor
-    logits: Tensor
-    deltas: Tensor
 
 
 class DetectorView:
@@ -159,7 +128,7 @@ class DetectorView:
         assert levels == "all", f"levels must be 'assigned' or 'all', got {levels!r}"
         size = pooler.output_size
         pooled = [
-            _single_level_pooler(self.strides[k], size)([x], boxes) for k, x in zip(names, features)
+            single_level_pooler(self.strides[k], size)([x], boxes) for k, x in zip(names, features)
         ]
         return torch.stack(pooled, dim=1)
 
@@ -228,29 +197,4 @@ class DetectorView:
         raise NotImplementedError
 
     def _pooler(self) -> ROIPooler:
-        return _multi_level_pooler(tuple(self.strides[k] for k in self._pooled_levels()))
-
-
-def unaliased(logits: Sequence[Tensor], num_classes: int) -> List[Tensor]:
-    """
-    Clone the maps that Detectron2's inference would turn into probabilities behind our back.
-
-    It calls sigmoid_() on (N, Hi*Wi*A, K) views of (N, A*K, Hi, Wi) logits. Reordering copies the
-    data, except where strides alone can express it: one anchor per cell, or a level of one cell.
-    """
-    return [
-        x.clone() if x.shape[1] == num_classes or x.shape[2] * x.shape[3] == 1 else x
-        for x in logits
-    ]
-
-
-# RoIAlign has no parameters, so poolers are shared by all views.
-@lru_cache(maxsize=None)
-def _single_level_pooler(stride: int, size: Tuple[int, int]) -> ROIPooler:
-    return ROIPooler(size, (1.0 / stride,), sampling_ratio=0, pooler_type="ROIAlignV2")
-
-
-@lru_cache(maxsize=None)
-def _multi_level_pooler(strides: Tuple[int, ...], size: int = 7) -> ROIPooler:
-    scales = tuple(1.0 / s for s in strides)
-    return ROIPooler(size, scales, sampling_ratio=0, pooler_type="ROIAlignV2")
+        return multi_level_pooler(tuple(self.strides[k] for k in self._pooled_levels()))

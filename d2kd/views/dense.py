@@ -4,7 +4,8 @@ from typing import Any, FrozenSet, List, Sequence
 
 from torch import nn
 
-from .base import DETECTOR_VIEW_REGISTRY, DensePredictions, DetectorView, unaliased
+from .base import DETECTOR_VIEW_REGISTRY, DetectorView
+from .parts import DensePredictions, unaliased
 
 
 class DenseView(DetectorView):

@@ -7,13 +7,8 @@ from torch import Tensor, nn
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 
-from .base import (
-    DETECTOR_VIEW_REGISTRY,
-    DensePredictions,
-    DetectorView,
-    RoIPredictions,
-    unaliased,
-)
+from .base import DETECTOR_VIEW_REGISTRY, DetectorView
+from .parts import DensePredictions, RoIPredictions, unaliased
 
 
 class RCNNView(DetectorView):

@@ -1,0 +1,65 @@
+"""Pieces that views of all families are made of: what a head is given, and how it is cut out."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import List, Optional, Sequence, Tuple
+
+from torch import Tensor
+
+from detectron2.modeling.poolers import ROIPooler
+
+
+@dataclass
+class DensePredictions:
+    """
+    What a detector predicts at every cell. A anchors, K classes (1 for an RPN: objectness).
+
+    `logits`: per level (N, A*K, Hi, Wi); `deltas`: per level (N, A*4, Hi, Wi); `tower`: per level
+    the last feature of the classification tower, (N, C, Hi, Wi); `centerness`: per level
+    (N, 1, Hi, Wi), FCOS only. `levels` names the levels, in the order of all these lists.
+    """
+
+    levels: Sequence[str]
+    logits: List[Tensor]
+    deltas: List[Tensor]
+    tower: List[Tensor]
+    centerness: Optional[List[Tensor]] = None
+
+
+@dataclass
+class RoIPredictions:
+    """
+    What a two-stage detector's box head says of R boxes (a cascade: its first stage).
+
+    `feature`: last vector before the predictors, (R, D); `logits`: (R, K+1), background last;
+    `deltas`: (R, 4*K), or (R, 4) when class-agnostic.
+    """
+
+    feature: Tensor
+    logits: Tensor
+    deltas: Tensor
+
+
+def unaliased(logits: Sequence[Tensor], num_classes: int) -> List[Tensor]:
+    """
+    Clone the maps that Detectron2's inference would turn into probabilities behind our back.
+
+    It calls sigmoid_() on (N, Hi*Wi*A, K) views of (N, A*K, Hi, Wi) logits. Reordering copies the
+    data, except where strides alone can express it: one anchor per cell, or a level of one cell.
+    """
+    return [
+        x.clone() if x.shape[1] == num_classes or x.shape[2] * x.shape[3] == 1 else x
+        for x in logits
+    ]
+
+
+# RoIAlign has no parameters, so poolers are shared by all views.
+@lru_cache(maxsize=None)
+def single_level_pooler(stride: int, size: Tuple[int, int]) -> ROIPooler:
+    return ROIPooler(size, (1.0 / stride,), sampling_ratio=0, pooler_type="ROIAlignV2")
+
+
+@lru_cache(maxsize=None)
+def multi_level_pooler(strides: Tuple[int, ...], size: int = 7) -> ROIPooler:
+    scales = tuple(1.0 / s for s in strides)
+    return ROIPooler(size, scales, sampling_ratio=0, pooler_type="ROIAlignV2")

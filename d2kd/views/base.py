@@ -159,7 +159,23 @@ class DetectorView:
                 handle.remove()
 
     def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
-        return [self.detector.backbone.register_forward_hook(self._on_backbone)]
+        handles = [self.detector.backbone.register_forward_hook(self._on_backbone)]
+        return handles + (self._hook_dense() if "dense" in members else [])
+
+    def _hook_dense(self) -> List[Any]:
+        """Collect the tower's output, once per level, then the head's predictions."""
+        collected: List[Tensor] = []
+        tower, head, _ = self._dense_head()
+
+        def on_tower(module: nn.Module, inputs: Tuple[Tensor], output: Tensor) -> None:
+            collected.append(output)
+
+        def on_head(module: nn.Module, inputs: Any, output: Sequence[Any]) -> None:
+            predictions = self._dense_predictions(output, list(collected))
+            self._keep("dense", predictions, predictions.logits + predictions.deltas)
+            collected.clear()
+
+        return [tower.register_forward_hook(on_tower), head.register_forward_hook(on_head)]
 
     def _on_backbone(self, module: nn.Module, inputs: Tuple[Tensor], output: Dict[str, Tensor]):
         self._keep("backbone", (tuple(inputs[0].shape[-2:]), dict(output)), list(output.values()))
@@ -191,6 +207,25 @@ class DetectorView:
     def _compute_backbone(self) -> Tuple[Tuple[int, int], Dict[str, Tensor]]:
         images = self.detector.preprocess_image(self.batched_inputs)
         return tuple(images.tensor.shape[-2:]), self.detector.backbone(images.tensor)
+
+    def _compute_dense(self) -> DensePredictions:
+        handles, (_, head, levels) = self._hook_dense(), self._dense_head()
+        try:
+            head([self.features[k] for k in levels])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self._recorded["dense"]
+
+    # What a family has to say --------------------------------------------------------------------
+
+    def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
+        """The classification tower, the head around it, and the levels that the head reads."""
+        raise NotImplementedError
+
+    def _dense_predictions(self, output: Sequence[Any], tower: List[Tensor]) -> DensePredictions:
+        """From the output of the head and that of the tower, level by level."""
+        raise NotImplementedError
 
     def _pooled_levels(self) -> Sequence[str]:
         """Names of the levels that RoIAlign uses, finest first."""

@@ -1,8 +1,8 @@
 """RetinaNet and FCOS: detectors that predict at every cell of the pyramid."""
 
-from typing import Any, FrozenSet, List, Sequence
+from typing import Any, List, Sequence, Tuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .base import DETECTOR_VIEW_REGISTRY, DetectorView
 from .parts import DensePredictions, unaliased
@@ -17,40 +17,11 @@ class DenseView(DetectorView):
     def num_classes(detector: nn.Module) -> int:
         return detector.num_classes
 
-    def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
-        handles = super()._add_hooks(members)
-        if "dense" in members:
-            handles += self._hook_head()
-        return handles
+    def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
+        head = self.detector.head
+        return head.cls_subnet, head, self._pooled_levels()
 
-    def _hook_head(self) -> List[Any]:
-        """Collect the tower's output, once per level, then the head's predictions."""
-        tower, head = [], self.detector.head
-
-        def on_tower(module, inputs, output):
-            tower.append(output)
-
-        def on_head(module, inputs, output):
-            predictions = self._predictions(output, list(tower))
-            self._keep("dense", predictions, predictions.logits + predictions.deltas)
-            tower.clear()
-
-        return [
-            head.cls_subnet.register_forward_hook(on_tower),
-            head.register_forward_hook(on_head),
-        ]
-
-    def _compute_dense(self) -> DensePredictions:
-        features = [self.features[k] for k in self._pooled_levels()]
-        handles = self._hook_head()
-        try:
-            self.detector.head(features)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self._recorded["dense"]
-
-    def _predictions(self, output: Sequence[Any], tower: List[Any]) -> DensePredictions:
+    def _dense_predictions(self, output: Sequence[Any], tower: List[Tensor]) -> DensePredictions:
         logits, deltas, *centerness = output
         return DensePredictions(
             levels=self._pooled_levels(),

@@ -49,8 +49,6 @@ class RCNNView(DetectorView):
 
     def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
         handles = super()._add_hooks(members)
-        if "dense" in members:
-            handles += self._hook_rpn()
         if "roi_predictions" in members:
             roi_heads = self.detector.roi_heads
             handles += [
@@ -71,37 +69,18 @@ class RCNNView(DetectorView):
     def _on_roi_heads(self, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
         self._keep("sampled_proposals", output[0], [])
 
-    def _hook_rpn(self) -> List[Any]:
-        tower, rpn_head = [], self.detector.proposal_generator.rpn_head
+    def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
+        rpn = self.detector.proposal_generator
+        return rpn.rpn_head.conv, rpn.rpn_head, list(rpn.in_features)
 
-        def on_tower(module, inputs, output):
+    def _dense_predictions(self, output: Sequence[Any], tower: List[Tensor]) -> DensePredictions:
+        return DensePredictions(
+            levels=self._dense_head()[-1],
+            logits=unaliased(output[0], num_classes=1),
+            deltas=list(output[1]),
             # Detectron2 0.5 applies the ReLU outside the hooked layer; twice is the same as once.
-            tower.append(output.relu())
-
-        def on_head(module, inputs, output):
-            predictions = DensePredictions(
-                levels=list(self.detector.proposal_generator.in_features),
-                logits=unaliased(output[0], num_classes=1),
-                deltas=list(output[1]),
-                tower=list(tower),
-            )
-            self._keep("dense", predictions, predictions.logits + predictions.deltas)
-            tower.clear()
-
-        return [
-            rpn_head.conv.register_forward_hook(on_tower),
-            rpn_head.register_forward_hook(on_head),
-        ]
-
-    def _compute_dense(self) -> DensePredictions:
-        handles = self._hook_rpn()
-        try:
-            rpn = self.detector.proposal_generator
-            rpn.rpn_head([self.features[k] for k in rpn.in_features])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self._recorded["dense"]
+            tower=[x.relu() for x in tower],
+        )
 
     @property
     def _box_head(self) -> nn.Module:

@@ -126,11 +126,9 @@ class _SafeCfgNode(CfgNode):
         own = os.path.dirname(detectron2.__file__)
         trusted = os.path.abspath(filename).startswith(os.path.abspath(own) + os.sep)
         try:
-            with cls._open_cfg(filename) as file:
-                # What fvcore does with an empty file is a TypeError that does not name it.
-                if not yaml.compose(file, Loader=yaml.SafeLoader):
-                    raise ValueError(f"{filename} is empty.")
             return super().load_yaml_with_base(filename, allow_unsafe=trusted)
+        except TypeError:  # fvcore looks for _BASE_ in the None that an empty file is
+            raise ValueError(f"{filename} is empty.") from None
         except yaml.constructor.ConstructorError as error:
             raise ValueError(
                 f"{filename} wants to run code ({str(error.problem).strip()}), which d2kd does not "

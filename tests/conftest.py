@@ -2,6 +2,10 @@
 
 import os
 import sys
+from pathlib import Path
+from typing import Any, List
+
+import pytest
 
 # So that `from toys import ...` works in every folder of tests.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -9,3 +13,17 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # The detectors here are too small to share among threads, which would only wait for each other;
 # also for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by the runs of a test module."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> List[Any]:
+    """DISTILL.TEACHER.* of a RetinaNet with wider levels than the toy students have."""
+    from toys import write_teacher
+
+    return write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64)

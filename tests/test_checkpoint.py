@@ -32,16 +32,6 @@ class RecordingCheckpointer(DetectionCheckpointer):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoint")
-
-
-@pytest.fixture(scope="module")
-def teacher(folder: Path) -> List[Any]:
-    return write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64)
-
-
-@pytest.fixture(scope="module")
 def finished(folder: Path, teacher: List[Any]) -> CfgNode:
     """Config of a distilled run of 4 iterations with a save every second."""
     cfg = run_config(folder, teacher, ["MGD", "PKD"])

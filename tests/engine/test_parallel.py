@@ -17,7 +17,7 @@ from d2kd.engine import Trainer, launch
 from d2kd.engine.parallel import data_parallel
 
 from runs import assert_same_tensors, build_trainer, interrupt, run, run_config, tensors_in
-from toys import batch, distill_config, write_teacher
+from toys import batch, distill_config
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 
@@ -100,16 +100,6 @@ def fails_on_the_second(folder: Path) -> None:
     if comm.get_rank() == 1:
         raise FloatingPointError("loss_mgd is not finite")
     comm.synchronize()  # would wait for ever
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("parallel")
-
-
-@pytest.fixture(scope="module")
-def teacher(folder: Path) -> List[Any]:
-    return write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64)
 
 
 @pytest.fixture(scope="module")

@@ -23,17 +23,6 @@ from runs import (
     run_config,
     scalars,
 )
-from toys import write_teacher
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("trainer")
-
-
-@pytest.fixture(scope="module")
-def teacher(folder: Path) -> List[Any]:
-    return write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64)
 
 
 def at(cfg: CfgNode, folder: Path, name: str) -> CfgNode:

@@ -50,7 +50,7 @@ class Distiller(nn.Module):
             student: any detector with a DetectorView
             teacher: see build_teacher; None trains the student alone
             heads: name in DISTILL.HEADS to head
-            schedules: name of a head to its weight as a function of the iteration
+            schedules: name of a head to its weight as a function of the stage's iteration
             image_format: channel order of the batches, the student's INPUT.FORMAT
             inherit_parts: parts of the student that :meth:`inherit_from_teacher` initialises
             members: what the heads read of the student's view
@@ -64,6 +64,8 @@ class Distiller(nn.Module):
         self.image_format = image_format
         self.inherit_parts = inherit_parts
         self.members = members
+        # The run's iteration from which the schedules count: where its stage began.
+        self.start_iter = 0
         # Views and unweighted terms of the latest batch, for whoever must explain a loss.
         self.latest: Dict[str, Any] = {}
 
@@ -89,7 +91,7 @@ class Distiller(nn.Module):
         ret["heads"] = {name: build_head(name, cfg, pair) for name in names}
         ret["schedules"] = {name: WeightSchedule.from_config(name, cfg) for name in names}
         ret["inherit_parts"] = list(cfg.DISTILL.INHERIT)
-        ret["members"] = frozenset().union(*(required_members(head_class(n)) for n in names))
+        ret["members"] = frozenset().union(*(required_members(head_class(n), pair) for n in names))
         return ret
 
     @property
@@ -110,7 +112,8 @@ class Distiller(nn.Module):
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
         batched_inputs = _to_device(batched_inputs, self.device)
-        weights = {name: self.schedules[name](current_iteration()) for name in self.heads}
+        iteration = current_iteration() - self.start_iter
+        weights = {name: self.schedules[name](iteration) for name in self.heads}
         student = find_view(self.student, "student")(self.student, batched_inputs)
         teacher_batch = self.teacher.batch(batched_inputs, self.image_format)
         teacher = find_view(self.teacher.model, "teacher")(self.teacher.model, teacher_batch)
@@ -169,6 +172,8 @@ def _describe_pair(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> Dist
                 name=type(detector).__name__,
                 shapes=detector.backbone.output_shape(),
                 num_classes=view.num_classes(detector),
+                num_anchors=view.num_anchors(detector),
+                two_stage=view.two_stage,
                 members=view.members_of(detector),
             )
         )

@@ -1,11 +1,13 @@
 """Which student level learns from which teacher level, decided once when the model is built."""
 
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from torch import Tensor
 
 from detectron2.layers import ShapeSpec
+
+from .views import DetectorView
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,29 @@ def match_levels(
             f"{pair.student} (stride {pair.student_stride}) and {pair.teacher} (stride "
             f"{pair.teacher_stride}) do not cover the same pixels: a head must resize them itself"
         )
-        if x.shape[-2:] != target.shape[-2:]:
-            height = min(x.shape[-2], target.shape[-2])
-            width = min(x.shape[-1], target.shape[-1])
-            x, target = x[..., :height, :width], target[..., :height, :width]
-        yield pair.student, x, target
+        yield pair.student, crop_to(x, target), crop_to(target, x)
+
+
+def match_inside(
+    pairs: Sequence[LevelPair], student: DetectorView, teacher: DetectorView
+) -> Iterator[Tuple[str, Tensor, Tensor, Optional[Tensor]]]:
+    """
+    match_levels on two views, with the cells that are not padding.
+
+    Yields:
+        the student level's name, (N, Cs, H, W), (N, Ct, H, W), boolean (N, 1, H, W) that is True in
+        cells which hold a part of their image; None: all do
+    """
+    for level, x, target in match_levels(pairs, student.features, teacher.features):
+        inside = student.inside_image(level)
+        yield level, x, target, inside if inside is None else crop_to(inside, x)
+
+
+def crop_to(x: Tensor, other: Tensor) -> Tensor:
+    """(..., H, W) without the rows below and the columns to the right that `other` lacks."""
+    if x.shape[-2] <= other.shape[-2] and x.shape[-1] <= other.shape[-1]:
+        return x
+    return x[..., : other.shape[-2], : other.shape[-1]]
 
 
 def describe_plan(

@@ -349,8 +349,9 @@ def test_every_weight_is_applied_once(retinanet: List[Any]) -> None:
 
 
 def build_or_skip(student: str, teacher: List[Any], head: str) -> Distiller:
+    guide = {"DISTILL__MLD__GUIDE": "logits"}  # these teachers have more channels
     try:
-        return build(distill_config(student, teacher, [head]))
+        return build(distill_config(student, teacher, [head], **guide))
     except ValueError as error:
         if f"{head} needs" not in str(error):
             raise

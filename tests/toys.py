@@ -1,7 +1,6 @@
 """Small detectors and batches that the tests share: real Detectron2 models, narrow ones."""
 
 import os
-from types import SimpleNamespace
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
@@ -13,6 +12,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
 from d2kd.pyramid import LevelPair
+from d2kd.views import DetectorView
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NUM_CLASSES = 3
@@ -180,9 +180,39 @@ def level_pairs(**channels: Tuple[int, int]) -> Tuple[LevelPair, ...]:
     )
 
 
-def feature_view(features: Mapping[str, torch.Tensor]) -> SimpleNamespace:
-    """What a head that reads features alone needs of a DetectorView."""
-    return SimpleNamespace(features=features)
+class FeatureView(DetectorView):
+    """What a head that reads features alone needs of a DetectorView, without a detector."""
+
+    def __init__(self, features: Mapping[str, torch.Tensor], image_sizes: Sequence[Any] = ()):
+        self._features = features
+        self._image_sizes = image_sizes
+
+    @property
+    def features(self) -> Mapping[str, torch.Tensor]:
+        return self._features
+
+    @property
+    def strides(self) -> Dict[str, int]:
+        return {k: 2 ** int(k[1:]) for k in self._features}
+
+    @property
+    def image_sizes(self) -> List[Tuple[int, int]]:
+        if self._image_sizes:
+            return list(self._image_sizes)
+        level, x = next(iter(self._features.items()))
+        height, width = (size * self.strides[level] for size in x.shape[-2:])
+        return [(height, width)] * len(x)
+
+
+def feature_view(
+    features: Mapping[str, torch.Tensor], image_sizes: Sequence[Tuple[int, int]] = ()
+) -> FeatureView:
+    """
+    Args:
+        features: level name to (N, C, H, W); "p3" has the stride 2 ** 3
+        image_sizes: (height, width) of each image in pixels; empty: no padding
+    """
+    return FeatureView(features, image_sizes)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -22,14 +22,18 @@ A head is an nn.Module with
 * `add_config(node)`, a static method that writes its keys and defaults into `DISTILL.<NAME>`,
   LOSS_WEIGHT among them;
 * `requires`, a frozenset of what it reads of both detectors' views: "features", "dense",
-  "roi_features", "roi_predictions" (default: "features"); `requires_logits = True` where the two
-  detectors' classes must be the same;
+  "roi_features", "roi_predictions" (default: "features"), or a static method that tells it from
+  the :class:`DistillPair`; `requires_logits = True` where the two detectors' classes must be the
+  same;
 * `__init__`, made @configurable, with `from_config(cls, cfg, pair)`: `pair` is a
   :class:`DistillPair`;
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with
   "loss_" to either a scalar or {level name: scalar}, whose sum is the loss. Unweighted: LOSS_WEIGHT
   and the schedule are applied by the Distiller. Without boxes or positives it returns a zero that
   is connected to the student, so that no process of a DDP run waits for a missing gradient.
+
+It may leave maps of its latest batch in `self.maps`, {name: {level: (N, 1, Hi, Wi) detached}}: they
+are drawn in the picture of the run (VIS_PERIOD).
 
 The head's own parameters (adapters, generators) are trained with the student, saved under
 "distill_heads" and dropped from the product.
@@ -42,13 +46,16 @@ class DetectorInfo:
     What a head may know of a detector when it is built.
 
     `name`: meta-architecture; `shapes`: level name to channels and stride; `num_classes`:
-    foreground classes; `members`: what the detector's view can give.
+    foreground classes; `members`: what the detector's view can give; `num_anchors`: dense
+    predictions per cell; `two_stage`: whether classes are told by a head on regions.
     """
 
     name: str
     shapes: Dict[str, ShapeSpec]
     num_classes: int
     members: FrozenSet[str]
+    num_anchors: int = 0
+    two_stage: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,8 @@ def head_class(name: str) -> Type[nn.Module]:
         ValueError: no head of that name
     """
     if f"{name}Head" not in DISTILL_HEAD_REGISTRY:
-        near = difflib.get_close_matches(str(name).upper(), head_names(), n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(str(name).upper(), head_names(), n=2, cutoff=0.6)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
             f"DISTILL.HEADS names the unknown head {name!r}.{hint} "
             f"Known: {', '.join(head_names())}."
@@ -92,7 +99,7 @@ def build_head(name: str, cfg: CfgNode, pair: DistillPair) -> nn.Module:
     """
     cls = head_class(name)
     for side, detector in (("student", pair.student), ("teacher", pair.teacher)):
-        missing = required_members(cls) - detector.members
+        missing = required_members(cls, pair) - detector.members
         if missing:
             raise ValueError(
                 f"DISTILL.HEADS: {name} needs {_listed(missing)}; the {side} {detector.name} has "
@@ -109,8 +116,10 @@ def build_head(name: str, cfg: CfgNode, pair: DistillPair) -> nn.Module:
     return cls(cfg, pair)
 
 
-def required_members(head: Type[nn.Module]) -> FrozenSet[str]:
-    return frozenset(getattr(head, "requires", {"features"}))
+def required_members(head: Type[nn.Module], pair: DistillPair) -> FrozenSet[str]:
+    """What the head reads of both views of this pair."""
+    requires = getattr(head, "requires", {"features"})
+    return frozenset(requires(pair) if callable(requires) else requires)
 
 
 def _listed(names: FrozenSet[str]) -> str:

@@ -2,11 +2,17 @@ from typing import Dict, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from detectron2.config import CfgNode, configurable
 
-from ..layers import build_adapter, build_generator
+from ..layers import (
+    Generator,
+    add_reference_config,
+    build_adapter,
+    pixel_factor,
+    read_reference_pixels,
+    squared_error,
+)
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY, DistillPair
@@ -23,11 +29,14 @@ class MGDHead(nn.Module):
     """
 
     @configurable
-    def __init__(self, *, levels: Sequence[LevelPair], mask_ratio: float):
+    def __init__(
+        self, *, levels: Sequence[LevelPair], mask_ratio: float, reference_pixels: int = 0
+    ):
         """
         Args:
             levels: the pairs of levels to distil
             mask_ratio: probability of hiding a position, in [0, 1)
+            reference_pixels: see add_reference_config; 0: as published
         """
         super().__init__()
         if not 0 <= mask_ratio < 1:
@@ -37,25 +46,28 @@ class MGDHead(nn.Module):
             )
         self.levels = levels
         self.mask_ratio = mask_ratio
+        self.reference_pixels = reference_pixels
         self.adapter = nn.ModuleDict(
             {p.student: build_adapter(p.student_channels, p.teacher_channels) for p in levels}
         )
-        self.generator = nn.ModuleDict(
-            {p.student: build_generator(p.teacher_channels) for p in levels}
-        )
+        self.generator = nn.ModuleDict({p.student: Generator(p.teacher_channels) for p in levels})
 
     @staticmethod
     def add_config(node: CfgNode) -> None:
-        # alpha. The published weights are for 800x1344 inputs: 2e-5 for a dense student, 5e-7 for
-        # a two-stage one. The loss is a sum over positions, so at other input sizes multiply by
-        # 1075200 / padded pixels to keep the balance with the detection losses.
+        # alpha; published, for 800x1344 inputs: 2e-5 for a dense student, 5e-7 for a two-stage one
         node.LOSS_WEIGHT = 2e-5
+        add_reference_config(node)
         # lambda: probability of hiding a position, in [0, 1); published: 0.65 dense, 0.45 two-stage
         node.MASK_RATIO = 0.65
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        return {"levels": pair.levels, "mask_ratio": cfg.DISTILL.MGD.MASK_RATIO}
+        node = cfg.DISTILL.MGD
+        return {
+            "levels": pair.levels,
+            "mask_ratio": node.MASK_RATIO,
+            "reference_pixels": read_reference_pixels("DISTILL.MGD", node),
+        }
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
         """
@@ -66,13 +78,14 @@ class MGDHead(nn.Module):
             {"loss_mgd": {level: scalar}}: squared error summed over channels and positions,
             averaged over images. The published weights assume this reduction.
         """
-        losses = {}
+        factor = pixel_factor(self.reference_pixels, student.image_sizes)
+        losses, self.maps = {}, {"visible": {}}
         for level, x, target in match_levels(self.levels, student.features, teacher.features):
             x = self.adapter[level](x)
             # One draw per position for all channels: otherwise they would give each other away.
             visible = torch.rand_like(x[:, :1]) >= self.mask_ratio  # (N, 1, Hi, Wi)
             rebuilt = self.generator[level](x * visible)
-            # float32 also under AMP: a sum over 100,000 positions overflows half precision.
-            error = F.mse_loss(rebuilt.float(), target.float(), reduction="sum")
-            losses[level] = error / len(x)
+            # Padding counts here, as in the released code.
+            losses[level] = factor * squared_error(rebuilt, target)
+            self.maps["visible"][level] = visible
         return {"loss_mgd": losses}

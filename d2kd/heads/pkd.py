@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from detectron2.config import CfgNode, configurable
 
-from ..layers import build_adapter
+from ..layers import build_adapter, standardise
 from ..pyramid import LevelPair, make_pair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY, DistillPair
@@ -89,17 +89,6 @@ class PKDHead(nn.Module):
             (p.student, student.features[p.student], teacher.features[p.teacher])
             for p in self.levels
         )
-
-
-def standardise(x: Tensor) -> Tensor:
-    """
-    Each channel of (N, C, H, W) to mean 0 and deviation 1 over the batch and all positions.
-
-    With a single value per channel there is no deviation (Bessel's correction divides by zero):
-    such a map carries no correlation and becomes 0.
-    """
-    std = x.std(dim=(0, 2, 3), keepdim=True) if x[:, 0].numel() > 1 else 0.0
-    return (x - x.mean(dim=(0, 2, 3), keepdim=True)) / (std + 1e-6)
 
 
 def _pair_by_index(pair: DistillPair) -> Tuple[LevelPair, ...]:

@@ -1,4 +1,16 @@
 from .adapter import build_adapter
-from .generator import build_generator
+from .attention import channel_attention, mean_inside, mean_one_softmax, spatial_attention
+from .dual_generator import DualGenerator
+from .generator import Generator
+from .guide import AttentionGuide, add_attention_config, check_temperature
+from .masks import MaskRule, add_mask_config, hide_top
+from .reconstruction import (
+    add_reference_config,
+    pixel_factor,
+    read_reference_pixels,
+    squared_error,
+)
+from .scales import from_windows, max_pool, pool_inside, to_windows
+from .standardise import standardise
 
 __all__ = [k for k in globals().keys() if not k.startswith("_")]

@@ -2,7 +2,18 @@
 
 import logging
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from fvcore.common.registry import Registry
@@ -11,7 +22,13 @@ from torch import Tensor, nn
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 
-from .parts import DensePredictions, RoIPredictions, multi_level_pooler, single_level_pooler
+from .parts import (
+    DensePredictions,
+    RoIPredictions,
+    cells_inside,
+    multi_level_pooler,
+    single_level_pooler,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +89,18 @@ class DetectorView:
         """What views of this very detector can give; a subset of `members`."""
         return cls.members
 
+    # Whether class logits come from a head on regions, `roi_predictions`, and not from `dense`.
+    two_stage = False
+
     @staticmethod
     def num_classes(detector: nn.Module) -> int:
         """Number of foreground classes."""
         raise NotImplementedError
+
+    @staticmethod
+    def num_anchors(detector: nn.Module) -> int:
+        """Predictions per cell of `dense`; 0 where a family has none."""
+        return 0
 
     # The parts -----------------------------------------------------------------------------------
 
@@ -98,6 +123,15 @@ class DetectorView:
     def features(self) -> Dict[str, Tensor]:
         """Level name to (N, C, Hi, Wi): the output of the backbone with its pyramid."""
         return self._part("backbone")[1]
+
+    def inside_image(self, level: str) -> Optional[Tensor]:
+        """
+        The cells of a level that hold a part of their image, the rest being padding.
+
+        Returns:
+            boolean (N, 1, Hi, Wi); None: all of them do
+        """
+        return cells_inside(self.image_sizes, self.strides[level], self.features[level])
 
     @property
     def gt_instances(self) -> List[Instances]:
@@ -131,6 +165,21 @@ class DetectorView:
             single_level_pooler(self.strides[k], size)([x], boxes) for k, x in zip(names, features)
         ]
         return torch.stack(pooled, dim=1)
+
+    def mean_in_boxes(self, maps: Mapping[str, Tensor], boxes: List[Boxes]) -> Tensor:
+        """
+        Mean of a map over each box, on the level that the usual size rule gives the box.
+
+        Args:
+            maps: level name to (N, C, Hi, Wi), for some or all of the levels that RoIAlign uses
+            boxes: one Boxes per image, XYXY in input pixels, R in all
+
+        Returns:
+            (R, C)
+        """
+        names = [k for k in self._pooled_levels() if k in maps]
+        pooler = multi_level_pooler(tuple(self.strides[k] for k in names), size=1)
+        return pooler([maps[k] for k in names], boxes).flatten(1)
 
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
         """

@@ -17,6 +17,10 @@ class DenseView(DetectorView):
     def num_classes(detector: nn.Module) -> int:
         return detector.num_classes
 
+    @staticmethod
+    def num_anchors(detector: nn.Module) -> int:
+        return detector.head.cls_score.out_channels // detector.num_classes
+
     def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
         head = self.detector.head
         return head.cls_subnet, head, self._pooled_levels()

@@ -1,9 +1,11 @@
 """Pieces that views of all families are made of: what a head is given, and how it is cut out."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import List, Optional, Sequence, Tuple
 
+import torch
 from torch import Tensor
 
 from detectron2.modeling.poolers import ROIPooler
@@ -51,6 +53,31 @@ def unaliased(logits: Sequence[Tensor], num_classes: int) -> List[Tensor]:
         x.clone() if x.shape[1] == num_classes or x.shape[2] * x.shape[3] == 1 else x
         for x in logits
     ]
+
+
+def cells_inside(
+    image_sizes: Sequence[Tuple[int, int]], stride: int, like: Tensor
+) -> Optional[Tensor]:
+    """
+    The cells that hold at least one pixel of their image.
+
+    Args:
+        image_sizes: (height, width) of each image in pixels, without padding
+        stride: pixels per cell
+        like: a map of the level, (N, C, H, W)
+
+    Returns:
+        boolean (N, 1, H, W); None: all cells do, found without asking the GPU
+    """
+    height, width = like.shape[-2:]
+    rows = [min(math.ceil(h / stride), height) for h, _ in image_sizes]
+    columns = [min(math.ceil(w / stride), width) for _, w in image_sizes]
+    if min(rows) == height and min(columns) == width:
+        return None
+    below, right = (torch.tensor(x, device=like.device).view(-1, 1) for x in (rows, columns))
+    in_rows = torch.arange(height, device=like.device) < below
+    in_columns = torch.arange(width, device=like.device) < right
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
 
 # RoIAlign has no parameters, so poolers are shared by all views.

@@ -22,9 +22,15 @@ class RCNNView(DetectorView):
         has_box_head = hasattr(detector.roi_heads, "box_pooler")
         return cls.members if has_box_head else frozenset({"features", "dense"})
 
+    two_stage = True
+
     @staticmethod
     def num_classes(detector: nn.Module) -> int:
         return detector.roi_heads.num_classes
+
+    @staticmethod
+    def num_anchors(detector: nn.Module) -> int:
+        return detector.proposal_generator.rpn_head.objectness_logits.out_channels
 
     @property
     def sampled_boxes(self) -> List[Boxes]:

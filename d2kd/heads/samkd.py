@@ -1,0 +1,203 @@
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+
+from ..layers import (
+    AttentionGuide,
+    DualGenerator,
+    MaskRule,
+    add_attention_config,
+    add_mask_config,
+    add_reference_config,
+    build_adapter,
+    from_windows,
+    max_pool,
+    pixel_factor,
+    pool_inside,
+    read_reference_pixels,
+    squared_error,
+    to_windows,
+)
+from ..pyramid import LevelPair, match_inside
+from ..views import DetectorView
+from .build import DISTILL_HEAD_REGISTRY, DistillPair
+
+HIERARCHIES = ("pool", "window")
+
+
+class Scale(NamedTuple):
+    """One view of a level: pooled by `size` (hierarchy "pool"), or in size x size windows."""
+
+    size: int
+    x: Tensor  # adapted student's features, (N, Ct, H, W)
+    target: Tensor  # teacher's features, (N, Ct, H, W)
+    inside: Optional[Tensor]  # (N, 1, H, W), cells that hold a part of their image; None: all
+    area: float  # cells of the level per cell of this scale
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class SAMKDHead(nn.Module):
+    """
+    Scale-aware masked distillation of features, https://arxiv.org/abs/2501.07101 (RECONSTRUCTED
+    from the abstracts of versions 1, "Dual Scale-aware AMKD", and 2, "SAMKD"; no code was
+    released): DMKD's dual masking from coarse to fine, with more weight on the scales where the
+    student lags. Its logits part is the head MLD.
+
+    Shapes: N images; Cs, Ct student and teacher channels; Hi, Wi height and width of level i.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        levels: Sequence[LevelPair],
+        hierarchy: str = "pool",
+        scales: Sequence[int] = (1, 2, 4),
+        min_cells: int = 4,
+        cell_mask: MaskRule = MaskRule(),
+        channel_mask: MaskRule = MaskRule(ratio=0.5),
+        guide: AttentionGuide = AttentionGuide(),
+        reference_pixels: int = 0,
+    ):
+        """
+        Args:
+            levels: the pairs of levels to distil
+            hierarchy: "pool": maps max-pooled by each of `scales`; "window": whole maps whose
+                cells compete for attention within each of scale x scale windows
+            scales: whole numbers, 1 among them
+            min_cells: a scale is left out where it leaves fewer cells along a side (of the map, or
+                of a window)
+            cell_mask, channel_mask: what is hidden, given the attention
+            guide: whose attention
+            reference_pixels: see add_reference_config; 0: as published
+        """
+        super().__init__()
+        self.levels = levels
+        self.hierarchy = hierarchy
+        self.scales = sorted(scales)
+        self.min_cells = min_cells
+        self.cell_mask = cell_mask
+        self.channel_mask = channel_mask
+        self.guide = guide
+        self.reference_pixels = reference_pixels
+        self.adapter = nn.ModuleDict(
+            {p.student: build_adapter(p.student_channels, p.teacher_channels) for p in levels}
+        )
+        # Shared by the scales of a level: the same 3x3 kernels see more of the image on each.
+        self.generator = nn.ModuleDict(
+            {p.student: DualGenerator(p.teacher_channels) for p in levels}
+        )
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        # alpha and the ratio of cells: MGD's (5e-7 and 0.45 for a two-stage student)
+        node.LOSS_WEIGHT = 2e-5
+        add_reference_config(node)
+        # "pool": version 1's max-pooling, cheap; "window": the region-wise reading of version 2, at
+        # the cost of a generator's pass for each scale
+        node.HIERARCHY = "pool"
+        # K; each scale halves the map or the window
+        node.SCALES = [1, 2, 4]
+        # On fewer cells a share of them is hardly a choice.
+        node.MIN_CELLS = 4
+        node.CELL_MASK = CfgNode()
+        add_mask_config(node.CELL_MASK, ratio=0.65)
+        node.CHANNEL_MASK = CfgNode()
+        add_mask_config(node.CHANNEL_MASK, ratio=0.5)
+        add_attention_config(node)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+        node = cfg.DISTILL.SAMKD
+        if node.HIERARCHY not in HIERARCHIES:
+            raise ValueError(
+                f"DISTILL.SAMKD.HIERARCHY must be one of {', '.join(HIERARCHIES)}, got "
+                f"{node.HIERARCHY!r}."
+            )
+        whole = all(isinstance(k, int) and k > 0 for k in node.SCALES)
+        if not whole or 1 not in node.SCALES or len(set(node.SCALES)) < len(node.SCALES):
+            raise ValueError(
+                "DISTILL.SAMKD.SCALES must be different whole numbers above 0 with 1 among them, "
+                f"such as [1, 2, 4], got {list(node.SCALES)}."
+            )
+        return {
+            "levels": pair.levels,
+            "hierarchy": node.HIERARCHY,
+            "scales": list(node.SCALES),
+            "min_cells": node.MIN_CELLS,
+            "cell_mask": MaskRule.from_config("DISTILL.SAMKD.CELL_MASK", node.CELL_MASK),
+            "channel_mask": MaskRule.from_config("DISTILL.SAMKD.CHANNEL_MASK", node.CHANNEL_MASK),
+            "guide": AttentionGuide.from_config("DISTILL.SAMKD", node),
+            "reference_pixels": read_reference_pixels("DISTILL.SAMKD", node),
+        }
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
+        """
+        Args:
+            student, teacher: views with features (N, Cs, Hi, Wi) and (N, Ct, Hi, Wi)
+
+        Returns:
+            {"loss_samkd": {level: scalar}}: over scales the weighted sum of the squared error,
+            itself summed over channels and the cells inside the images, averaged over images, and
+            multiplied by the cells of the level per cell of the scale
+        """
+        factor = pixel_factor(self.reference_pixels, student.image_sizes)
+        losses, self.maps = {}, {f"visible {k}": {} for k in self.scales}
+        for level, x, target, inside in match_inside(self.levels, student, teacher):
+            scales = self._scales(self.adapter[level](x), target, inside)
+            errors, lags = [], []
+            for scale in scales:
+                cells = self._visible_cells(scale)
+                channels = self.channel_mask(self.guide.channels(*scale[1:4]))
+                rebuilt = self.generator[level](scale.x, cells, channels, scale.inside)
+                errors.append(scale.area * squared_error(rebuilt, scale.target, scale.inside))
+                lags.append(self._lag(scale, cells))
+                self.maps[f"visible {scale.size}"][level] = cells
+            losses[level] = factor * (lag_weights(lags) * torch.stack(errors)).sum()
+        return {"loss_samkd": losses}
+
+    def _scales(self, x: Tensor, target: Tensor, inside: Optional[Tensor]) -> List[Scale]:
+        """The scales of a level that leave enough cells, fine to coarse; 1 always does."""
+        side = min(x.shape[-2:])
+        sizes = [k for k in self.scales if k == 1 or side / k >= self.min_cells]
+        if self.hierarchy == "window":
+            return [Scale(k, x, target, inside, 1.0) for k in sizes]
+        return [
+            Scale(
+                k,
+                max_pool(x, k, inside),
+                max_pool(target, k, inside),
+                pool_inside(inside, k),
+                float(k * k),
+            )
+            for k in sizes
+        ]
+
+    def _visible_cells(self, scale: Scale) -> Tensor:
+        """(N, 1, H, W): ranked over the whole map, or within each window of it."""
+        if self.hierarchy == "pool" or scale.size == 1:
+            return self.cell_mask(self.guide.cells(*scale[1:4]), scale.inside)
+        features, inside = to_windows(self.guide.of(scale.x, scale.target), scale.size)
+        if scale.inside is not None:
+            inside = inside & to_windows(scale.inside.float(), scale.size)[0].bool()
+        visible = self.cell_mask(self.guide.cells(features, features, inside), inside)
+        return from_windows(visible, scale.size, scale.x.shape[-2:])
+
+    def _lag(self, scale: Scale, cells: Tensor) -> Tensor:
+        """How far the student is from the teacher: mean over the map, or over its hidden cells."""
+        counted = scale.inside
+        if self.hierarchy == "window":  # all its scales see the same maps, but hide other cells
+            counted = ~cells if scale.inside is None else scale.inside & ~cells
+        distance = (scale.x.detach().float() - scale.target.float()).abs().mean(1, keepdim=True)
+        if counted is None:
+            return distance.mean()
+        return (distance * counted).sum() / counted.sum().clamp(min=1)
+
+
+def lag_weights(lags: Sequence[Tensor]) -> Tensor:
+    """Softmax of the lags relative to their mean, times their number: mean 1."""
+    lags = torch.stack(list(lags))
+    return len(lags) * (lags / lags.mean().clamp(min=1e-12)).softmax(dim=0)

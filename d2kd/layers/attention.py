@@ -1,0 +1,60 @@
+"""Attention maps of FGD (https://arxiv.org/abs/2111.11837): the mean is exactly 1."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+def spatial_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
+    """
+    Which cells a detector responds to: softmax of the mean magnitude over channels.
+
+    Args:
+        x: features, (N, C, H, W)
+        temperature: divides the magnitudes, > 0; published: 0.5, and 0.8 for FCOS
+        inside: (N, 1, H, W), cells that hold a part of their image; None: all do
+
+    Returns:
+        (N, 1, H, W) in float32, mean 1 over the cells inside each image, 0 outside
+    """
+    return mean_one_softmax(x.float().abs().mean(dim=1, keepdim=True), temperature, inside)
+
+
+def channel_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
+    """
+    Which channels a detector responds with: softmax of the mean magnitude over cells.
+
+    Args:
+        x, temperature, inside: as for spatial_attention
+
+    Returns:
+        (N, C, 1, 1) in float32, mean 1 over channels
+    """
+    magnitude = mean_inside(x.float().abs(), inside)
+    return mean_one_softmax(magnitude, temperature)
+
+
+def mean_one_softmax(scores: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
+    """
+    Softmax over everything but the first dimension, times the number of entries: mean 1.
+
+    Args:
+        scores: (N, 1, H, W) or (N, C, 1, 1)
+        temperature: divides the scores, > 0
+        inside: as `scores`, boolean; what is outside gets 0 and does not count
+    """
+    scores = scores.float() / temperature
+    if inside is None:
+        return scores.flatten(1).softmax(dim=1).view_as(scores) * scores[0].numel()
+    # Not -inf, which would give NaN where nothing at all is inside.
+    scores = scores.masked_fill(~inside, torch.finfo(scores.dtype).min)
+    count = inside.flatten(1).sum(dim=1).view(-1, 1, 1, 1)
+    return scores.flatten(1).softmax(dim=1).view_as(scores) * count * inside
+
+
+def mean_inside(x: Tensor, inside: Optional[Tensor] = None) -> Tensor:
+    """(N, C, H, W) -> (N, C, 1, 1): the mean over the cells that are inside the image."""
+    if inside is None:
+        return x.mean(dim=(2, 3), keepdim=True)
+    return (x * inside).sum(dim=(2, 3), keepdim=True) / inside.sum(dim=(2, 3), keepdim=True)

@@ -1,0 +1,23 @@
+from typing import Optional
+
+from torch import Tensor
+
+
+def standardise(x: Tensor, inside: Optional[Tensor] = None) -> Tensor:
+    """
+    Each channel of (N, C, H, W) to mean 0 and deviation 1 over the batch and all cells.
+
+    With a single value per channel there is no deviation (Bessel's correction divides by zero):
+    such a map carries no correlation and becomes 0.
+
+    Args:
+        inside: (N, 1, H, W), cells that count; what is outside becomes 0; None: all count
+    """
+    if inside is None:
+        std = x.std(dim=(0, 2, 3), keepdim=True) if x[:, 0].numel() > 1 else 0.0
+        return (x - x.mean(dim=(0, 2, 3), keepdim=True)) / (std + 1e-6)
+    count = inside.sum()
+    centred = (x - (x * inside).sum(dim=(0, 2, 3), keepdim=True) / count) * inside
+    variance = centred.square().sum(dim=(0, 2, 3), keepdim=True) / (count - 1).clamp(min=1)
+    # A root has no gradient at 0, where a channel is constant.
+    return centred / (variance.clamp(min=1e-24).sqrt() + 1e-6)

@@ -2,10 +2,7 @@
 """Measure what distillation costs: seconds and memory of a training step, part by part."""
 
 import argparse
-import copy
-import dataclasses
 import gc
-import itertools
 import json
 import os
 import platform
@@ -13,35 +10,24 @@ import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 from multiprocessing import get_context
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, ContextManager, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
 
 import detectron2
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, SimpleTrainer
-from detectron2.modeling import build_model
-from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
-from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from d2kd import DetectorView, Distiller, load_config
-from d2kd.engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
-from d2kd.engine.optimizer import build_optimizer
-from d2kd.engine.preflight import check_config
-from d2kd.heads.build import head_class, required_members
-from d2kd.views import find_view
+from benchmark_costs import head_costs
+from benchmark_parts import PAIRS, Step, build_arms, build_config
 
-Step = Callable[[], None]
-Batch = List[Dict[str, Any]]
 Seconds = Dict[str, List[float]]
+Spread = List[float]  # [median, min, max] over rounds
 
 GUIDE = """
 Every round runs each arm once, on the same batch, odd rounds in reverse order:
@@ -56,6 +42,15 @@ what d2kd itself costs, c/(a+b) - 1 what d2kd and the method cost. RoI features 
 a head asks of a teacher count as the head's. --memory measures in processes of their own: the plain
 student without a teacher, and each distillation step.
 
+Of each head by itself:
+  ms          its arm h, in milliseconds; of MGD: as a multiple of MGD's, where that is measured
+  GFLOPs      1e9 operations of its convolutions and matrix products in a step, forward and
+              backward, 2 for a multiply-add; nothing else is counted (torch 2.0: "-")
+  parameters  their number; they are trained with the student and not delivered
+  saved MiB   what its forward keeps for its backward: the tensors that autograd saves, each storage
+              once, without parameters, buffers and what the detectors recorded anyway
+
+A pair's detectors and optimizer, clipped gradients included, are those of configs/COCO/Base-*.yaml.
 Weights are random and the learning rate is 0: the time depends on neither, and no file of weights
 is needed or read. On a machine that others use, take --threads 1 --cpu-seconds.
 
@@ -66,199 +61,8 @@ examples:
   python tools/benchmark.py --heads MGD --opts DISTILL.MGD.MASK_RATIO 0.45
 """
 
-_THIRDS = [2 ** (i / 3) for i in range(3)]
-_RETINANET = {
-    "MODEL.META_ARCHITECTURE": "RetinaNet",
-    "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
-    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
-    "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
-    "MODEL.ANCHOR_GENERATOR.SIZES": [[x * k for k in _THIRDS] for x in (32, 64, 128, 256, 512)],
-}
-_FASTER_RCNN = {
-    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
-    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
-    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
-    "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
-    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 2000,
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 1000,
-    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
-    "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
-    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
-    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
-    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
-}
-# Name to what both detectors have, then to what the student has of its own: the model zoo's sizes.
-PAIRS = {
-    "retinanet_R_101-R_50": (_RETINANET, {"MODEL.RESNETS.DEPTH": 50}),
-    "faster_rcnn_R_101-R_18": (
-        _FASTER_RCNN,
-        {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64},
-    ),
-}
 
-
-# What is measured ---------------------------------------------------------------------------------
-
-
-def build_config(args: argparse.Namespace, folder: str) -> CfgNode:
-    """The distillation config of --config-file or --pair; a pair's teacher is written to folder."""
-    device = [] if args.device == "auto" else ["MODEL.DEVICE", args.device]
-    if args.config_file:
-        cfg = load_config(args.config_file, [*device, *args.opts])
-    else:
-        shared, student = PAIRS[args.pair]
-        teacher = os.path.join(folder, "teacher.yaml")
-        with open(teacher, "w") as file:
-            file.write(load_config("", _words({**shared, "MODEL.RESNETS.DEPTH": 101})).dump())
-        distill = {
-            "MODEL.META_ARCHITECTURE": "Distiller",
-            "DISTILL.STUDENT_META_ARCHITECTURE": shared["MODEL.META_ARCHITECTURE"],
-            "DISTILL.TEACHER.CONFIG_FILE": teacher,
-            "DISTILL.HEADS": ["MGD", "PKD"],
-        }
-        cfg = load_config("", _words({**shared, **student, **distill}) + device + args.opts)
-    cfg.DISTILL.HEADS = args.heads or cfg.DISTILL.HEADS
-    cfg.DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS, cfg.DISTILL.TEACHER.WEIGHTS = True, ""
-    cfg.SOLVER.BASE_LR, cfg.SOLVER.AMP.ENABLED = 0.0, args.amp
-    check_config(cfg)
-    return cfg
-
-
-def _words(values: Dict[str, Any]) -> List[Any]:
-    return [word for pair in values.items() for word in pair]
-
-
-def build_arms(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Callable[[], Step]]:
-    """Name of each arm to what builds its step; all share one student and one teacher."""
-    torch.manual_seed(0)
-    whole = build_model(cfg).train()
-    calm(whole)
-    batch = random_batch(whole.student, args)
-    stock, ours = (
-        (AMPTrainer, FiniteAMPTrainer) if args.amp else (SimpleTrainer, FiniteSimpleTrainer)
-    )
-    arms = {"student": partial(training_step, cfg, whole.student, batch, stock)}
-    for name in whole.heads:
-        distiller = with_one_head(whole, name)
-        arms.setdefault(teacher_arm(distiller), partial(teacher_step, cfg, distiller, batch))
-        arms[f"head {name}"] = partial(head_step, cfg, distiller, batch)
-        arms[f"with {name}"] = partial(training_step, cfg, distiller, batch, ours)
-    return arms
-
-
-def calm(distiller: Distiller) -> None:
-    """Shrink the residual branches: as initialised, with frozen norms, deep ResNets overflow."""
-    detectors = [distiller.student] + [x.model for x in [distiller.teacher] if x is not None]
-    for block in itertools.chain(*(x.modules() for x in detectors)):
-        if isinstance(block, (BasicBlock, BottleneckBlock)):
-            last = block.conv3 if isinstance(block, BottleneckBlock) else block.conv2
-            if getattr(last.norm, "weight", None) is not None:
-                last.norm.weight.data.mul_(0.1)
-
-
-def random_batch(student: nn.Module, args: argparse.Namespace) -> Batch:
-    """Images of noise with random boxes, on the host, as a data loader gives them."""
-    num_classes, batch = find_view(student, "student").num_classes(student), []
-    (height, width), n = args.size, args.boxes
-    for _ in range(args.images):
-        corner = torch.rand(n, 2) * torch.tensor([width, height]) / 2
-        boxes = torch.cat([corner, corner + (0.1 + torch.rand(n, 2) * 0.4) * min(height, width)], 1)
-        outlines = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()
-        instances = Instances((height, width), gt_boxes=Boxes(boxes))
-        instances.gt_masks = PolygonMasks([[x] for x in outlines])  # read by Mask R-CNN alone
-        instances.gt_classes = torch.randint(num_classes, (n,))
-        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances})
-    return batch
-
-
-def with_one_head(whole: Distiller, name: str) -> Distiller:
-    """A Distiller of the same student and teacher, with a single head."""
-    return Distiller(
-        student=whole.student,
-        teacher=whole.teacher,
-        heads={name: whole.heads[name]},
-        schedules=whole.schedules,
-        image_format=whole.image_format,
-        inherit_parts=[],
-        members=required_members(type(whole.heads[name])),
-    )
-
-
-def training_step(cfg: CfgNode, model: nn.Module, batch: Batch, trainer: type) -> Step:
-    """Forward, backward, losses read to the host, optimizer step: what a trainer of cfg runs."""
-    return trainer(model, itertools.repeat(batch), build_optimizer(cfg, model)).run_step
-
-
-def teacher_arm(distiller: Distiller) -> str:
-    return "teacher with dense" if "dense" in distiller.members else "teacher"
-
-
-def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
-    """The parts of a teacher's view that are computed once per batch."""
-    teacher = distiller.teacher
-    view_class = find_view(teacher.model, "teacher")
-
-    def step() -> None:
-        with autocast(cfg):
-            view = view_class(teacher.model, teacher.batch(batch, distiller.image_format))
-            view.features
-            if "dense" in distiller.members:
-                view.dense()
-
-    return step
-
-
-def head_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
-    """The head on leaves that stand for what the two detectors gave it."""
-    (head,) = distiller.heads.values()
-    with autocast(cfg):
-        distiller(batch)
-    student, teacher = (detached(distiller.latest[k]) for k in ("student", "teacher"))
-    distiller.latest = {}
-    has_parameters = any(p.requires_grad for p in head.parameters())
-    optimizer = build_optimizer(cfg, head) if has_parameters else None
-
-    def step() -> None:
-        with autocast(cfg):
-            # Fresh leaves: nothing to add to, as in the student's own backward.
-            terms = head(detached(student), teacher)
-            total = sum(sum(v.values()) if isinstance(v, dict) else v for v in terms.values())
-        if optimizer:
-            optimizer.zero_grad()
-        total.backward()
-        if optimizer:
-            optimizer.step()
-
-    return step
-
-
-def autocast(cfg: CfgNode) -> ContextManager:
-    return torch.autocast("cuda") if cfg.SOLVER.AMP.ENABLED else nullcontext()
-
-
-def detached(view: DetectorView) -> DetectorView:
-    """The same view, cut off its detector's graph: every recorded tensor is a leaf."""
-    view = copy.copy(view)
-    view._recorded, view._versions = _leaves(view._recorded), {}
-    return view
-
-
-def _leaves(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.detach().requires_grad_(x.requires_grad)
-    if isinstance(x, dict):
-        return {k: _leaves(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(_leaves(v) for v in x)
-    if dataclasses.is_dataclass(x):
-        return type(x)(**{k: _leaves(v) for k, v in vars(x).items()})
-    return x
-
-
-# Measuring and reporting --------------------------------------------------------------------------
+# Measuring ----------------------------------------------------------------------------------------
 
 
 def measure(steps: Dict[str, Step], args: argparse.Namespace) -> Seconds:
@@ -283,13 +87,23 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def run(args: argparse.Namespace, arm: str = "") -> Tuple[CfgNode, Seconds, float]:
+@dataclass
+class Measured:
     """
-    Build and measure all arms, or a single one and its memory: then in a process of its own.
+    `cfg`: of the run; `seconds`: of every arm; `teacher_arms`: head to the teacher's arm that it
+    needs; `costs`: head to its head_costs(); `peak_mib`: of this process, on the GPU or resident
+    on a CPU.
+    """
 
-    Returns:
-        the config; seconds of every arm; peak MiB of this process: of the GPU, or resident on a CPU
-    """
+    cfg: CfgNode
+    seconds: Seconds
+    teacher_arms: Dict[str, str]
+    costs: Dict[str, Dict[str, Optional[int]]]
+    peak_mib: float
+
+
+def run(args: argparse.Namespace, arm: str = "") -> Measured:
+    """Measure all arms and the heads, or a single arm and its memory: in a process of its own."""
     torch.set_num_threads(args.threads)
     with TemporaryDirectory() as folder, EventStorage():
         cfg = build_config(args, folder)
@@ -299,7 +113,14 @@ def run(args: argparse.Namespace, arm: str = "") -> Tuple[CfgNode, Seconds, floa
         arms = build_arms(cfg, args)
         steps = {name: build() for name, build in arms.items() if arm in ("", name)}
         seconds = measure(steps, args)
-    return cfg, seconds, _peak_mib()
+        heads = {} if arm else {name: steps[f"head {name}"] for name in cfg.DISTILL.HEADS}
+        return Measured(
+            cfg=cfg,
+            seconds=seconds,
+            teacher_arms={name: head.teacher_arm for name, head in heads.items()},
+            costs={name: head_costs(head) for name, head in heads.items()},
+            peak_mib=_peak_mib(),
+        )
 
 
 def _peak_mib() -> float:
@@ -319,26 +140,43 @@ def memory_of(args: argparse.Namespace) -> Dict[str, float]:
     memory = {}
     for arm in ["student"] + [f"with {name}" for name in heads]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            memory[arm] = pool.submit(run, short, arm).result()[-1]
+            memory[arm] = pool.submit(run, short, arm).result().peak_mib
     return memory
 
 
-def summarise(cfg: CfgNode, seconds: Seconds) -> Dict[str, Dict[str, List[float]]]:
-    """Head to its ratios, each [median, min, max] over rounds."""
-    summary = {}
-    for name in cfg.DISTILL.HEADS:
-        dense = "dense" in required_members(head_class(name))
-        teacher = seconds["teacher with dense" if dense else "teacher"]
-        rounds = list(
-            zip(seconds["student"], teacher, seconds[f"head {name}"], seconds[f"with {name}"])
-        )
-        ratios = {
-            "c/(a+b+h)": [c / (a + b + h) for a, b, h, c in rounds],
-            "c/(a+b)": [c / (a + b) for a, b, h, c in rounds],
-            "teacher share": [b / c for a, b, h, c in rounds],
+# Reporting ----------------------------------------------------------------------------------------
+
+
+def ratios_of(measured: Measured) -> Dict[str, Dict[str, Spread]]:
+    """Head to the ratios of its whole step to the arms that make it up."""
+    seconds, ratios = measured.seconds, {}
+    for name, teacher in measured.teacher_arms.items():
+        arms = [seconds[k] for k in ("student", teacher, f"head {name}", f"with {name}")]
+        rounds = list(zip(*arms))
+        ratios[name] = {
+            "c/(a+b+h)": _spread([c / (a + b + h) for a, b, h, c in rounds]),
+            "c/(a+b)": _spread([c / (a + b) for a, b, h, c in rounds]),
+            "teacher share": _spread([b / c for a, b, h, c in rounds]),
         }
-        summary[name] = {k: [median(v), min(v), max(v)] for k, v in ratios.items()}
-    return summary
+    return ratios
+
+
+def heads_of(measured: Measured) -> Dict[str, Dict[str, Any]]:
+    """Head to what it costs by itself; a time is a Spread, what could not be measured None."""
+    mgd = measured.seconds.get("head MGD")
+    heads = {}
+    for name, costs in measured.costs.items():
+        own = measured.seconds[f"head {name}"]
+        heads[name] = {
+            "milliseconds": _spread([1000 * x for x in own]),
+            "of MGD": _spread([x / y for x, y in zip(own, mgd)]) if mgd else None,
+            **costs,
+        }
+    return heads
+
+
+def _spread(rounds: Sequence[float]) -> Spread:
+    return [median(rounds), min(rounds), max(rounds)]
 
 
 def hardware(cfg: CfgNode) -> str:
@@ -363,11 +201,27 @@ def print_report(report: Dict[str, Any]) -> None:
         for name, x in report["seconds"].items()
     ]
     print(tabulate(arms, ["arm", "seconds", "min", "max", "peak MiB"], floatfmt=".4f"), "\n")
-    ratios = [
-        (name, *("{:.3f} [{:.3f}, {:.3f}]".format(*x) for x in summary.values()))
-        for name, summary in report["ratios"].items()
+    ratios = [(name, *map(_text, x.values())) for name, x in report["ratios"].items()]
+    print(tabulate(ratios, ["head", *next(iter(report["ratios"].values()))]), "\n")
+    columns = ["head", "ms", "of MGD", "GFLOPs", "parameters", "saved MiB"]
+    heads = [_head_row(name, head) for name, head in report["heads"].items()]
+    print(tabulate(heads, columns, disable_numparse=True, colalign=["left"] + ["right"] * 5))
+
+
+def _head_row(name: str, head: Dict[str, Any]) -> List[str]:
+    flops = head["flops"]
+    return [
+        name,
+        _text(head["milliseconds"], digits=1),
+        _text(head["of MGD"]) if head["of MGD"] else "-",
+        "-" if flops is None else f"{flops / 1e9:.3f}",
+        f"{head['parameters']:,}",
+        f"{head['saved_bytes'] / 2**20:.2f}",
     ]
-    print(tabulate(ratios, ["head", *next(iter(report["ratios"].values()))]))
+
+
+def _text(spread: Spread, digits: int = 3) -> str:
+    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*spread, d=digits)
 
 
 def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
@@ -412,18 +266,19 @@ def main(argv: Sequence[str] = None) -> None:
     args = parse_args(argv)
     # Before anything is built here: a child's peak would start from what this process holds.
     memory = memory_of(args) if args.memory else {}
-    cfg, seconds, _ = run(args)
+    measured = run(args)
     report = {
         "pair": args.config_file or args.pair,
         "size": "{}x{}".format(*args.size),
         **{k: getattr(args, k) for k in ("images", "boxes", "rounds")},
         "clock": "CPU" if args.cpu_seconds else "wall",
-        "hardware": hardware(cfg),
+        "hardware": hardware(measured.cfg),
         "torch": torch.__version__,
         "detectron2": detectron2.__version__,
-        "seconds": seconds,
+        "seconds": measured.seconds,
         "peak_mib": memory,
-        "ratios": summarise(cfg, seconds),
+        "ratios": ratios_of(measured),
+        "heads": heads_of(measured),
     }
     print_report(report)
     if args.json:

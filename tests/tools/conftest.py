@@ -1,0 +1,46 @@
+"""What the tests of tools/benchmark*.py share."""
+
+import argparse
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Callable, List
+
+import pytest
+
+from toys import detector_config, distill_config
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a file of tools by name, so that the processes that --memory starts can do it too."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Callable[[str, str], str]:
+    """Writes a distillation YAML of two toy detectors, with the heads MGD and PKD."""
+
+    def write(student: str, teacher: str) -> str:
+        teacher_file, path = tmp_path / "teacher.yaml", tmp_path / "distill.yaml"
+        teacher_file.write_text(detector_config(teacher).dump())
+        opts = ["DISTILL.TEACHER.CONFIG_FILE", str(teacher_file)]
+        path.write_text(distill_config(student, opts, ["MGD", "PKD"]).dump())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def small() -> List[str]:
+    """Words for a benchmark of two rounds on two small images."""
+    words = "--size 64x96 --rounds 2 --warmup 1 --device cpu --threads 1"
+    return words.split()
+
+
+@pytest.fixture
+def small_args(
+    tool: Callable[[str], ModuleType], small: List[str]
+) -> Callable[..., argparse.Namespace]:
+    return lambda *words: tool("benchmark").parse_args([*small, *words])

@@ -1,0 +1,229 @@
+"""What tools/benchmark.py measures: the two detectors, and the steps of each arm."""
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import os
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Dict, FrozenSet, List
+
+import torch
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+from detectron2.structures import Boxes, Instances, PolygonMasks
+
+from d2kd import DetectorView, Distiller, load_config, student_config
+from d2kd.distiller import describe_pair
+from d2kd.engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
+from d2kd.engine.optimizer import build_optimizer
+from d2kd.engine.preflight import check_config
+from d2kd.heads.build import required_members
+from d2kd.views import find_view
+
+Step = Callable[[], None]
+Batch = List[Dict[str, Any]]
+
+COCO = Path(__file__).resolve().parents[1] / "configs" / "COCO"
+_R_18 = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
+# Name to the YAML of which the teacher is the detector, with a ResNet-101; the student's YAML; and
+# what the student has of its own.
+PAIRS = {
+    "retinanet_R_101-R_50": ("Base-RetinaNet.yaml", "Base-RetinaNet.yaml", {}),
+    "faster_rcnn_R_101-R_18": ("Base-FasterRCNN.yaml", "Base-FasterRCNN.yaml", _R_18),
+    "faster_rcnn_R_101-retinanet_R_50": ("Base-FasterRCNN.yaml", "Base-RetinaNet.yaml", {}),
+    "retinanet_R_101-faster_rcnn_R_18": ("Base-RetinaNet.yaml", "Base-FasterRCNN.yaml", _R_18),
+}
+
+
+# Both detectors -----------------------------------------------------------------------------------
+
+
+def build_config(args: argparse.Namespace, folder: str) -> CfgNode:
+    """The distillation config of --config-file or --pair; a pair's teacher is written to folder."""
+    device = [] if args.device == "auto" else ["MODEL.DEVICE", args.device]
+    if args.config_file:
+        cfg = load_config(args.config_file, [*device, *args.opts])
+    else:
+        teacher, student, overrides = PAIRS[args.pair]
+        distill = {
+            "DISTILL.TEACHER.CONFIG_FILE": write_teacher(teacher, folder),
+            "DISTILL.HEADS": ["MGD", "PKD"],
+        }
+        words = [word for pair in {**overrides, **distill}.items() for word in pair]
+        cfg = load_config(str(COCO / student), [*words, *device, *args.opts])
+    cfg.DISTILL.HEADS = args.heads or cfg.DISTILL.HEADS
+    cfg.DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS, cfg.DISTILL.TEACHER.WEIGHTS = True, ""
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.AMP.ENABLED = 0.0, args.amp
+    check_config(cfg)
+    return cfg
+
+
+def write_teacher(name: str, folder: str) -> str:
+    """Path of a YAML of the student that configs/COCO/`name` trains, with a ResNet-101."""
+    cfg = load_config(str(COCO / name), ["MODEL.RESNETS.DEPTH", 101, "MODEL.WEIGHTS", ""])
+    path = os.path.join(folder, "teacher.yaml")
+    with open(path, "w") as file:
+        file.write(student_config(cfg).dump())
+    return path
+
+
+def calm(distiller: Distiller) -> None:
+    """Shrink the residual branches: as initialised, with frozen norms, deep ResNets overflow."""
+    detectors = [distiller.student] + [x.model for x in [distiller.teacher] if x is not None]
+    for block in itertools.chain(*(x.modules() for x in detectors)):
+        if isinstance(block, (BasicBlock, BottleneckBlock)):
+            last = block.conv3 if isinstance(block, BottleneckBlock) else block.conv2
+            if getattr(last.norm, "weight", None) is not None:
+                last.norm.weight.data.mul_(0.1)
+
+
+def random_batch(student: nn.Module, args: argparse.Namespace) -> Batch:
+    """Images of noise with random boxes, on the host, as a data loader gives them."""
+    num_classes, batch = find_view(student, "student").num_classes(student), []
+    (height, width), n = args.size, args.boxes
+    for _ in range(args.images):
+        corner = torch.rand(n, 2) * torch.tensor([width, height]) / 2
+        boxes = torch.cat([corner, corner + (0.1 + torch.rand(n, 2) * 0.4) * min(height, width)], 1)
+        outlines = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()
+        instances = Instances((height, width), gt_boxes=Boxes(boxes))
+        instances.gt_masks = PolygonMasks([[x] for x in outlines])  # read by Mask R-CNN alone
+        instances.gt_classes = torch.randint(num_classes, (n,))
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances})
+    return batch
+
+
+# The arms -----------------------------------------------------------------------------------------
+
+
+def build_arms(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Callable[[], Step]]:
+    """Name of each arm to what builds its step; all share one student and one teacher."""
+    torch.manual_seed(0)
+    whole = build_model(cfg).train()
+    calm(whole)
+    batch = random_batch(whole.student, args)
+    stock, ours = (
+        (AMPTrainer, FiniteAMPTrainer) if args.amp else (SimpleTrainer, FiniteSimpleTrainer)
+    )
+    arms = {"student": partial(training_step, cfg, whole.student, batch, stock)}
+    for name in whole.heads:
+        distiller = with_one_head(cfg, whole, name)
+        arms.setdefault(teacher_arm(distiller), partial(teacher_step, cfg, distiller, batch))
+        arms[f"head {name}"] = partial(HeadAlone, cfg, distiller, batch)
+        arms[f"with {name}"] = partial(training_step, cfg, distiller, batch, ours)
+    return arms
+
+
+def with_one_head(cfg: CfgNode, whole: Distiller, name: str) -> Distiller:
+    """A Distiller of the same student and teacher, with a single head."""
+    return Distiller(
+        student=whole.student,
+        teacher=whole.teacher,
+        heads={name: whole.heads[name]},
+        schedules=whole.schedules,
+        image_format=whole.image_format,
+        inherit_parts=[],
+        members=members_of_head(cfg, whole, name),
+    )
+
+
+def members_of_head(cfg: CfgNode, whole: Distiller, name: str) -> FrozenSet[str]:
+    """What one head reads of both views, where `whole.members` is what all of them read."""
+    pair = describe_pair(cfg, whole.student, whole.teacher.model)
+    return required_members(type(whole.heads[name]), pair)
+
+
+def training_step(cfg: CfgNode, model: nn.Module, batch: Batch, trainer: type) -> Step:
+    """Forward, backward, losses read to the host, optimizer step: what a trainer of cfg runs."""
+    return trainer(model, itertools.repeat(batch), build_optimizer(cfg, model)).run_step
+
+
+def teacher_arm(distiller: Distiller) -> str:
+    return "teacher with dense" if "dense" in distiller.members else "teacher"
+
+
+def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
+    """The parts of a teacher's view that are computed once per batch."""
+    teacher = distiller.teacher
+    view_class = find_view(teacher.model, "teacher")
+
+    def step() -> None:
+        with autocast(cfg):
+            view = view_class(teacher.model, teacher.batch(batch, distiller.image_format))
+            view.features
+            if "dense" in distiller.members:
+                view.dense()
+
+    return step
+
+
+class HeadAlone:
+    """One head on leaves that stand for what the two detectors gave it. Called, it does a step."""
+
+    def __init__(self, cfg: CfgNode, distiller: Distiller, batch: Batch):
+        (self.head,) = distiller.heads.values()
+        self.cfg = cfg
+        self.teacher_arm = teacher_arm(distiller)
+        with autocast(cfg):
+            distiller(batch)
+        self.student, self.teacher = (detached(distiller.latest[k]) for k in ("student", "teacher"))
+        distiller.latest = {}
+        has_parameters = any(p.requires_grad for p in self.head.parameters())
+        self.optimizer = build_optimizer(cfg, self.head) if has_parameters else None
+
+    def loss(self) -> Tensor:
+        with autocast(self.cfg):
+            # Fresh leaves: nothing to add to, as in the student's own backward.
+            terms = self.head(detached(self.student), self.teacher)
+            return sum(sum(v.values()) if isinstance(v, dict) else v for v in terms.values())
+
+    def __call__(self) -> None:
+        total = self.loss()
+        if self.optimizer:
+            self.optimizer.zero_grad()
+        total.backward()
+        if self.optimizer:
+            self.optimizer.step()
+
+    def given(self) -> List[Tensor]:
+        """Every tensor that is there before the head runs: recorded ones, parameters, buffers."""
+        tensors: List[Tensor] = []
+        for view in (self.student, self.teacher):
+            _map_tensors(tensors.append, view._recorded)
+        for module in (self.head, self.student.detector, self.teacher.detector):
+            tensors += [*module.parameters(), *module.buffers()]
+        return tensors
+
+
+def autocast(cfg: CfgNode) -> ContextManager:
+    return torch.autocast("cuda") if cfg.SOLVER.AMP.ENABLED else nullcontext()
+
+
+def detached(view: DetectorView) -> DetectorView:
+    """The same view, cut off its detector's graph: every recorded tensor is a leaf."""
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().requires_grad_(x.requires_grad)
+
+    view = copy.copy(view)
+    view._recorded, view._versions = _map_tensors(leaf, view._recorded), {}
+    return view
+
+
+def _map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, dict):
+        return {k: _map_tensors(function, v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(_map_tensors(function, v) for v in x)
+    if dataclasses.is_dataclass(x):
+        return type(x)(**{k: _map_tensors(function, v) for k, v in vars(x).items()})
+    return x

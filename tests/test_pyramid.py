@@ -9,9 +9,16 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
-from d2kd.pyramid import LevelPair, describe_plan, match_levels, pair_levels
+from d2kd.pyramid import (
+    LevelPair,
+    crop_to,
+    describe_plan,
+    match_inside,
+    match_levels,
+    pair_levels,
+)
 
-from toys import detector_config, level_pairs
+from toys import detector_config, feature_view, level_pairs
 
 
 def shapes(**strides: int) -> Dict[str, ShapeSpec]:
@@ -122,3 +129,48 @@ def test_levels_of_unequal_stride_are_never_cropped_into_each_other() -> None:
     pair = LevelPair("p3", "p2", 4, 4, 8, 4)
     with pytest.raises(AssertionError, match=r"p3 \(stride 8\) and p2 \(stride 4\)"):
         list(match_levels([pair], {"p3": torch.zeros(1)}, {"p2": torch.zeros(1)}))
+
+
+@pytest.mark.parametrize("student, teacher", [((8, 8), (6, 9)), ((6, 9), (8, 8)), ((5, 7), (8, 9))])
+def test_cells_inside_are_those_of_the_part_that_both_have(student, teacher) -> None:
+    # Images of 5 x 7 and, begun by a pixel, 3 x 6 cells of 8 pixels; each detector pads them to
+    # its own size. The first image fills the smallest map.
+    sizes = [(40, 56), (17, 41)]
+    views = [feature_view({"p3": torch.randn(2, 4, *cells)}, sizes) for cells in (student, teacher)]
+    ((level, x, target, inside),) = match_inside(level_pairs(p3=(4, 4)), *views)
+    height, width = (min(sides) for sides in zip(student, teacher))
+    assert level == "p3" and x.shape == target.shape == (2, 4, height, width)
+    expected = torch.zeros(2, 1, height, width, dtype=torch.bool)
+    expected[0, :, :5, :7] = True
+    expected[1, :, :3, :6] = True
+    assert inside.dtype == torch.bool and torch.equal(inside, expected)
+    assert torch.equal(x, views[0].features["p3"][..., :height, :width])
+    assert torch.equal(target, views[1].features["p3"][..., :height, :width])
+
+
+def test_student_that_pads_nothing_has_every_cell_inside_whatever_the_teacher_pads() -> None:
+    views = [
+        feature_view({"p3": torch.randn(2, 4, *cells)}, [(40, 56)] * 2)
+        for cells in ((5, 7), (8, 8))
+    ]
+    ((_, x, target, inside),) = match_inside(level_pairs(p3=(4, 4)), *views)
+    assert inside is None and x.shape == target.shape == (2, 4, 5, 7)
+
+
+def test_inside_is_told_level_by_level() -> None:
+    # 40 pixels are 5 of 6 rows of 8 pixels, but all 3 of 16.
+    features = {"p3": torch.randn(1, 4, 6, 8), "p4": torch.randn(1, 4, 3, 4)}
+    view = feature_view(features, [(40, 64)])
+    found = {
+        k: inside for k, _, _, inside in match_inside(level_pairs(p3=(4, 4), p4=(4, 4)), view, view)
+    }
+    assert list(found) == ["p3", "p4"] and found["p4"] is None
+    assert found["p3"].sum() == 5 * 8 and not found["p3"][:, :, 5].any()
+
+
+@pytest.mark.parametrize("other, size", [((5, 6), (5, 6)), ((7, 9), (5, 6)), ((3, 9), (3, 6))])
+def test_crop_cuts_below_and_to_the_right_what_the_other_lacks(other, size) -> None:
+    x = torch.randn(2, 4, 5, 6) > 0
+    cropped = crop_to(x, torch.zeros(1, *other))
+    assert torch.equal(cropped, x[..., : size[0], : size[1]])
+    assert (cropped is x) == (size == (5, 6)), "handed on as it is"

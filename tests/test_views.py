@@ -1,6 +1,6 @@
 """A view says what the detector's own modules say; the student's comes from its own pass."""
 
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Sequence, Tuple
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView
 from d2kd.views import find_view
+from d2kd.views.parts import cells_inside
 
 from toys import batch, detector_config
 
@@ -116,6 +117,28 @@ def test_members_and_classes_of_a_family(name: str, members: int) -> None:
     assert cls.num_classes(detector) == 3
 
 
+@pytest.mark.parametrize("ratios, per_size", [([[0.5, 1.0, 2.0]], 3), ([[1.0]], 1)])
+@pytest.mark.parametrize("name", [*DENSE, *TWO_STAGE])
+def test_anchors_per_cell_are_those_of_the_logits(
+    name: str, ratios: List[List[float]], per_size: int
+) -> None:
+    detector = build_teacher(name, MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS=ratios)
+    cls = find_view(detector, "student")
+    anchors = 1 if name == "fcos" else per_size
+    assert cls.num_anchors(detector) == anchors
+    assert cls.two_stage == (name in TWO_STAGE)
+    view = view_of_teacher(detector, batch())
+    classes = 1 if view.two_stage else cls.num_classes(detector)  # an RPN tells objects
+    assert {x.shape[1] for x in view.dense().logits} == {anchors * classes}
+
+
+def test_detector_without_an_rpn_has_no_dense_predictions() -> None:
+    detector = build("faster_rcnn", MODEL__PROPOSAL_GENERATOR__NAME="PrecomputedProposals")
+    cls = find_view(detector, "student")
+    assert cls.members_of(detector) == {"features", "roi_features", "roi_predictions"}
+    assert cls.num_anchors(detector) == 0 and cls.two_stage
+
+
 def test_detector_with_one_pooled_level_has_no_roi_predictions() -> None:
     detector = build(
         "faster_rcnn",
@@ -134,6 +157,60 @@ def test_subclass_of_a_known_detector_has_its_parent_s_view() -> None:
     parent = build("retinanet")
     child = type("MyRetinaNet", (type(parent),), {})
     assert find_view(child.__new__(child), "student") is find_view(parent, "student")
+
+
+# Padding -----------------------------------------------------------------------------------------
+
+
+def cells_with_pixels(sizes: Sequence[Tuple[int, int]], stride: int, like: Tensor) -> Tensor:
+    """In loops over pixels: pixel (y, x) lies in the cell (y // stride, x // stride)."""
+    inside = torch.zeros(len(sizes), 1, *like.shape[-2:], dtype=torch.bool)
+    for image, (height, width) in zip(inside[:, 0].numpy(), sizes):
+        for y in range(height):
+            for x in range(width):
+                image[y // stride, x // stride] = True
+    return inside
+
+
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_cells_inside_an_image_are_those_with_a_pixel_of_it(name: str) -> None:
+    sizes = [(96, 120), (64, 65), (33, 128), (1, 7)]
+    inputs = [x for height, width in sizes for x in batch(1, height=height, width=width)]
+    view = view_of_teacher(build_teacher(name), inputs)
+    assert view.image_size == (96, 128)
+    for level, x in view.features.items():
+        inside = view.inside_image(level)
+        expected = cells_with_pixels(sizes, view.strides[level], x)
+        if expected.all():  # a level of one cell
+            assert inside is None
+        else:
+            assert inside.dtype == torch.bool and torch.equal(inside, expected), level
+
+
+@pytest.mark.parametrize("height, width", [(64, 96), (57, 89)])
+def test_without_a_cell_of_padding_there_is_nothing_to_leave_out(height: int, width: int) -> None:
+    # 57 x 89 is padded to 64 x 96 as well, but that begins no cell of 8 pixels.
+    view = view_of_teacher(build_teacher("retinanet"), batch(height=height, width=width))
+    assert view.image_size == (64, 96)
+    assert [view.inside_image(level) for level in view.features] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    "sizes, padded",
+    [
+        ([(16, 17), (9, 24)], False),
+        ([(16, 24), (16, 16)], True),
+        ([(8, 24), (16, 24)], True),
+    ],
+)
+def test_a_row_or_column_of_padding_in_one_image_is_enough(
+    sizes: List[Tuple[int, int]], padded: bool
+) -> None:
+    like = torch.zeros(2, 5, 2, 3)
+    inside = cells_inside(sizes, 8, like)
+    assert (inside is not None) == padded
+    if padded:
+        assert torch.equal(inside, cells_with_pixels(sizes, 8, like))
 
 
 # The student: recorded in its own forward --------------------------------------------------------
@@ -424,12 +501,60 @@ def test_a_box_of_224_pixels_belongs_to_stride_16() -> None:
 
 
 @torch.no_grad()
+def test_mean_in_boxes_is_that_of_the_cells_they_cover() -> None:
+    view = view_of_teacher(build_teacher("faster_rcnn"), batch(height=256, width=256))
+    maps = {f"p{i}": torch.randn(2, 3, 256 >> i, 256 >> i) for i in range(2, 7)}
+    # (image, level, top, left, bottom, right) in cells. floor(4 + log2(side / 224)) is the level:
+    # below 112 pixels p2, the finest, below 224 p3, then p4.
+    cells = [
+        (0, "p2", 3, 5, 4, 6),
+        (0, "p2", 0, 0, 12, 27),
+        (0, "p3", 2, 4, 17, 19),
+        (1, "p4", 1, 2, 15, 16),
+        (1, "p2", 50, 40, 64, 44),
+        (1, "p4", 0, 0, 16, 16),
+    ]
+    boxes = [
+        Boxes(torch.tensor([box for m, box in in_pixels(view, cells) if m == n])) for n in (0, 1)
+    ]
+    expected = [maps[k][n, :, y0:y1, x0:x1].mean(dim=(1, 2)) for n, k, y0, x0, y1, x1 in cells]
+    found = view.mean_in_boxes(maps, boxes)  # p6 is left out: nothing is pooled from it
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    # Of some levels, the nearest one serves: p3 for all of these boxes, which cover its cells.
+    only = {"p3": maps["p3"]}
+    wide = [
+        Boxes(torch.tensor([[0.0, 8.0, 16.0, 24.0]])),
+        Boxes(torch.tensor([[0.0, 0, 256, 256]])),
+    ]
+    expected = [maps["p3"][0, :, 1:3, 0:2], maps["p3"][1]]
+    expected = torch.stack([x.mean(dim=(1, 2)) for x in expected])
+    torch.testing.assert_close(view.mean_in_boxes(only, wide), expected, rtol=1e-4, atol=1e-5)
+
+
+def in_pixels(view: DetectorView, cells: Sequence[Tuple]) -> List[Tuple[int, List[float]]]:
+    """(image, level, top, left, bottom, right) in cells to (image, XYXY)."""
+    return [
+        (n, [float(v * view.strides[k]) for v in (x0, y0, x1, y1)])
+        for n, k, y0, x0, y1, x1 in cells
+    ]
+
+
+@pytest.mark.parametrize("levels", [["p3", "p5"], ["p6"], []])
+def test_mean_in_boxes_wants_neighbouring_levels(levels: List[str]) -> None:
+    view = view_of_teacher(build_teacher("faster_rcnn"), batch())
+    maps = {k: torch.zeros(2, 1, 8, 8) for k in levels}
+    with pytest.raises(ValueError, match=rf"out of p2, p3, p4, p5, got {', '.join(levels)}\."):
+        view.mean_in_boxes(maps, some_boxes())
+
+
+@torch.no_grad()
 def test_no_boxes_at_all_give_no_rows() -> None:
     view = view_of_teacher(build_teacher("faster_rcnn"), batch())
     none = [Boxes(torch.zeros(0, 4)), Boxes(torch.zeros(0, 4))]
     assert view.roi_features(none).shape[0] == 0
     assert view.roi_features(none, levels="all").shape[:2] == (0, 4)
     assert view.roi_predictions(none).logits.shape == (0, 4)
+    assert view.mean_in_boxes({"p3": torch.ones(2, 5, 8, 8)}, none).shape == (0, 5)
 
 
 def test_unknown_choice_of_levels_is_refused() -> None:

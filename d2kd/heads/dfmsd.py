@@ -58,7 +58,7 @@ class DFMSDHead(nn.Module):
             guide: whose attention
             enhancement: how much attention of high frequencies is added, >= 0
             enhanced_max_stride: levels up to this stride get it, in pixels
-            high_pass_cutoff: frequency of half power, in cycles per cell, in (0, 0.5)
+            high_pass_cutoff: frequency of half power, in cycles per cell, in (0, 0.15]
         """
         super().__init__()
         self.levels = levels
@@ -105,12 +105,12 @@ class DFMSDHead(nn.Module):
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node = cfg.DISTILL.DFMSD
         for name in ("SEMANTIC_RATIO", "ENHANCEMENT", "ENHANCED_MAX_STRIDE"):
-            if node[name] < 0:
+            if not node[name] >= 0:
                 raise ValueError(f"DISTILL.DFMSD.{name} must be 0 or above, got {node[name]}.")
-        if not 0 < node.HIGH_PASS_CUTOFF < 0.5:
+        if not 0 < node.HIGH_PASS_CUTOFF <= 0.15:
             raise ValueError(
-                "DISTILL.DFMSD.HIGH_PASS_CUTOFF must be in (0, 0.5) cycles per cell, got "
-                f"{node.HIGH_PASS_CUTOFF}."
+                "DISTILL.DFMSD.HIGH_PASS_CUTOFF must be in (0, 0.15] cycles per cell, got "
+                f"{node.HIGH_PASS_CUTOFF}: above, the filter is narrower than a cell."
             )
         if not node.RECONSTRUCT and not node.SEMANTIC_RATIO:
             raise ValueError(
@@ -142,7 +142,7 @@ class DFMSDHead(nn.Module):
         rebuild, semantic, self.maps = {}, {}, {"visible": {}}
         for level, x, target, inside in match_inside(self.levels, student, teacher):
             x = self.adapter[level](x)
-            normal = standardise(target.float(), inside)
+            normal = standardise(target.detach().float(), inside)
             if self.semantic_ratio:
                 error = _mean_square(standardise(x.float(), inside) - normal, inside) / 2
                 semantic[level] = self.semantic_ratio * error
@@ -165,7 +165,9 @@ class DFMSDHead(nn.Module):
             return attention
         detail = high_pass(self.guide.of(x, target).float(), self.high_pass_cutoff, inside)
         detail = detail.abs().mean(dim=1, keepdim=True)
-        return attention + enhancement * mean_one_softmax(detail, self.guide.temperature, inside)
+        detail = mean_one_softmax(detail, self.guide.temperature, inside)
+        # A mean of 1 again, so that a threshold keeps its meaning; the order is that of the sum.
+        return (attention + enhancement * detail) / (1 + enhancement)
 
 
 def high_pass(x: Tensor, cutoff: float, inside: Optional[Tensor] = None) -> Tensor:
@@ -179,7 +181,8 @@ def high_pass(x: Tensor, cutoff: float, inside: Optional[Tensor] = None) -> Tens
 
     Args:
         x: (N, C, H, W)
-        cutoff: frequency at which the blur passes half of the power, cycles per cell
+        cutoff: frequency at which the blur passes half of the power, cycles per cell; a Gaussian
+            sampled once per cell has this response up to 0.15
         inside: (N, 1, H, W), cells that hold a part of their image; None: all do
 
     Returns:

@@ -125,14 +125,17 @@ class MLDHead(nn.Module):
 
     def _on_cells(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         ours, theirs = student.dense(), teacher.dense()
-        logits, targets = dict(zip(ours.levels, ours.logits)), dict(
-            zip(theirs.levels, theirs.logits)
-        )
+        logits = dict(zip(ours.levels, ours.logits))
+        targets = dict(zip(theirs.levels, theirs.logits))
         pairs = [p for p in self.levels if p.student in logits and p.teacher in targets]
+        assert pairs, (
+            f"DISTILL.LEVELS: MLD has no level to compare; the student predicts on "
+            f"{', '.join(logits)}, the teacher on {', '.join(targets)}"
+        )
         num_anchors = student.num_anchors(student.detector)
         losses, positives = {}, 0.0
         for pair, (level, x, target) in zip(pairs, match_levels(pairs, logits, targets)):
-            x, target = x.float(), target.float()
+            x, target = x.float(), target.detach().float()
             inside = student.inside_image(level)
             inside = None if inside is None else crop_to(inside, x)
             if self.guide == "features":
@@ -147,7 +150,8 @@ class MLDHead(nn.Module):
 
     def _on_regions(self, student: DetectorView, teacher: DetectorView) -> Tensor:
         x = student.roi_predictions().logits.float() / self.temperature
-        target = teacher.roi_predictions(student.sampled_boxes).logits.float() / self.temperature
+        target = teacher.roi_predictions(student.sampled_boxes).logits.detach().float()
+        target = target / self.temperature
         divergence = F.kl_div(
             x.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True
         ).sum(dim=1)
@@ -169,12 +173,13 @@ class MLDHead(nn.Module):
     ) -> Tensor:
         """(N, 1, Hi, Wi): mean over channels of the absolute difference, without gradient."""
         ((_, x, target),) = match_levels([pair], student.features, teacher.features)
-        return (x.detach().float() - target.float()).abs().mean(dim=1, keepdim=True)
+        return (x.detach().float() - target.detach().float()).abs().mean(dim=1, keepdim=True)
 
     def _weight(self, difference: Tensor, inside: Optional[Tensor]) -> Tensor:
         """Mean-1 softmax of the differences, 0 where it is below 1."""
         weight = mean_one_softmax(difference, self.mask_temperature, inside)
-        return weight * (weight >= 1)
+        # Where all differences are equal every weight is 1, but for rounding.
+        return weight * (weight > 1 - 1e-5)
 
 
 def binary_divergence(logits: Tensor, target_logits: Tensor, weight: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import math
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -13,13 +14,12 @@ from ..layers import (
     add_mask_config,
     add_reference_config,
     build_adapter,
-    from_windows,
+    cut_windows,
     max_pool,
     pixel_factor,
     pool_inside,
     read_reference_pixels,
     squared_error,
-    to_windows,
 )
 from ..pyramid import LevelPair, match_inside
 from ..views import DetectorView
@@ -123,6 +123,8 @@ class SAMKDHead(nn.Module):
                 "DISTILL.SAMKD.SCALES must be different whole numbers above 0 with 1 among them, "
                 f"such as [1, 2, 4], got {list(node.SCALES)}."
             )
+        if node.MIN_CELLS < 1:
+            raise ValueError(f"DISTILL.SAMKD.MIN_CELLS must be 1 or more, got {node.MIN_CELLS}.")
         return {
             "levels": pair.levels,
             "hierarchy": node.HIERARCHY,
@@ -147,7 +149,8 @@ class SAMKDHead(nn.Module):
         factor = pixel_factor(self.reference_pixels, student.image_sizes)
         losses, self.maps = {}, {f"visible {k}": {} for k in self.scales}
         for level, x, target, inside in match_inside(self.levels, student, teacher):
-            scales = self._scales(self.adapter[level](x), target, inside)
+            sizes = self._sizes(student, level)
+            scales = self._scales(sizes, self.adapter[level](x), target, inside)
             errors, lags = [], []
             for scale in scales:
                 cells = self._visible_cells(scale)
@@ -159,10 +162,15 @@ class SAMKDHead(nn.Module):
             losses[level] = factor * (lag_weights(lags) * torch.stack(errors)).sum()
         return {"loss_samkd": losses}
 
-    def _scales(self, x: Tensor, target: Tensor, inside: Optional[Tensor]) -> List[Scale]:
-        """The scales of a level that leave enough cells, fine to coarse; 1 always does."""
-        side = min(x.shape[-2:])
-        sizes = [k for k in self.scales if k == 1 or side / k >= self.min_cells]
+    def _sizes(self, student: DetectorView, level: str) -> List[int]:
+        """The scales of a level that leave enough cells of the images, fine to coarse."""
+        largest = [max(sides) for sides in zip(*student.image_sizes)]
+        cells = min(math.ceil(side / student.strides[level]) for side in largest)
+        return [k for k in self.scales if k == 1 or cells / k >= self.min_cells]
+
+    def _scales(
+        self, sizes: List[int], x: Tensor, target: Tensor, inside: Optional[Tensor]
+    ) -> List[Scale]:
         if self.hierarchy == "window":
             return [Scale(k, x, target, inside, 1.0) for k in sizes]
         return [
@@ -180,18 +188,22 @@ class SAMKDHead(nn.Module):
         """(N, 1, H, W): ranked over the whole map, or within each window of it."""
         if self.hierarchy == "pool" or scale.size == 1:
             return self.cell_mask(self.guide.cells(*scale[1:4]), scale.inside)
-        features, inside = to_windows(self.guide.of(scale.x, scale.target), scale.size)
-        if scale.inside is not None:
-            inside = inside & to_windows(scale.inside.float(), scale.size)[0].bool()
-        visible = self.cell_mask(self.guide.cells(features, features, inside), inside)
-        return from_windows(visible, scale.size, scale.x.shape[-2:])
+        magnitude = self.guide.of(scale.x, scale.target).float().abs().mean(dim=1, keepdim=True)
+        inside = torch.ones_like(magnitude).bool() if scale.inside is None else scale.inside
+        windows = cut_windows(inside, scale.size)  # (N, windows, H, W)
+        # Each window as an image of its own, of which nothing else is inside.
+        magnitude = magnitude.expand_as(windows).flatten(0, 1)[:, None]
+        inside = windows.flatten(0, 1)[:, None]
+        visible = self.cell_mask(self.guide.cells(magnitude, magnitude, inside), inside)
+        return visible.view_as(windows).any(dim=1, keepdim=True)
 
     def _lag(self, scale: Scale, cells: Tensor) -> Tensor:
         """How far the student is from the teacher: mean over the map, or over its hidden cells."""
         counted = scale.inside
         if self.hierarchy == "window":  # all its scales see the same maps, but hide other cells
             counted = ~cells if scale.inside is None else scale.inside & ~cells
-        distance = (scale.x.detach().float() - scale.target.float()).abs().mean(1, keepdim=True)
+        x, target = scale.x.detach().float(), scale.target.detach().float()
+        distance = (x - target).abs().mean(dim=1, keepdim=True)
         if counted is None:
             return distance.mean()
         return (distance * counted).sum() / counted.sum().clamp(min=1)

@@ -10,7 +10,7 @@ from .reconstruction import (
     read_reference_pixels,
     squared_error,
 )
-from .scales import from_windows, max_pool, pool_inside, to_windows
+from .scales import cut_windows, max_pool, pool_inside
 from .standardise import standardise
 
 __all__ = [k for k in globals().keys() if not k.startswith("_")]

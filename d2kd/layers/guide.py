@@ -46,8 +46,8 @@ class AttentionGuide:
         return cls(node.TEMPERATURE, node.ATTENTION_FROM)
 
     def of(self, x: Tensor, target: Tensor) -> Tensor:
-        """The features that guide: of the student, x, or of the teacher, target."""
-        return target if self.source == "teacher" else x.detach()
+        """The features that guide: of the student, x, or of the teacher, target; no gradient."""
+        return (target if self.source == "teacher" else x).detach()
 
     def cells(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
         """

@@ -10,7 +10,7 @@ from torch import Tensor
 from detectron2.config import CfgNode
 
 RULES = ("ratio", "threshold")
-HIDE = ("most", "least", "random")
+HIDE = ("most", "sampled", "least", "random")
 
 
 def add_mask_config(node: CfgNode, ratio: float) -> None:
@@ -22,8 +22,9 @@ def add_mask_config(node: CfgNode, ratio: float) -> None:
     node.RATIO = ratio
     # attention has mean 1, so 1.0 hides what is above average
     node.THRESHOLD = 1.0
-    # "most" attended, since AMD's abstract wants the important regions reconstructed; "least"
-    # attended or "random" are for ablations
+    # "most" attended, since AMD's abstract wants the important regions reconstructed. It hides the
+    # same cells of an image every time, and hidden cells get no gradient; "sampled" draws them anew
+    # in proportion to their attention. "least" attended and "random" are for ablations.
     node.HIDE = "most"
 
 
@@ -57,8 +58,8 @@ class MaskRule:
             raise ValueError(
                 f"{key}.THRESHOLD must be above 0, got {node.THRESHOLD}: attention has mean 1."
             )
-        if node.RULE == "threshold" and node.HIDE == "random":
-            raise ValueError(f"{key}.HIDE is 'random', which needs {key}.RULE 'ratio'.")
+        if node.RULE == "threshold" and node.HIDE in ("random", "sampled"):
+            raise ValueError(f"{key}.HIDE is {node.HIDE!r}, which needs {key}.RULE 'ratio'.")
         return cls(node.RATIO, node.RULE, node.THRESHOLD, node.HIDE)
 
     def __call__(self, attention: Tensor, inside: Optional[Tensor] = None) -> Tensor:
@@ -74,9 +75,14 @@ class MaskRule:
             most = attention >= self.threshold
             visible = ~most if self.hide == "most" else most
             return visible if inside is None else visible & inside
-        if self.hide == "random":
-            attention = torch.rand_like(attention)
-        return hide_top(-attention if self.hide == "least" else attention, self.ratio, inside)
+        scores = {
+            "most": lambda: attention,
+            "least": lambda: -attention,
+            "random": lambda: torch.rand_like(attention),
+            # The largest are a sample without replacement in proportion to attention.
+            "sampled": lambda: attention / torch.empty_like(attention).exponential_(),
+        }
+        return hide_top(scores[self.hide](), self.ratio, inside)
 
 
 def hide_top(scores: Tensor, ratio: float, inside: Optional[Tensor] = None) -> Tensor:
@@ -93,7 +99,8 @@ def hide_top(scores: Tensor, ratio: float, inside: Optional[Tensor] = None) -> T
     """
     flat = scores.flatten(1)
     visible = torch.ones_like(flat, dtype=torch.bool) if inside is None else inside.flatten(1)
-    counts = (ratio * visible.sum(dim=1, keepdim=True) - _TINY).ceil()
+    # In float64, as in Python: in float32 0.6 * 50000 is above 30000.
+    counts = (ratio * visible.sum(dim=1, keepdim=True).double() - _TINY).ceil()
     largest = math.ceil(ratio * flat.shape[1] - _TINY)
     # topk and not quantile, which neither gives exact counts nor takes large maps.
     order = flat.masked_fill(~visible, -math.inf).topk(largest, dim=1).indices
@@ -101,4 +108,4 @@ def hide_top(scores: Tensor, ratio: float, inside: Optional[Tensor] = None) -> T
     return visible.scatter(1, order, shown & visible.gather(1, order)).view_as(scores)
 
 
-_TINY = 1e-4  # 0.65 * 20 is 13.000001 in float32, and should hide 13
+_TINY = 1e-6  # 0.07 * 100 is 7.000000000000001, and should hide 7

@@ -13,13 +13,13 @@ def squared_error(rebuilt: Tensor, target: Tensor, inside: Optional[Tensor] = No
     Squared error, summed over channels and the cells inside the image, averaged over images.
 
     Args:
-        rebuilt, target: (N, C, H, W)
+        rebuilt, target: (N, C, H, W); the target gets no gradient
         inside: (N, 1, H, W); None: all cells count
 
     Returns:
         scalar in float32 also under AMP: a sum over 100,000 cells overflows half precision
     """
-    rebuilt, target = rebuilt.float(), target.float()
+    rebuilt, target = rebuilt.float(), target.detach().float()
     if inside is not None:
         rebuilt, target = rebuilt * inside, target * inside
     return F.mse_loss(rebuilt, target, reduction="sum") / len(rebuilt)

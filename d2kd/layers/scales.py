@@ -1,8 +1,9 @@
 """Coarser versions of a map, and the windows it is cut into."""
 
 import math
-from typing import Optional, Tuple
+from typing import Optional
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,40 +34,24 @@ def pool_inside(inside: Optional[Tensor], size: int) -> Optional[Tensor]:
     return F.max_pool2d(inside.float(), size, ceil_mode=True) > 0
 
 
-def to_windows(x: Tensor, count: int) -> Tuple[Tensor, Tensor]:
+def cut_windows(inside: Tensor, count: int) -> Tensor:
     """
-    Cut a map into count x count windows of equal size, the last ones padded with zeros.
+    Cut what each image covers of a map into count x count windows of equal size; those at its lower
+    and right border may be smaller, or empty.
 
     Args:
-        x: (N, C, H, W)
+        inside: boolean (N, 1, H, W), cells that hold a part of their image
 
     Returns:
-        the windows, (N * count * count, C, h, w); where they hold a part of the map, a boolean
-        (N * count * count, 1, h, w)
+        boolean (N, count * count, H, W), the cells of each window, row by row
     """
-    images, channels, height, width = x.shape
-    h, w = math.ceil(height / count), math.ceil(width / count)
-    pad = (0, w * count - width, 0, h * count - height)
-
-    def cut(maps: Tensor) -> Tensor:
-        maps = F.pad(maps, pad).view(images, -1, count, h, count, w)
-        return maps.permute(0, 2, 4, 1, 3, 5).reshape(images * count * count, -1, h, w)
-
-    return cut(x), cut(x.new_ones(images, 1, height, width)) > 0
-
-
-def from_windows(windows: Tensor, count: int, size: Tuple[int, int]) -> Tensor:
-    """
-    Put windows of to_windows together again.
-
-    Args:
-        windows: (N * count * count, C, h, w)
-        size: (H, W) of the map
-
-    Returns:
-        (N, C, H, W)
-    """
-    total, channels, h, w = windows.shape
-    x = windows.view(total // count**2, count, count, channels, h, w).permute(0, 3, 1, 4, 2, 5)
-    x = x.reshape(-1, channels, count * h, count * w)
-    return x[..., : size[0], : size[1]]
+    # Of each image and not of the map: padding would move the windows.
+    rows = inside.any(dim=3, keepdim=True).sum(dim=2, keepdim=True)  # (N, 1, 1, 1)
+    columns = inside.any(dim=2, keepdim=True).sum(dim=3, keepdim=True)
+    row, column = (
+        torch.arange(size, device=inside.device) // ((cells + count - 1) // count).clamp(min=1)
+        for size, cells in zip(inside.shape[-2:], (rows, columns))
+    )
+    window = row.transpose(2, 3) * count + column  # (N, 1, H, W)
+    every = torch.arange(count * count, device=inside.device).view(1, -1, 1, 1)
+    return (window == every) & inside

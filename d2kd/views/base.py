@@ -176,9 +176,18 @@ class DetectorView:
 
         Returns:
             (R, C)
+
+        Raises:
+            ValueError: none of those levels, or one is missing between two others
         """
         names = [k for k in self._pooled_levels() if k in maps]
-        pooler = multi_level_pooler(tuple(self.strides[k] for k in names), size=1)
+        strides = tuple(self.strides[k] for k in names)
+        if not names or strides[-1] != strides[0] * 2 ** (len(names) - 1):
+            raise ValueError(
+                f"Boxes need maps of neighbouring levels out of {', '.join(self._pooled_levels())},"
+                f" got {', '.join(maps)}. Choose others in DISTILL.LEVELS."
+            )
+        pooler = multi_level_pooler(strides, size=1)
         return pooler([maps[k] for k in names], boxes).flatten(1)
 
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:

@@ -74,7 +74,9 @@ def cells_inside(
     columns = [min(math.ceil(w / stride), width) for _, w in image_sizes]
     if min(rows) == height and min(columns) == width:
         return None
-    below, right = (torch.tensor(x, device=like.device).view(-1, 1) for x in (rows, columns))
+    # Not torch.tensor(..., device=...), which waits until the GPU has done all its queued work.
+    limits = torch.tensor([rows, columns]).to(like.device, non_blocking=True)
+    below, right = limits[:, :, None]
     in_rows = torch.arange(height, device=like.device) < below
     in_columns = torch.arange(width, device=like.device) < right
     return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]

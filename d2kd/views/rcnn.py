@@ -20,7 +20,9 @@ class RCNNView(DetectorView):
     def members_of(cls, detector: nn.Module) -> FrozenSet[str]:
         # A C4 model pools from one level and has no separate box head to ask.
         has_box_head = hasattr(detector.roi_heads, "box_pooler")
-        return cls.members if has_box_head else frozenset({"features", "dense"})
+        members = cls.members if has_box_head else frozenset({"features", "dense"})
+        # MODEL.PROPOSAL_GENERATOR.NAME "PrecomputedProposals" has no RPN to ask.
+        return members - {"dense"} if detector.proposal_generator is None else members
 
     two_stage = True
 
@@ -30,7 +32,8 @@ class RCNNView(DetectorView):
 
     @staticmethod
     def num_anchors(detector: nn.Module) -> int:
-        return detector.proposal_generator.rpn_head.objectness_logits.out_channels
+        rpn = detector.proposal_generator
+        return 0 if rpn is None else rpn.rpn_head.objectness_logits.out_channels
 
     @property
     def sampled_boxes(self) -> List[Boxes]:

@@ -1,6 +1,6 @@
 """How YAML names a head, and which pairs of detectors a head refuses."""
 
-from typing import Any, Callable, Dict, Iterator, Type
+from typing import Any, Callable, Dict, FrozenSet, Iterator, Set, Type
 
 import pytest
 from torch import nn
@@ -122,6 +122,45 @@ def test_head_that_needs_what_both_can_give_is_built(register: Callable) -> None
     cls = register(requires=frozenset({"roi_predictions"}))
     pair = make_pair(FASTER_RCNN, FASTER_RCNN, SAME_CLASSES)
     assert type(build_head("Toy", load_config(), pair)) is cls
+
+
+@pytest.mark.parametrize(
+    "detector, needed", [(RETINANET, {"dense"}), (FASTER_RCNN, {"roi_predictions"})]
+)
+def test_what_a_head_needs_may_depend_on_the_pair(
+    register: Callable, detector: Dict[str, Any], needed: Set[str]
+) -> None:
+    def requires(pair: DistillPair) -> FrozenSet[str]:
+        return frozenset({"roi_predictions" if pair.student.two_stage else "dense"})
+
+    cls = register(requires=staticmethod(requires))
+    pair = make_pair(detector, detector, SAME_CLASSES)
+    assert required_members(cls, pair) == needed
+    assert type(build_head("Toy", load_config(), pair)) is cls
+    with pytest.raises(ValueError, match="Toy needs roi_predictions; the teacher RetinaNet has"):
+        build_head("Toy", load_config(), make_pair(FASTER_RCNN, RETINANET, SAME_CLASSES))
+
+
+def test_head_may_refuse_a_pair_in_words_of_its_own(register: Callable) -> None:
+    def requires(pair: DistillPair) -> FrozenSet[str]:
+        raise ValueError(f"Toy does not like {pair.teacher.name}")
+
+    register(requires=staticmethod(requires))
+    with pytest.raises(ValueError, match="Toy does not like RetinaNet"):
+        build_head("Toy", load_config(), make_pair(FASTER_RCNN, RETINANET, SAME_CLASSES))
+
+
+@pytest.mark.parametrize("name, needed", [("MGD", {"features"}), ("PKD", {"features"})])
+def test_heads_that_read_features_need_nothing_else_of_any_pair(name: str, needed: Set) -> None:
+    for student, teacher in ((RETINANET, FASTER_RCNN), (FASTER_RCNN, FASTER_RCNN)):
+        pair = make_pair(student, teacher, SAME_CLASSES)
+        assert required_members(head_class(name), pair) == needed
+
+
+def test_masked_logits_need_what_tells_the_classes_apart() -> None:
+    for detector, member in ((RETINANET, "dense"), (FASTER_RCNN, "roi_predictions")):
+        pair = make_pair(detector, detector, SAME_CLASSES)
+        assert required_members(head_class("MLD"), pair) == {"features", member}
 
 
 def test_different_classes_are_refused_for_a_head_that_compares_logits(register: Callable) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from d2kd.heads import MGDHead
 
+from references import conv, generate
 from toys import feature_view, level_pairs, noise
 
 
@@ -20,27 +21,6 @@ def identity_head(mask_ratio: float, **levels: Tuple[int, int]) -> MGDHead:
     return head
 
 
-def conv_in_loops(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Stride 1, zeros around so that the size stays: (N, Cin, H, W) -> (N, Cout, H, W)."""
-    weight, bias = conv.weight.detach(), conv.bias.detach()
-    out_channels, in_channels, size, _ = weight.shape
-    images, _, height, width = x.shape
-    y = torch.zeros(images, out_channels, height, width, dtype=torch.float64)
-    for n in range(images):
-        for o in range(out_channels):
-            for i in range(height):
-                for j in range(width):
-                    total = bias[o].item()
-                    for c in range(in_channels):
-                        for di in range(size):
-                            for dj in range(size):
-                                row, column = i + di - size // 2, j + dj - size // 2
-                                if 0 <= row < height and 0 <= column < width:
-                                    total += (weight[o, c, di, dj] * x[n, c, row, column]).item()
-                    y[n, o, i, j] = total
-    return y
-
-
 def mgd_in_loops(head: MGDHead, level: str, x: Tensor, target: Tensor, draw: Tensor) -> float:
     """
     1/N sum_{n,c,i,j} (G(f(S) * M) - T)^2, where M is 0 with probability mask_ratio.
@@ -48,7 +28,7 @@ def mgd_in_loops(head: MGDHead, level: str, x: Tensor, target: Tensor, draw: Ten
     Args:
         draw: uniform numbers, (N, 1, H, W); a position is hidden where they are below mask_ratio
     """
-    masked = conv_in_loops(x, head.adapter[level])
+    masked = torch.stack([conv(image, head.adapter[level]) for image in x])
     images, channels, height, width = masked.shape
     for n in range(images):
         for i in range(height):
@@ -56,8 +36,7 @@ def mgd_in_loops(head: MGDHead, level: str, x: Tensor, target: Tensor, draw: Ten
                 if draw[n, 0, i, j] < head.mask_ratio:
                     for c in range(channels):
                         masked[n, c, i, j] = 0.0
-    first, _, second = head.generator[level]
-    rebuilt = conv_in_loops(conv_in_loops(masked, first).clamp(min=0), second)
+    rebuilt = torch.stack([generate(head.generator[level], image) for image in masked])
     total = 0.0
     for n in range(images):
         for c in range(channels):
@@ -194,6 +173,21 @@ def test_sum_does_not_overflow_half_precision() -> None:
     )
     loss = identity_head(0.0, p3=(64, 64))(feature_view(student), feature_view(teacher))
     assert loss["loss_mgd"]["p3"].item() == 6553600.0
+
+
+def test_reference_pixels_scale_the_sum_by_the_size_of_the_images() -> None:
+    # Two images of 40 x 48 and 24 x 32 pixels, 1344 on average: twice as much at 2688. Images and
+    # not their padding count, as they do in the published setting of 800 x 1333 padded to 1344.
+    features = {"p3": torch.zeros(2, 3, 5, 6)}, {"p3": torch.full((2, 3, 5, 6), 2.0)}
+    losses = []
+    for reference_pixels in (0, 2688):
+        head = MGDHead(
+            levels=level_pairs(p3=(3, 3)), mask_ratio=0.5, reference_pixels=reference_pixels
+        )
+        head.generator["p3"] = nn.Identity()
+        views = (feature_view(x, image_sizes=[(40, 48), (24, 32)]) for x in features)
+        losses.append(head(*views)["loss_mgd"]["p3"].item())
+    assert losses == [4 * 3 * 30, 2 * 4 * 3 * 30]
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -40,6 +40,15 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Parts of the student initialised from the teacher before training, after MODEL.WEIGHTS:
     # "neck" (the pyramid without its backbone), "head" (everything else that predicts)
     node.INHERIT = []
+    # Several teachers in turn, the student carried over, heads and optimizer anew; [] is one stage.
+    # Each is a mapping of ITERATIONS, which must add up to SOLVER.MAX_ITER, and where it differs
+    # from the run, TEACHER (with a CONFIG_FILE of its own, nothing of the run's), HEADS, INHERIT
+    # (from the second stage on nothing by default), and OPTS, as on the command line: a head's
+    # keys, DISTILL.LEVELS and the learning rate's of SOLVER. DISTILL.ENABLED False ignores stages.
+    node.STAGES = []
+    # "restart": each stage has SOLVER's schedule, warm-up included, with STEPS at the same shares
+    # of the stage as of the run. "continue": one schedule over the whole run
+    node.STAGE_LR = "restart"
 
     node.TEACHER = CfgNode()
     # YAML or LazyConfig .py: a path, or a name in Detectron2's model zoo, such as
@@ -79,7 +88,7 @@ def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
         loaded = _SafeCfgNode.load_yaml_with_base(config_file)
-        check_keys(cfg, list(_flatten(loaded)), config_file)
+        check_keys(cfg, list(flatten(loaded)), config_file)
         cfg.merge_from_other_cfg(CfgNode(loaded))
     merge_opts(cfg, opts, "the command line")
     return cfg
@@ -103,7 +112,7 @@ def check_keys(cfg: CfgNode, keys: List[str], source: str) -> None:
     Raises:
         ValueError: naming each of `keys` that cfg does not have, with the nearest one it has
     """
-    known = set(_flatten(cfg)) | set(_inner(cfg))
+    known = set(flatten(cfg)) | set(_inner(cfg))
     lines = []
     for key in keys:
         if key not in known:
@@ -146,11 +155,11 @@ def student_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _flatten(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
+def flatten(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted names of all leaves."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 

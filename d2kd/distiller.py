@@ -66,7 +66,7 @@ class Distiller(nn.Module):
         self.members = members
         # The run's iteration from which the schedules count: where its stage began.
         self.start_iter = 0
-        # Views and unweighted terms of the latest batch, for whoever must explain a loss.
+        # Views, unweighted terms and the heads' maps of the latest batch, to explain and draw it.
         self.latest: Dict[str, Any] = {}
 
     @classmethod
@@ -86,7 +86,7 @@ class Distiller(nn.Module):
             return ret
         names = list(cfg.DISTILL.HEADS)
         teacher = build_teacher(cfg)
-        pair = _describe_pair(cfg, student, teacher.model)
+        pair = describe_pair(cfg, student, teacher.model)
         ret["teacher"] = teacher
         ret["heads"] = {name: build_head(name, cfg, pair) for name in names}
         ret["schedules"] = {name: WeightSchedule.from_config(name, cfg) for name in names}
@@ -123,7 +123,7 @@ class Distiller(nn.Module):
             teacher.features
         with student.record(self.members):
             losses = dict(self.student(batched_inputs))
-        self.latest = {"student": student, "teacher": teacher, "terms": {}}
+        self.latest = {"student": student, "teacher": teacher, "terms": {}, "maps": {}}
         for name, weight in weights.items():
             for key, loss in self._distill(name, weight, student, teacher).items():
                 assert key not in losses, f"{name} returns {key!r}, a name that is taken"
@@ -143,6 +143,7 @@ class Distiller(nn.Module):
             return {f"loss_{name.lower()}": sum(zeros)} if zeros else {}
         terms = head(student, teacher)
         self.latest["terms"].update(terms)
+        self.latest["maps"][name] = getattr(head, "maps", {})
         totals = {k: sum(v.values()) if isinstance(v, dict) else v for k, v in terms.items()}
         return {key: total * weight for key, total in totals.items()}
 
@@ -163,7 +164,7 @@ class Distiller(nn.Module):
         return super()._apply(fn, *args)
 
 
-def _describe_pair(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> DistillPair:
+def describe_pair(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> DistillPair:
     infos = []
     for role, detector in (("student", student), ("teacher", teacher)):
         view = find_view(detector, role)
@@ -186,9 +187,8 @@ def _describe_pair(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> Dist
 
 
 def _to_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:
-    """Move images and instances once, not once for each detector."""
-    moved = ("image", "instances")
-    return [{k: v.to(device) if k in moved else v for k, v in x.items()} for x in batched_inputs]
+    """Move images once, not once for each detector. Detectron2 draws instances on the CPU only."""
+    return [{**x, "image": x["image"].to(device)} for x in batched_inputs]
 
 
 def _log(name: str, value: float) -> None:

@@ -12,7 +12,11 @@ DECAYS = ("none", "linear", "cosine")
 
 
 def add_schedule_config(node: CfgNode) -> None:
-    """Write the keys of one head's weight schedule, DISTILL.<NAME>.SCHEDULE."""
+    """
+    Write the keys of one head's weight schedule, DISTILL.<NAME>.SCHEDULE.
+
+    Iterations count from the start of the run, or of its stage where DISTILL.STAGES has several.
+    """
     node.SCHEDULE = CfgNode()
     # iterations over which the weight rises linearly from 0 to LOSS_WEIGHT; 0: full from the start
     node.SCHEDULE.WARMUP_ITERS = 0
@@ -21,7 +25,7 @@ def add_schedule_config(node: CfgNode) -> None:
     node.SCHEDULE.DECAY = "none"
     node.SCHEDULE.DECAY_FROM = 0  # iteration
     node.SCHEDULE.END_FACTOR = 0.0  # in [0, 1]
-    # iteration from which the term is off and costs nothing; -1: on until the end of training
+    # iteration from which the term is off and costs nothing; -1: on until the end
     node.SCHEDULE.STOP_ITER = -1
 
 
@@ -42,7 +46,7 @@ class WeightSchedule:
         """
         Args:
             weight: loss weight at full strength
-            max_iter: iterations of the run
+            max_iter: iterations of the run, or of its stage
             warmup_iters, decay, decay_from, end_factor, stop_iter: see add_schedule_config
         """
         self.weight = weight
@@ -72,7 +76,7 @@ class WeightSchedule:
     def __call__(self, iteration: int) -> float:
         """
         Args:
-            iteration: from 0
+            iteration: from 0, the start of the run or stage
 
         Returns:
             the weight in this iteration; 0 from the stop on

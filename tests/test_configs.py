@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 
 from d2kd import load_config
 from d2kd.data.shapes import SPLITS
+from d2kd.engine.stages import plan_stages
 
 from toys import ROOT
 
@@ -67,10 +68,11 @@ def test_leaf_builds_with_teacher_heads_and_level_plan(path: str) -> None:
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         build_or_skip(cfg)
         return
-    cfg.merge_from_list(NO_TEACHER_WEIGHTS)
-    distiller = build_or_skip(cfg)
-    assert cfg.DISTILL.ENABLED and list(distiller.heads) == list(cfg.DISTILL.HEADS) != []
-    distiller.inherit_from_teacher()  # refused where nothing fits
+    for stage in plan_stages(cfg):
+        stage.cfg.merge_from_list(NO_TEACHER_WEIGHTS)
+        distiller = build_or_skip(stage.cfg)
+        assert cfg.DISTILL.ENABLED and list(distiller.heads) == list(stage.cfg.DISTILL.HEADS) != []
+        distiller.inherit_from_teacher()  # refused where nothing fits
 
 
 def test_shipped_teacher_is_the_one_that_the_model_zoo_names() -> None:

@@ -26,7 +26,7 @@ FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def annotate(
-    image: np.ndarray, annotations: List[Dict[str, Any]], names: Dict[int, str], zoom: int
+    image: np.ndarray, annotations: List[Dict[str, Any]], names: Dict[int, str], zoom: float
 ) -> np.ndarray:
     """
     Args:

@@ -9,6 +9,7 @@ from ..heads import head_class
 from ..inherit import PARTS
 from ..schedule import WeightSchedule
 from ..teacher import resolve_teacher
+from .stages import plan_stages
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -33,7 +34,9 @@ def check_config(cfg: CfgNode) -> None:
         "DISTILL.STUDENT_META_ARCHITECTURE", cfg.DISTILL.STUDENT_META_ARCHITECTURE
     )
     if cfg.DISTILL.ENABLED:
-        _check_distillation(cfg)
+        for stage in plan_stages(cfg):
+            with stage.in_errors():
+                _check_distillation(stage.cfg)
 
 
 def _check_meta_architecture(key: str, name: str) -> None:

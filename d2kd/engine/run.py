@@ -1,12 +1,15 @@
 """One run from a config: train, go on, or evaluate. What train_net.py calls in every process."""
 
+import gc
+import logging
 import os
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import torch
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
@@ -14,12 +17,15 @@ from ..checkpoint import load_whole_detector
 from ..config import student_config
 from ..data import register_datasets
 from .preflight import check_config
+from .stages import Stage, plan_stages
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def train(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
     """
-    Check the config, train, evaluate.
+    Check the config, train stage by stage, evaluate.
 
     Args:
         resume: go on from the last checkpoint in OUTPUT_DIR, if there is one
@@ -29,10 +35,19 @@ def train(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
     """
     check_config(cfg)
     register_datasets(cfg, student_config(cfg).MODEL.META_ARCHITECTURE)
-    trainer = Trainer(_with_seed(cfg, resume))
-    trainer.resume_or_load(resume)
-    trainer.train()
-    return getattr(trainer, "_last_eval_results", None) or {}
+    done, seed = _progress(cfg) if resume else (0, -1)
+    cfg = DefaultTrainer.auto_scale_workers(_with_seed(cfg, seed), comm.get_world_size())
+    stages = plan_stages(cfg)
+    # Of a run that is done the last stage: it is only evaluated again.
+    stages = [x for x in stages if x.end > done] or stages[-1:]
+    for stage in stages:
+        _try_out(stage)
+    results: Dict[str, Any] = {}
+    for stage in stages:
+        gc.collect()  # trainers hold themselves: two teachers would be in memory at a time
+        results = _train_stage(stage, done, resume)
+        done = stage.end
+    return results
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
@@ -60,17 +75,62 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
     return Trainer.test(cfg, student)
 
 
-def _with_seed(cfg: CfgNode, resume: bool) -> CfgNode:
-    """A negative SEED becomes a random one, or, in a resumed run, the one it was begun with."""
+def _train_stage(stage: Stage, done: int, resume: bool) -> Dict[str, Any]:
+    """
+    Args:
+        done: iterations of the run that the last checkpoint has behind it
+
+    Returns:
+        as :func:`train`
+    """
+    if not stage.is_whole_run:
+        logger.info(str(stage))
+    trainer = Trainer(stage.cfg, stage)
+    if 0 < stage.start == done:
+        trainer.begin_stage()
+    else:
+        trainer.resume_or_load(resume)
+    trainer.train()
+    comm.synchronize()  # the next stage reads the checkpoint that the main process has written
+    return getattr(trainer, "_last_eval_results", None) or {}
+
+
+def _try_out(stage: Stage) -> None:
+    """Build a stage's model: a second teacher that is wrong is found now, not after the first."""
+    if stage.is_whole_run:
+        return
+    logger.info(f"Trying out stage {stage.index} of {stage.count}.")
+    with stage.in_errors():
+        build_model(stage.cfg).inherit_from_teacher()
+
+
+def _progress(cfg: CfgNode) -> Tuple[int, int]:
+    """
+    Returns:
+        iterations that the last checkpoint in OUTPUT_DIR has behind it, and the run's seed; (0, -1)
+        without a checkpoint, or where neither is needed
+
+    Raises:
+        ValueError: a checkpoint that is none of a run
+    """
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    needed = cfg.SEED < 0 or len(plan_stages(cfg)) > 1  # the file is large
+    if not (needed and os.path.isfile(last)):
+        return 0, -1
+    with open(last) as file:
+        path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    try:
+        state = torch.load(path, map_location="cpu")["trainer"]
+        return state["iteration"] + 1, state["seed"]
+    except Exception as error:  # whatever the bytes look like to torch.load
+        raise ValueError(f"{path} is not a checkpoint to resume from: {error!r}") from error
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    """A negative SEED becomes `seed`, that of the run to resume; a random one if there is none."""
     if cfg.SEED >= 0:
         return cfg
     cfg = cfg.clone()
     cfg.defrost()
-    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if resume and os.path.isfile(last):
-        with open(last) as file:
-            path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
-        cfg.SEED = torch.load(path, map_location="cpu")["trainer"]["seed"]
-    else:
-        cfg.SEED = comm.shared_random_seed()
+    cfg.SEED = seed if seed >= 0 else comm.shared_random_seed()
     return cfg

@@ -10,7 +10,7 @@ from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, PeriodicCheckpointer, TrainerBase, default_writers
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -21,28 +21,40 @@ from detectron2.utils import comm
 
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader
+from ..panel import class_names
 from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
 from .optimizer import build_optimizer
 from .parallel import data_parallel
+from .show_panel import ShowPanel
+from .stages import LogStage, Stage, move_to, only_stage
 
 logger = logging.getLogger(__name__)
+
+# Hooks whose state outlives a stage: the student's and the run's, not the teacher's or the heads'.
+KEPT_HOOKS = ("KeepLossNormalizer", "BestCheckpointer")
 
 
 class Trainer(DefaultTrainer):
     """
-    Trains a Distiller or a plain detector from a config.
+    Trains a Distiller or a plain detector from a config: a whole run, or one stage of it.
 
     Data order, augmentation and every random draw of iteration i are functions of (seed, i, rank),
     so a resumed run goes on exactly as if it had not been interrupted, and a student trained alone
     sees the batches of the distilled one.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, stage: Optional[Stage] = None):
+        """
+        Args:
+            cfg: of the run
+            stage: which part of the run; None: all of it
+        """
         # Not DefaultTrainer's: it wraps models for CUDA only and checkpoints the wrapper.
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        self.cfg = cfg
+        self.stage = stage or only_stage(cfg)
+        self.cfg = cfg = self.stage.cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)  # 0.5's writers want it to be there
         seed_everything(self.seed)
@@ -51,10 +63,14 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         inner = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
         self._trainer = inner(data_parallel(model), data_loader, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        lr_cfg, lr_start = self.stage.learning_rate
+        self.scheduler = self.build_lr_scheduler(lr_cfg, optimizer)
+        if lr_start:
+            move_to(self.scheduler, lr_start)
         self.checkpointer = PlainCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.start_iter, self.max_iter = self.stage.start, self.stage.end
+        if not self.stage.is_whole_run:
+            model.start_iter = self.stage.start  # the Distiller's schedules count from there
         self.register_hooks(self.build_hooks())
 
     def train(self) -> Any:
@@ -73,13 +89,24 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> List[Optional[Any]]:
         student = getattr(self._module, "student", self._module)
         keep = KeepLossNormalizer(student, self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        hooks = [SeedEachIteration(self.seed), keep, *super().build_hooks()]
+        # Before the evaluation, which leaves nothing of the step to draw.
+        show = ShowPanel(self._module, self.cfg.VIS_PERIOD, class_names(self.cfg.DATASETS.TRAIN))
+        hooks = [SeedEachIteration(self.seed), keep, show, *super().build_hooks()]
+        for hook in hooks:
+            if isinstance(hook, PeriodicCheckpointer):
+                hook.file_prefix = self.stage.file_prefix
+        if self.stage.count > 1:
+            hooks.insert(0, LogStage(self.stage.index))
         if self.cfg.TEST.BEST_METRIC and self.cfg.DATASETS.TEST and comm.is_main_process():
             best = BestCheckpointer(
                 self.cfg.TEST.EVAL_PERIOD, self.checkpointer, self.cfg.TEST.BEST_METRIC
             )
             hooks.insert(-1, best)  # after the evaluation; the writers stay last
         return hooks
+
+    def build_writers(self) -> List[Any]:
+        # The time that is left is the run's, not the stage's.
+        return default_writers(self.cfg.OUTPUT_DIR, self.stage.run.SOLVER.MAX_ITER)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
@@ -99,12 +126,29 @@ class Trainer(DefaultTrainer):
         if hasattr(self._module, "inherit_from_teacher"):
             self._module.inherit_from_teacher()
 
+    def begin_stage(self) -> None:
+        """
+        Take over the student from the last checkpoint, the end of the stage before; heads,
+        optimizer and learning rate start anew.
+
+        Raises:
+            ValueError: a checkpoint that is none, or is of another student
+        """
+        path = self.checkpointer.get_checkpoint_file()
+        state = self.checkpointer.load(path, checkpointables=[])["trainer"]
+        self._check_student()
+        kept = {k: v for k, v in state["hooks"].items() if k in KEPT_HOOKS}
+        TrainerBase.load_state_dict(self, {**state, "hooks": kept})
+        self.start_iter = self.data_loader.start_iter = self.iter + 1
+        self._module.inherit_from_teacher()
+
     def state_dict(self) -> Dict[str, Any]:
         # Detectron2 0.5 leaves the inner trainer, and with it the optimizer, out of its state.
         state = TrainerBase.state_dict(self)
         state["_trainer"] = self._trainer.state_dict()
         state["seed"] = self.seed  # read by d2kd.engine.train where SEED is left to chance
         state["heads"] = self._head_names
+        state["stage_start"] = self.stage.start
         return state
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -113,15 +157,25 @@ class Trainer(DefaultTrainer):
                 f"The checkpoint is of a run with DISTILL.HEADS {state.get('heads', [])}, this one "
                 f"has {self._head_names}. Give it an OUTPUT_DIR of its own."
             )
-        # The student was loaded just before; its optimizer would not say what is wrong.
+        stage_start = state.get("stage_start", 0)
+        if stage_start != self.stage.start:
+            raise ValueError(
+                f"The checkpoint is of a stage that began at iteration {stage_start}; by "
+                f"DISTILL.STAGES it begins at {self.stage.start}. Give this run an OUTPUT_DIR of "
+                "its own."
+            )
+        self._check_student()
+        TrainerBase.load_state_dict(self, state)
+        self._trainer.load_state_dict(state["_trainer"])
+
+    def _check_student(self) -> None:
+        # It has just been loaded; its optimizer would not say what is wrong.
         wrong = self.checkpointer.missing_keys + self.checkpointer.unexpected_keys
         if wrong:
             raise ValueError(
                 f"The checkpoint is of a run with another student: {wrong[0]!r} is not in both, or "
                 "of another shape. Give this one an OUTPUT_DIR of its own."
             )
-        TrainerBase.load_state_dict(self, state)
-        self._trainer.load_state_dict(state["_trainer"])
 
     @property
     def _module(self) -> nn.Module:

@@ -32,8 +32,8 @@ A head is an nn.Module with
   and the schedule are applied by the Distiller. Without boxes or positives it returns a zero that
   is connected to the student, so that no process of a DDP run waits for a missing gradient.
 
-It may leave maps of its latest batch in `self.maps`, {name: {level: (N, 1, Hi, Wi) detached}}: they
-are drawn in the picture of the run (VIS_PERIOD).
+It may leave maps of its latest batch in `self.maps`, {name: {level: (N, 1, Hi, Wi), or coarser,
+detached}}: they are drawn in the picture of the run (VIS_PERIOD).
 
 The head's own parameters (adapters, generators) are trained with the student, saved under
 "distill_heads" and dropped from the product.

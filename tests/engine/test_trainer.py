@@ -242,7 +242,7 @@ WRONG = [
     ("MODEL.RETINANET.NUM_CLASSES", 77, "77"),
     ("DATASETS.TRAIN", ("d2kd_shapes_trian",), "d2kd_shapes_train"),
     ("DISTILL.STUDENT_META_ARCHITECTURE", "RetinaNot", "RetinaNet"),
-    ("DISTILL.HEADS", ["MDG"], "'MGD'"),
+    ("DISTILL.HEADS", ["MGDD"], "'MGD'"),
     ("DISTILL.HEADS", [], "empty"),
     ("DISTILL.LEVELS", [["p9", "p3"]], "'p9'"),
     ("DISTILL.INHERIT", ["tail"], "'tail'"),

@@ -1,4 +1,4 @@
-"""What the tests of tools/benchmark*.py share."""
+"""What the tests of tools share."""
 
 import argparse
 import importlib

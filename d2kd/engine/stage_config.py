@@ -1,0 +1,132 @@
+"""One entry of DISTILL.STAGES: reading it, and the config of a run as that stage sees it."""
+
+from contextlib import contextmanager
+from typing import Iterator, Tuple
+
+from detectron2.config import CfgNode
+
+from ..config import check_keys, flatten, merge_opts
+from ..heads import DISTILL_HEAD_REGISTRY
+
+# What of SOLVER a stage may change: the learning rate. Other keys would move the run's iterations
+# or the order of its data.
+LR_KEYS = (
+    "BASE_LR",
+    "BASE_LR_END",
+    "BIAS_LR_FACTOR",
+    "GAMMA",
+    "LR_SCHEDULER_NAME",
+    "NUM_DECAYS",
+    "RESCALE_INTERVAL",
+    "STEPS",
+    "WARMUP_FACTOR",
+    "WARMUP_ITERS",
+    "WARMUP_METHOD",
+)
+
+
+@contextmanager
+def stage_in_errors(index: int) -> Iterator[None]:
+    """Let a ValueError or FileNotFoundError begin with the stage it is about, counted from 1."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"DISTILL.STAGES[{index - 1}]: {error}") from error
+
+
+def read_stage(cfg: CfgNode, index: int) -> CfgNode:
+    """
+    Args:
+        index: of the stage, from 1
+
+    Returns:
+        ITERATIONS, TEACHER, HEADS, INHERIT and OPTS: the stage's own, or else the run's
+
+    Raises:
+        ValueError: a key that nobody reads, or a value of the wrong type
+    """
+    entry, distill = cfg.DISTILL.STAGES[index - 1], cfg.DISTILL
+    if not isinstance(entry, dict):
+        raise ValueError(f"must be a mapping of ITERATIONS and other keys, got {entry!r}.")
+    # Another teacher: weights and overrides of the run's would not fit it.
+    another = "CONFIG_FILE" in (entry.get("TEACHER") or {})
+    teacher = {
+        "CONFIG_FILE": distill.TEACHER.CONFIG_FILE,
+        "WEIGHTS": "" if another else distill.TEACHER.WEIGHTS,
+        "OPTS": [] if another else list(distill.TEACHER.OPTS),
+    }
+    # The student of a later stage has learnt already; inheriting would throw that away.
+    inherit = list(distill.INHERIT) if index == 1 else []
+    heads = list(distill.HEADS)
+    values = {"ITERATIONS": 0, "TEACHER": teacher, "HEADS": heads, "INHERIT": inherit, "OPTS": []}
+    node = CfgNode(values)
+    check_keys(node, list(flatten(entry)), "The stage")
+    for key, value in entry.items():
+        if value is None:  # which CfgNode would take for any type
+            raise ValueError(f"{key} is empty. Give it a value, or leave it out.")
+    node.merge_from_other_cfg(CfgNode(entry))
+    if node.ITERATIONS < 1:
+        raise ValueError(f"ITERATIONS must be 1 or more, got {node.ITERATIONS}.")
+    return node
+
+
+def stage_config(cfg: CfgNode, node: CfgNode) -> CfgNode:
+    """
+    The run's config with what a stage changes, SOLVER.MAX_ITER being the stage's iterations.
+
+    Args:
+        node: from read_stage
+
+    Raises:
+        ValueError: OPTS that a stage may not change, or a learning rate that does not fit into it
+    """
+    restart = cfg.DISTILL.STAGE_LR == "restart"
+    stage = cfg.clone()
+    stage.defrost()
+    stage.DISTILL.STAGES = []
+    stage.DISTILL.TEACHER.merge_from_other_cfg(node.TEACHER)
+    stage.DISTILL.HEADS, stage.DISTILL.INHERIT = node.HEADS, node.INHERIT
+    stage.SOLVER.MAX_ITER = node.ITERATIONS
+    merge_opts(stage, node.OPTS, "OPTS")
+    for key in node.OPTS[0::2]:
+        _check_may_change(key, restart)
+    if restart:
+        if "SOLVER.STEPS" not in node.OPTS[0::2]:
+            stage.SOLVER.STEPS = _scaled_steps(cfg, node.ITERATIONS)
+        if stage.SOLVER.WARMUP_ITERS > node.ITERATIONS:
+            raise ValueError(
+                f"SOLVER.WARMUP_ITERS {stage.SOLVER.WARMUP_ITERS} is more than the stage's "
+                f"{node.ITERATIONS} iterations: its learning rate would never be reached. Set it "
+                'in the stage\'s OPTS, or DISTILL.STAGE_LR to "continue".'
+            )
+    return stage
+
+
+def _check_may_change(key: str, restart: bool) -> None:
+    heads = [name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY]
+    if key == "DISTILL.LEVELS" or key.startswith(tuple(f"DISTILL.{x}." for x in heads)):
+        return
+    if key not in [f"SOLVER.{x}" for x in LR_KEYS]:
+        raise ValueError(
+            f"OPTS has {key}. A stage may change DISTILL.<HEAD>.*, DISTILL.LEVELS and, in SOLVER, "
+            f"{', '.join(LR_KEYS)}."
+        )
+    if not restart:
+        raise ValueError(
+            f'OPTS has {key}, but DISTILL.STAGE_LR "continue" has one learning-rate schedule for '
+            'the whole run. Set that to "restart", or take the key out.'
+        )
+
+
+def _scaled_steps(cfg: CfgNode, iterations: int) -> Tuple[int, ...]:
+    """SOLVER.STEPS at the same shares of a stage as of the run; of 180000 to 90000: the half."""
+    total = cfg.SOLVER.MAX_ITER
+    # Detectron2 leaves out steps after the end.
+    steps = tuple(x * iterations // total for x in cfg.SOLVER.STEPS if x < total)
+    if 0 in steps or len(set(steps)) < len(steps):
+        raise ValueError(
+            f"SOLVER.STEPS {tuple(cfg.SOLVER.STEPS)} of {total} iterations become {steps} of "
+            f"{iterations}. Set SOLVER.STEPS in the stage's OPTS."
+        )
+    return steps

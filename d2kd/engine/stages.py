@@ -1,0 +1,142 @@
+"""DISTILL.STAGES: one run as several stages, each with a teacher and heads of its own."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Iterator, List, Tuple
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from .stage_config import read_stage, stage_config, stage_in_errors
+
+STAGE_LR = ("restart", "continue")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    The part of a run that has one teacher and one set of heads.
+
+    `index`: from 1, of `count`; `start`, `end`: its iterations of the run, end not included; `cfg`:
+    the config of this stage, whose SOLVER.MAX_ITER is end - start; `run`: that of the whole run.
+    """
+
+    index: int
+    count: int
+    start: int
+    end: int
+    cfg: CfgNode
+    run: CfgNode
+
+    @property
+    def is_whole_run(self) -> bool:
+        """Nobody asked for stages."""
+        return self.cfg is self.run
+
+    @property
+    def file_prefix(self) -> str:
+        """Of its checkpoints: model_final.pth is the end of the run, never that of a stage."""
+        return "model" if self.index == self.count else f"model_stage_{self.index}"
+
+    @property
+    def learning_rate(self) -> Tuple[CfgNode, int]:
+        """The config whose SOLVER is the schedule, and the iteration of it where this begins."""
+        if self.run.DISTILL.STAGE_LR == "continue":
+            return self.run, self.start
+        return self.cfg, 0
+
+    @contextmanager
+    def in_errors(self) -> Iterator[None]:
+        """Let errors begin with the name of the stage, if it has one."""
+        if self.is_whole_run:
+            yield
+            return
+        with stage_in_errors(self.index):
+            yield
+
+    def __str__(self) -> str:
+        distill = self.cfg.DISTILL
+        return (
+            f"Stage {self.index} of {self.count}: iterations {self.start} to {self.end - 1}, "
+            f"teacher {distill.TEACHER.CONFIG_FILE}, heads {list(distill.HEADS)}"
+        )
+
+
+class LogStage(HookBase):
+    """Write the stage's number beside the losses, for TensorBoard and metrics.json."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def after_step(self) -> None:
+        self.trainer.storage.put_scalar("stage", self.index, smoothing_hint=False)
+
+
+def plan_stages(cfg: CfgNode) -> List[Stage]:
+    """
+    Returns:
+        the stages of DISTILL.STAGES in turn; where there are none, or the student is trained
+        alone, one that is the whole run
+
+    Raises:
+        ValueError: a stage that is not sound, or iterations that do not add up
+    """
+    distilled = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
+    if not (distilled and cfg.DISTILL.STAGES):
+        return [Stage(1, 1, 0, cfg.SOLVER.MAX_ITER, cfg, cfg)]
+    _check_run(cfg)
+    nodes, stages, start = [], [], 0
+    for index in range(1, len(cfg.DISTILL.STAGES) + 1):
+        with stage_in_errors(index):
+            nodes.append(read_stage(cfg, index))
+    iterations = [node.ITERATIONS for node in nodes]
+    if sum(iterations) != cfg.SOLVER.MAX_ITER:
+        raise ValueError(
+            f"DISTILL.STAGES: ITERATIONS {iterations} add up to {sum(iterations)}, but "
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}. Make them agree."
+        )
+    for index, node in enumerate(nodes, start=1):
+        with stage_in_errors(index):
+            own = stage_config(cfg, node)
+        if index < len(nodes):
+            own.TEST.EXPECTED_RESULTS = []  # those of the run's end
+        stages.append(Stage(index, len(nodes), start, start + node.ITERATIONS, own, cfg))
+        start += node.ITERATIONS
+    return stages
+
+
+def only_stage(cfg: CfgNode) -> Stage:
+    """
+    Raises:
+        ValueError: the run has several
+    """
+    stages = plan_stages(cfg)
+    if len(stages) > 1:
+        raise ValueError(
+            f"DISTILL.STAGES has {len(stages)} stages, and a Trainer is for one of them; "
+            "d2kd.engine.train runs them all."
+        )
+    return stages[0]
+
+
+def move_to(scheduler: LRScheduler, iteration: int) -> None:
+    """Place one of Detectron2's learning-rate schedules at an iteration."""
+    # Not by its step(): PyTorch would warn that the optimizer has not made one yet.
+    scheduler.last_epoch = iteration
+    for group, learning_rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr()):
+        group["lr"] = learning_rate
+
+
+def _check_run(cfg: CfgNode) -> None:
+    if cfg.DISTILL.STAGE_LR not in STAGE_LR:
+        raise ValueError(
+            f"DISTILL.STAGE_LR must be one of {', '.join(STAGE_LR)}, got {cfg.DISTILL.STAGE_LR!r}."
+        )
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE not in (0, comm.get_world_size()):
+        raise ValueError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}: Detectron2 would "
+            "change SOLVER.MAX_ITER, and DISTILL.STAGES no longer add up to it. Set it to 0."
+        )

@@ -1,0 +1,3 @@
+from .draw import class_names, draw_panel
+
+__all__ = ["class_names", "draw_panel"]

@@ -1,0 +1,104 @@
+"""What a student learns from its teacher, as one picture."""
+
+import os
+from typing import List, Sequence
+
+import cv2
+import numpy as np
+import torch
+
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import convert_image_to_rgb
+
+from ..data.preview import annotate
+from ..distiller import Distiller
+from .maps import ENERGIES, WEIGHTS, image_maps
+from .tiles import (
+    GAP,
+    TILE,
+    blank,
+    colour_bar,
+    join,
+    map_tile,
+    outline,
+    resize,
+    text_line,
+    two_colours,
+)
+
+
+@torch.no_grad()
+def draw_panel(distiller: Distiller, index: int = 0, class_names: Sequence[str] = ()) -> np.ndarray:
+    """
+    Draw an image of the latest batch: its ground truth, then for each pair of levels the teacher's
+    attention, the maps that the heads left (masks), and the energies of teacher and student.
+
+    Args:
+        distiller: after a forward in training mode, with a teacher
+        index: of the image in the batch
+        class_names: of the ground truth; a class without a name is drawn as its number
+
+    Returns:
+        (H, W, 3) uint8, RGB
+
+    Raises:
+        ValueError: there was no such forward
+    """
+    if not distiller.latest:
+        raise ValueError("There is nothing to draw: no training forward with a teacher was made.")
+    view = distiller.latest["student"]
+    size, boxes = view.image_sizes[index], view.gt_instances[index].gt_boxes.tensor.cpu().numpy()
+    rows = [
+        join([blank(1, TILE) if x is None else map_tile(x, size, boxes) for x in row], axis=1)
+        for row in image_maps(distiller, index)
+    ]
+    picture = _ground_truth(distiller, index, boxes, class_names)
+    head = join([picture, _legend(distiller, index)], axis=1, gap=2 * GAP)
+    panel = join([head, *rows], axis=0)
+    return cv2.copyMakeBorder(panel, *[GAP] * 4, cv2.BORDER_CONSTANT, value=(255,) * 3)
+
+
+def class_names(datasets: Sequence[str]) -> List[str]:
+    """
+    Args:
+        datasets: DATASETS.TRAIN or DATASETS.TEST
+
+    Returns:
+        names of their classes; none where Detectron2 knows none
+    """
+    return list(MetadataCatalog.get(datasets[0]).get("thing_classes", ())) if datasets else []
+
+
+def _ground_truth(
+    distiller: Distiller, index: int, boxes: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    """The image as the student was shown it, large, with boxes and class names."""
+    view = distiller.latest["student"]
+    image = view.batched_inputs[index]["image"].permute(1, 2, 0)
+    image = convert_image_to_rgb(image, distiller.image_format).clip(0, 255).astype(np.uint8)
+    scale = 2 * TILE / max(image.shape[:2])
+    picture = outline(resize(image, 2 * TILE), boxes, scale)
+    classes = view.gt_instances[index].gt_classes.tolist()
+    annotations = [
+        {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": k}
+        for k, (x0, y0, x1, y1) in zip(classes, boxes)
+    ]
+    known = {k: names[k] if k < len(names) else str(k) for k in classes}
+    return annotate(picture, annotations, known, scale)
+
+
+def _legend(distiller: Distiller, index: int) -> np.ndarray:
+    sample = distiller.latest["student"].batched_inputs[index]
+    height, width = sample["image"].shape[-2:]
+    keys = [
+        (colour_bar(WEIGHTS), "attention: where the teacher responds, mean 1; weights of a head"),
+        (colour_bar(ENERGIES), "energy: mean magnitude over channels"),
+        (two_colours(), "masks: light is True, and the percentage is its share of the cells"),
+    ]
+    lines = [
+        text_line(os.path.basename(sample.get("file_name", ""))),
+        text_line(f"{width} x {height} pixels, {len(sample['instances'])} objects"),
+        *(join([colours, text_line(meaning)], axis=1) for colours, meaning in keys),
+        text_line("Each map has a scale of its own, from its lowest to its highest value."),
+    ]
+    return join(lines, axis=0)

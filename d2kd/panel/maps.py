@@ -1,0 +1,105 @@
+"""What of a batch is drawn: maps of one image, level by level."""
+
+import math
+from typing import List, NamedTuple, Optional
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..distiller import Distiller
+from ..layers import spatial_attention
+from ..pyramid import LevelPair, crop_to, pair_levels
+from ..views import DetectorView
+
+WEIGHTS, ENERGIES = cv2.COLORMAP_INFERNO, cv2.COLORMAP_VIRIDIS
+TEMPERATURE = 0.5  # of the attention, as published for FGD
+
+
+class Map(NamedTuple):
+    """
+    A map of one level and one image.
+
+    `title`: what it shows; `values`: (Hi, Wi), boolean or float32, with the padding; `cell`: input
+    pixels per cell; `colours`: one of cv2's colormaps, for floats.
+    """
+
+    title: str
+    values: np.ndarray
+    cell: int
+    colours: int
+
+
+Row = List[Optional[Map]]  # a map for each pair of levels; None: there is none
+
+
+def image_maps(distiller: Distiller, index: int) -> List[Row]:
+    """
+    Args:
+        distiller: with a latest batch
+        index: of the image in the batch
+
+    Returns:
+        rows of the teacher's attention, of each map that a head left, and of the energies of
+        teacher and student
+    """
+    student, teacher = distiller.latest["student"], distiller.latest["teacher"]
+    pairs = _level_pairs(distiller)
+    rows: List[Row] = [[_attention(teacher, p.teacher, index) for p in pairs]]
+    for head, maps in distiller.latest["maps"].items():
+        for name, levels in maps.items():
+            title, row = f"{head} {name}", [levels.get(p.student) for p in pairs]
+            rows.append([_left(student, teacher, p, x, title, index) for p, x in zip(pairs, row)])
+    rows.append([_energy(teacher, p.teacher, "teacher", index) for p in pairs])
+    rows.append([_energy(student, p.student, "student", index) for p in pairs])
+    return [row for row in rows if any(row)]
+
+
+def _level_pairs(distiller: Distiller) -> List[LevelPair]:
+    """Those that the heads read, finest first; those of equal stride where no head says it."""
+    levels = [p for head in distiller.heads.values() for p in getattr(head, "levels", ())]
+    pairs = dict.fromkeys(p for p in levels if isinstance(p, LevelPair))
+    if not pairs:
+        detectors = distiller.student, distiller.teacher.model
+        return list(pair_levels(*(x.backbone.output_shape() for x in detectors)))
+    return sorted(pairs, key=lambda p: (p.student_stride, p.teacher_stride))
+
+
+def _attention(view: DetectorView, level: str, index: int) -> Map:
+    """Where a detector responds: softmax over the cells of the image, mean 1."""
+    inside = view.inside_image(level)
+    inside = inside if inside is None else inside[index : index + 1]
+    values = spatial_attention(view.features[level][index : index + 1], TEMPERATURE, inside)
+    return Map(f"{level} attention (teacher)", _array(values), view.strides[level], WEIGHTS)
+
+
+def _energy(view: DetectorView, level: str, side: str, index: int) -> Map:
+    """Mean magnitude over channels."""
+    values = view.features[level][index : index + 1].float().abs().mean(dim=1, keepdim=True)
+    return Map(f"{level} energy ({side})", _array(values), view.strides[level], ENERGIES)
+
+
+def _left(
+    student: DetectorView,
+    teacher: DetectorView,
+    pair: LevelPair,
+    values: Optional[Tensor],
+    title: str,
+    index: int,
+) -> Optional[Map]:
+    """What a head left for a pair of levels, (N, 1, H, W), also on a coarser grid than theirs."""
+    if values is None:
+        return None
+    grid = student.features[pair.student]
+    if pair.student_stride == pair.teacher_stride:
+        grid = crop_to(grid, teacher.features[pair.teacher])
+    pooled = max(math.ceil(n / k) for n, k in zip(grid.shape[-2:], values.shape[-2:]))
+    values = _array(values[index : index + 1])
+    return Map(f"{pair.student} {title}", values, pair.student_stride * pooled, WEIGHTS)
+
+
+def _array(values: Tensor) -> np.ndarray:
+    """(1, 1, H, W) -> (H, W)"""
+    values = values[0, 0].detach()
+    return (values if values.dtype == torch.bool else values.float()).cpu().numpy()

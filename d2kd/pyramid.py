@@ -108,8 +108,7 @@ def match_inside(
         cells which hold a part of their image; None: all do
     """
     for level, x, target in match_levels(pairs, student.features, teacher.features):
-        inside = student.inside_image(level)
-        yield level, x, target, inside if inside is None else crop_to(inside, x)
+        yield level, x, target, student.inside_image(level, like=x)
 
 
 def crop_to(x: Tensor, other: Tensor) -> Tensor:

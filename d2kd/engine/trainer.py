@@ -9,19 +9,14 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, PeriodicCheckpointer, TrainerBase, default_writers
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader
 from ..panel import class_names
+from .evaluator import build_evaluator
 from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
 from .optimizer import build_optimizer
@@ -189,22 +184,4 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
     ) -> DatasetEvaluator:
-        """
-        Detectron2's evaluator for the data set's type.
-
-        Raises:
-            ValueError: a type without boxes to evaluate
-        """
-        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = MetadataCatalog.get(dataset_name).evaluator_type
-        if kind == "coco":
-            # One implementation everywhere: the fast one needs Detectron2's compiled part.
-            return COCOEvaluator(dataset_name, output_dir=output_folder, use_fast_impl=False)
-        if kind == "lvis":
-            return LVISEvaluator(dataset_name, output_dir=output_folder)
-        if kind == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        raise ValueError(
-            f"DATASETS.TEST: {dataset_name!r} has the evaluator type {kind!r}; d2kd evaluates "
-            "'coco', 'lvis' and 'pascal_voc' sets."
-        )
+        return build_evaluator(cfg, dataset_name, output_folder)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from detectron2.config import CfgNode, configurable
 
 from ..layers import check_temperature, mean_one_softmax
-from ..pyramid import LevelPair, crop_to, match_levels
+from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY, DistillPair
 
@@ -136,8 +136,7 @@ class MLDHead(nn.Module):
         losses, positives = {}, 0.0
         for pair, (level, x, target) in zip(pairs, match_levels(pairs, logits, targets)):
             x, target = x.float(), target.detach().float()
-            inside = student.inside_image(level)
-            inside = None if inside is None else crop_to(inside, x)
+            inside = student.inside_image(level, like=x)
             if self.guide == "features":
                 difference = self._feature_difference(pair, student, teacher)
             else:
@@ -158,8 +157,7 @@ class MLDHead(nn.Module):
         if self.guide == "features":
             for pair in self.levels:
                 difference = self._feature_difference(pair, student, teacher)
-                inside = student.inside_image(pair.student)
-                inside = None if inside is None else crop_to(inside, difference)
+                inside = student.inside_image(pair.student, like=difference)
                 self.maps["weight"][pair.student] = self._weight(difference, inside)
             maps = self.maps["weight"]
             weight = student.mean_in_boxes(maps, student.sampled_boxes)[:, 0]

@@ -3,6 +3,7 @@ from .attention import channel_attention, mean_inside, mean_one_softmax, spatial
 from .dual_generator import DualGenerator
 from .generator import Generator
 from .guide import AttentionGuide, add_attention_config, check_temperature
+from .high_pass import high_pass
 from .masks import MaskRule, add_mask_config, hide_top
 from .reconstruction import (
     add_reference_config,

@@ -124,14 +124,18 @@ class DetectorView:
         """Level name to (N, C, Hi, Wi): the output of the backbone with its pyramid."""
         return self._part("backbone")[1]
 
-    def inside_image(self, level: str) -> Optional[Tensor]:
+    def inside_image(self, level: str, like: Optional[Tensor] = None) -> Optional[Tensor]:
         """
         The cells of a level that hold a part of their image, the rest being padding.
 
+        Args:
+            like: a map of the level that may have been cropped, (N, C, H, W); None: its features
+
         Returns:
-            boolean (N, 1, Hi, Wi); None: all of them do
+            boolean (N, 1, H, W); None: all of them do
         """
-        return cells_inside(self.image_sizes, self.strides[level], self.features[level])
+        like = self.features[level] if like is None else like
+        return cells_inside(self.image_sizes, self.strides[level], like)
 
     @property
     def gt_instances(self) -> List[Instances]:

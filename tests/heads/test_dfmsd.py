@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from d2kd.heads import DFMSDHead
-from d2kd.heads.dfmsd import high_pass
-from d2kd.layers import AttentionGuide, MaskRule
+from d2kd.layers import AttentionGuide, MaskRule, high_pass
 
 from references import (
     cell_attention,

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from d2kd.layers import AttentionGuide, DualGenerator, Generator, MaskRule
 
+# Masks that draw nothing: what is hidden follows from the features.
+MOST = MaskRule(hide="most")
+BOTH_MOST = {"cell_mask": MOST, "channel_mask": MaskRule(ratio=0.5, hide="most")}
+
 
 def parts(x: Tensor, image_sizes: Sequence[Tuple[int, int]] = (), stride: int = 8) -> List[Tensor]:
     """(N, C, H, W) -> of each image the cells that hold at least one of its pixels."""

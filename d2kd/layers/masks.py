@@ -10,7 +10,7 @@ from torch import Tensor
 from detectron2.config import CfgNode
 
 RULES = ("ratio", "threshold")
-HIDE = ("most", "sampled", "least", "random")
+HIDE = ("sampled", "most", "least", "random")
 
 
 def add_mask_config(node: CfgNode, ratio: float) -> None:
@@ -22,10 +22,11 @@ def add_mask_config(node: CfgNode, ratio: float) -> None:
     node.RATIO = ratio
     # attention has mean 1, so 1.0 hides what is above average
     node.THRESHOLD = 1.0
-    # "most" attended, since AMD's abstract wants the important regions reconstructed. It hides the
-    # same cells of an image every time, and hidden cells get no gradient; "sampled" draws them anew
-    # in proportion to their attention. "least" attended and "random" are for ablations.
-    node.HIDE = "most"
+    # "sampled": drawn anew in proportion to attention. The abstracts want the important regions
+    # rebuilt; but the "most" attended are the same ones every time, and what is hidden gets no
+    # gradient, so the student would never learn them (MODEL_ZOO.md: 8 AP for DMKD). "least"
+    # attended and "random" are for ablations.
+    node.HIDE = "sampled"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class MaskRule:
     ratio: float = 0.65
     rule: str = "ratio"
     threshold: float = 1.0
-    hide: str = "most"
+    hide: str = "sampled"
 
     @classmethod
     def from_config(cls, key: str, node: CfgNode) -> "MaskRule":
@@ -59,7 +60,10 @@ class MaskRule:
                 f"{key}.THRESHOLD must be above 0, got {node.THRESHOLD}: attention has mean 1."
             )
         if node.RULE == "threshold" and node.HIDE in ("random", "sampled"):
-            raise ValueError(f"{key}.HIDE is {node.HIDE!r}, which needs {key}.RULE 'ratio'.")
+            raise ValueError(
+                f"{key}.RULE is 'threshold', which needs HIDE 'most' or 'least', got "
+                f"{node.HIDE!r}."
+            )
         return cls(node.RATIO, node.RULE, node.THRESHOLD, node.HIDE)
 
     def __call__(self, attention: Tensor, inside: Optional[Tensor] = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from d2kd.heads import AMDHead
 from d2kd.layers import AttentionGuide, MaskRule
 
-from references import cell_attention, conv, generate, guide_of, parts, visible
+from references import MOST, cell_attention, conv, generate, guide_of, parts, visible
 from toys import feature_view, level_pairs, noise
 
 SIZES = [(40, 48), (24, 30), (8, 8)]  # 5 x 6, 3 x 4 cells and one cell, in maps of 5 x 6
@@ -18,7 +18,7 @@ SIZES = [(40, 48), (24, 30), (8, 8)]  # 5 x 6, 3 x 4 cells and one cell, in maps
 def random_head(channels: int = 3, **values: Any) -> AMDHead:
     """From `channels` to 4, on p3; a gate that opens as far as chance wants it."""
     torch.manual_seed(0)
-    head = AMDHead(levels=level_pairs(p3=(channels, 4)), **values)
+    head = AMDHead(levels=level_pairs(p3=(channels, 4)), **{"mask": MOST, **values})
     for key, p in head.gate.named_parameters():
         torch.nn.init.constant_(p, 1.0) if "squeeze.bias" in key else torch.nn.init.normal_(p)
     return head.double()
@@ -48,7 +48,7 @@ def amd_of_equations(head: AMDHead, x: Tensor, target: Tensor) -> float:
     [
         {},
         {"mask": MaskRule(0.45, hide="least"), "guide": AttentionGuide(0.8, "student")},
-        {"mask": MaskRule(rule="threshold", threshold=0.9)},
+        {"mask": MaskRule(rule="threshold", threshold=0.9, hide="most")},
         {"mask": MaskRule(rule="threshold", hide="least"), "adapt_channels": False},
     ],
     ids=["most", "least-of-student", "threshold", "threshold-least-no-gate"],
@@ -66,7 +66,7 @@ def test_loss_is_that_of_the_equations(channels: int, values: Any, sizes: Any) -
 
 def test_gate_starts_alike_for_every_channel() -> None:
     # sigmoid(2) whatever goes in: the method starts as plain masked generation.
-    head = AMDHead(levels=level_pairs(p3=(32, 32)))
+    head = AMDHead(levels=level_pairs(p3=(32, 32)), mask=MOST)
     weights = head.gate["p3"](torch.randn(2, 32, 3, 3))
     torch.testing.assert_close(weights, torch.full((2, 32, 1, 1), 2.0).sigmoid())
     assert head.gate["p3"].squeeze.out_features == 2, "a sixteenth"

@@ -12,6 +12,7 @@ from d2kd.heads import DFMSDHead
 from d2kd.layers import AttentionGuide, MaskRule, high_pass
 
 from references import (
+    BOTH_MOST,
     cell_attention,
     conv,
     generate_from_both,
@@ -30,7 +31,7 @@ SIZES = [(56, 64), (40, 26)]  # 7 x 8 and 5 x 4 cells, in maps of 7 x 8
 def random_head(channels: int = 3, **values: Any) -> DFMSDHead:
     """From `channels` to 4, on p3; the two generators have unequal weights."""
     torch.manual_seed(0)
-    head = DFMSDHead(levels=level_pairs(p3=(channels, 4)), **values)
+    head = DFMSDHead(levels=level_pairs(p3=(channels, 4)), **{**BOTH_MOST, **values})
     if "p3" in head.generator:
         head.generator["p3"].fusion.data = torch.tensor([0.7, -0.4])
     return head.double()
@@ -89,7 +90,7 @@ def dfmsd_of_equations(
         {},
         {"enhancement": 0.0},
         {"enhancement": 2.0, "high_pass_cutoff": 0.2, "guide": AttentionGuide(0.8, "student")},
-        {"cell_mask": MaskRule(rule="threshold"), "semantic_ratio": 1.5},
+        {"cell_mask": MaskRule(rule="threshold", hide="most"), "semantic_ratio": 1.5},
     ],
     ids=["enhanced", "plain", "student", "threshold"],
 )
@@ -160,7 +161,12 @@ def test_enhancement_is_for_fine_levels_and_moves_the_mask_but_not_its_share() -
     x[..., 8:] = 0.9 * (-1.0) ** (torch.arange(8)[:, None] + torch.arange(8))
     levels = level_pairs(p4=(1, 1), p5=(1, 1))
     for enhancement, hidden in ((0.0, {"p4": 0, "p5": 0}), (3.0, {"p4": 64, "p5": 0})):
-        head = DFMSDHead(levels=levels, cell_mask=MaskRule(ratio=0.5), enhancement=enhancement)
+        head = DFMSDHead(
+            levels=levels,
+            cell_mask=MaskRule(ratio=0.5, hide="most"),
+            channel_mask=BOTH_MOST["channel_mask"],
+            enhancement=enhancement,
+        )
         view = feature_view({"p4": x, "p5": x}, image_sizes=[(256, 512)])
         head(view, view)
         for level, shown in head.maps["visible"].items():

@@ -9,7 +9,7 @@ from torch import Tensor
 from d2kd.heads import DMKDHead
 from d2kd.layers import AttentionGuide, MaskRule
 
-from references import conv, generate_from_both, masks_of, parts
+from references import BOTH_MOST, conv, generate_from_both, masks_of, parts
 from toys import feature_view, level_pairs, noise
 
 SIZES = [(40, 48), (24, 30), (8, 8)]  # 5 x 6, 3 x 4 cells and one cell, in maps of 5 x 6
@@ -18,7 +18,7 @@ SIZES = [(40, 48), (24, 30), (8, 8)]  # 5 x 6, 3 x 4 cells and one cell, in maps
 def random_head(channels: int = 3, **values: Any) -> DMKDHead:
     """From `channels` to 4, on p3; the two generators have unequal weights."""
     torch.manual_seed(0)
-    head = DMKDHead(levels=level_pairs(p3=(channels, 4)), **values)
+    head = DMKDHead(levels=level_pairs(p3=(channels, 4)), **{**BOTH_MOST, **values})
     head.generator["p3"].fusion.data = torch.tensor([0.7, -0.4])
     return head.double()
 
@@ -37,7 +37,7 @@ def dmkd_of_equations(head: DMKDHead, x: Tensor, target: Tensor) -> float:
     [
         {},
         {"cell_mask": MaskRule(0.45, hide="least"), "guide": AttentionGuide(0.8, "student")},
-        {"channel_mask": MaskRule(rule="threshold", threshold=0.98)},
+        {"channel_mask": MaskRule(rule="threshold", threshold=0.98, hide="most")},
     ],
     ids=["most", "least-of-student", "threshold"],
 )

@@ -11,7 +11,16 @@ from d2kd.heads import DMKDHead, SAMKDHead
 from d2kd.heads.samkd import lag_weights
 from d2kd.layers import AttentionGuide, MaskRule
 
-from references import cell_attention, conv, generate_from_both, guide_of, masks_of, parts, visible
+from references import (
+    BOTH_MOST,
+    cell_attention,
+    conv,
+    generate_from_both,
+    guide_of,
+    masks_of,
+    parts,
+    visible,
+)
 from toys import feature_view, level_pairs, noise
 
 SIZES = [(72, 80), (50, 30), (8, 8)]  # 9 x 10, 7 x 4 cells and one cell, in maps of 9 x 10
@@ -20,7 +29,9 @@ SIZES = [(72, 80), (50, 30), (8, 8)]  # 9 x 10, 7 x 4 cells and one cell, in map
 def random_head(channels: int = 3, **values: Any) -> SAMKDHead:
     """From `channels` to 4, on p3; the two generators have unequal weights."""
     torch.manual_seed(0)
-    head = SAMKDHead(levels=level_pairs(p3=(channels, 4)), **{"min_cells": 2, **values})
+    head = SAMKDHead(
+        levels=level_pairs(p3=(channels, 4)), **{"min_cells": 2, **BOTH_MOST, **values}
+    )
     head.generator["p3"].fusion.data = torch.tensor([0.7, -0.4])
     return head.double()
 
@@ -90,7 +101,7 @@ def samkd_of_equations(
     [
         {},
         {"cell_mask": MaskRule(0.45, hide="least"), "guide": AttentionGuide(0.8, "student")},
-        {"cell_mask": MaskRule(rule="threshold")},
+        {"cell_mask": MaskRule(rule="threshold", hide="most")},
     ],
     ids=["most", "least-of-student", "threshold"],
 )
@@ -131,7 +142,7 @@ def test_scales_that_leave_too_few_cells_are_left_out(
 def test_one_scale_is_dual_masking() -> None:
     # The weight of a single scale is 1, so this is DMKD.
     head = random_head(scales=[1])
-    dmkd = DMKDHead(levels=level_pairs(p3=(3, 4))).double()
+    dmkd = DMKDHead(levels=level_pairs(p3=(3, 4)), **BOTH_MOST).double()
     dmkd.load_state_dict(head.state_dict())
     views = [feature_view({"p3": noise(3, c, 9, 10, seed=c)}, SIZES) for c in (3, 4)]
     torch.testing.assert_close(head(*views)["loss_samkd"], dmkd(*views)["loss_dmkd"])
@@ -161,7 +172,9 @@ def test_windows_spread_the_mask_over_the_map() -> None:
     target = torch.full((1, 4, 8, 8), 0.1).double()
     target[..., :4, :4] = 5.0
     for scales, hidden in (([1], [8, 0, 0, 0]), ([1, 2], [2, 2, 2, 2])):
-        head = random_head(4, hierarchy="window", scales=scales, cell_mask=MaskRule(0.125))
+        head = random_head(
+            4, hierarchy="window", scales=scales, cell_mask=MaskRule(0.125, hide="most")
+        )
         head(feature_view({"p3": noise(1, 4, 8, 8)}), feature_view({"p3": target}))
         shown = head.maps[f"visible {scales[-1]}"]["p3"][0, 0]
         quarters = [shown[i : i + 4, j : j + 4] for i in (0, 4) for j in (0, 4)]

@@ -259,7 +259,7 @@ def build(name: str, **values: Any) -> nn.Module:
 
 MASK_ERRORS: List[Tuple[Dict[str, Any], str]] = [
     ({"RULE": "quantile"}, r"RULE must be one of ratio, threshold, got 'quantile'"),
-    ({"HIDE": "best"}, r"HIDE must be one of most, .*random, got 'best'"),
+    ({"HIDE": "best"}, r"HIDE must be one of sampled, .*random, got 'best'"),
     ({"RATIO": 1.0}, r"RATIO must be in \[0, 1\), got 1.0"),
     ({"RATIO": -0.1}, r"RATIO must be in \[0, 1\), got -0.1"),
     ({"RATIO": math.nan}, r"RATIO must be in \[0, 1\), got nan"),

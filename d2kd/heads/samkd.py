@@ -142,9 +142,9 @@ class SAMKDHead(nn.Module):
             student, teacher: views with features (N, Cs, Hi, Wi) and (N, Ct, Hi, Wi)
 
         Returns:
-            {"loss_samkd": {level: scalar}}: over scales the weighted sum of the squared error,
+            {"loss_samkd": {level: scalar}}: the weighted mean over scales of the squared error,
             itself summed over channels and the cells inside the images, averaged over images, and
-            multiplied by the cells of the level per cell of the scale
+            multiplied by the cells of the level per cell of the scale: of MGD's size
         """
         factor = pixel_factor(self.reference_pixels, student.image_sizes)
         losses, self.maps = {}, {f"visible {k}": {} for k in self.scales}
@@ -210,6 +210,6 @@ class SAMKDHead(nn.Module):
 
 
 def lag_weights(lags: Sequence[Tensor]) -> Tensor:
-    """Softmax of the lags relative to their mean, times their number: mean 1."""
+    """Softmax of the lags relative to their mean: sum 1, however many scales a level has."""
     lags = torch.stack(list(lags))
-    return len(lags) * (lags / lags.mean().clamp(min=1e-12)).softmax(dim=0)
+    return (lags / lags.mean().clamp(min=1e-12)).softmax(dim=0)

@@ -153,9 +153,9 @@ def test_small_level_is_finite_and_trains(name: str, size: Tuple[int, int], imag
 def test_equal_features_without_mask_and_generator_give_zero(name: str) -> None:
     x = noise(2, 4, 9, 10)
     assert loss_of(identity_head(name, 4), x, x).item() == pytest.approx(0.0, abs=1e-9)
-    # And a difference of 2 everywhere gives 4 x 4 channels x 90 cells; on each of three scales with
-    # windows; pooled, 90 cells, 25 of which each stands for 4, and 9 of which each stands for 16.
-    cells = {"samkd-window": 3 * 90, "samkd-pool": 90 + 4 * 25 + 16 * 9}.get(name, 90)
+    # And a difference of 2 everywhere gives 4 x 4 channels x 90 cells, also as the mean of three
+    # scales with windows; pooled, these are 90, 25 that each stand for 4, and 9 for 16.
+    cells = (90 + 4 * 25 + 16 * 9) / 3 if name == "samkd-pool" else 90
     loss = loss_of(identity_head(name, 4), x, x + 2)
     assert loss.item() == pytest.approx(4 * 4 * cells, rel=1e-5)
 
@@ -225,11 +225,11 @@ def test_autocast_gives_a_float32_loss_close_to_the_exact_one(name: str) -> None
 
 @pytest.mark.parametrize("name", [k for k in HEADS if k != "dfmsd"])
 def test_sum_does_not_overflow_half_precision(name: str) -> None:
-    # 10^2 x 64 channels x 32 x 32 cells = 6,553,600; the largest float16 is 65,504. Three scales
-    # of equal lag: k^2 makes up for the cells that pooling takes.
+    # 10^2 x 64 channels x 32 x 32 cells = 6,553,600; the largest float16 is 65,504. So has every
+    # scale of SAMKD: k^2 makes up for the cells that pooling takes.
     x, target = (torch.full((1, 64, 32, 32), v, dtype=torch.float16) for v in (0.0, 10.0))
-    scales = 3 if name.startswith("samkd") else 1
-    assert loss_of(identity_head(name, 64), x, target).item() == scales * 6553600.0
+    loss = loss_of(identity_head(name, 64), x, target).item()
+    assert loss == pytest.approx(6553600.0, rel=1e-6)
 
 
 # Maps and keys ------------------------------------------------------------------------------------

@@ -87,12 +87,12 @@ def scale_of_equations(
 def samkd_of_equations(
     head: SAMKDHead, sizes: Sequence[int], student: Sequence[Tensor], teacher: Sequence[Tensor]
 ) -> float:
-    """1/N sum_k u_k error_k, u_k = |K| softmax_k(d_k / mean d)."""
+    """1/N sum_k u_k error_k, u_k = softmax_k(d_k / mean d)."""
     scales = [scale_of_equations(head, k, student, teacher) for k in sizes]
     mean = sum(scale.lag for scale in scales) / len(scales)
     weights = [math.exp(scale.lag / mean) for scale in scales]
     total = sum(w * scale.error for w, scale in zip(weights, scales))
-    return len(scales) * total / sum(weights) / len(student)
+    return total / sum(weights) / len(student)
 
 
 @pytest.mark.parametrize("sizes", [(), SIZES], ids=["whole", "padded"])
@@ -149,11 +149,11 @@ def test_one_scale_is_dual_masking() -> None:
 
 
 def test_scales_where_the_student_lags_weigh_more() -> None:
-    # 3 softmax(d / mean d), d / mean d = (0.5, 1, 1.5); their mean is 1.
+    # softmax(d / mean d), d / mean d = (0.5, 1, 1.5); their sum is 1.
     weights = lag_weights([torch.tensor(v) for v in (0.1, 0.2, 0.3)])
     e = [math.exp(v) for v in (0.5, 1.0, 1.5)]
-    torch.testing.assert_close(weights, torch.tensor([3 * v / sum(e) for v in e]))
-    torch.testing.assert_close(lag_weights([torch.tensor(0.0)] * 3), torch.ones(3))
+    torch.testing.assert_close(weights, torch.tensor([v / sum(e) for v in e]))
+    torch.testing.assert_close(lag_weights([torch.tensor(0.0)] * 3), torch.full((3,), 1 / 3))
 
 
 def test_weights_of_scales_pass_no_gradient_on() -> None:

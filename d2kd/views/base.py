@@ -1,19 +1,6 @@
 """What a distillation head may see of a detector, one batch at a time."""
 
-import logging
-from contextlib import contextmanager
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    FrozenSet,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from fvcore.common.registry import Registry
@@ -29,8 +16,7 @@ from .parts import (
     multi_level_pooler,
     single_level_pooler,
 )
-
-logger = logging.getLogger(__name__)
+from .recording import Recording
 
 DETECTOR_VIEW_REGISTRY = Registry("DETECTOR_VIEW")
 DETECTOR_VIEW_REGISTRY.__doc__ = """
@@ -60,7 +46,7 @@ def find_view(detector: nn.Module, role: str) -> Callable[..., "DetectorView"]:
     )
 
 
-class DetectorView:
+class DetectorView(Recording):
     """
     One detector and one batch. Each part is computed at most once, and only when asked for.
 
@@ -76,11 +62,9 @@ class DetectorView:
     members: FrozenSet[str] = frozenset({"features"})
 
     def __init__(self, detector: nn.Module, batched_inputs: List[Dict[str, Any]]):
+        super().__init__()
         self.detector = detector
         self.batched_inputs = batched_inputs
-        self._recorded: Dict[str, Any] = {}
-        self._versions: Dict[str, List[Tuple[Tensor, int]]] = {}
-        self._is_student = False
 
     # What is known of the detector, whatever the batch -------------------------------------------
 
@@ -203,22 +187,7 @@ class DetectorView:
         """
         raise NotImplementedError(f"{type(self).__name__} has no RoI head")
 
-    # Recording and computing ---------------------------------------------------------------------
-
-    @contextmanager
-    def record(self, members: FrozenSet[str]) -> Iterator[None]:
-        """
-        Hook the detector while its own forward runs, and keep the named members.
-
-        Hooks are removed on leaving, so a student outside this block is a stock detector.
-        """
-        self._is_student = True
-        handles = self._add_hooks(members)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    # Hooks on a student, and what a teacher computes ---------------------------------------------
 
     def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
         handles = [self.detector.backbone.register_forward_hook(self._on_backbone)]
@@ -241,30 +210,6 @@ class DetectorView:
 
     def _on_backbone(self, module: nn.Module, inputs: Tuple[Tensor], output: Dict[str, Tensor]):
         self._keep("backbone", (tuple(inputs[0].shape[-2:]), dict(output)), list(output.values()))
-
-    def _keep(self, name: str, value: Any, tensors: Sequence[Tensor]) -> None:
-        # The first call counts: a detector that runs a module again (a cascade's later stages)
-        # does so on other inputs.
-        if name not in self._recorded:
-            self._recorded[name] = value
-            self._versions[name] = [(x, x._version) for x in tensors]
-
-    def _part(self, name: str) -> Any:
-        if name not in self._recorded:
-            if self._is_student:
-                raise RuntimeError(
-                    f"The student's {name!r} was not recorded in its forward. A head must declare "
-                    "what it reads in `requires`."
-                )
-            with torch.no_grad():
-                self._recorded[name] = getattr(self, f"_compute_{name}")()
-        for tensor, version in self._versions.get(name, ()):
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"The student's {name!r} was changed in place after it was recorded; a loss on "
-                    "it would be wrong."
-                )
-        return self._recorded[name]
 
     def _compute_backbone(self) -> Tuple[Tuple[int, int], Dict[str, Tensor]]:
         images = self.detector.preprocess_image(self.batched_inputs)

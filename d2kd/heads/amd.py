@@ -11,7 +11,7 @@ from ..layers import (
     add_attention_config,
     add_mask_config,
     add_reference_config,
-    build_adapter,
+    build_adapters,
     mean_inside,
     pixel_factor,
     read_reference_pixels,
@@ -55,9 +55,7 @@ class AMDHead(nn.Module):
         self.mask = mask
         self.guide = guide
         self.reference_pixels = reference_pixels
-        self.adapter = nn.ModuleDict(
-            {p.student: build_adapter(p.student_channels, p.teacher_channels) for p in levels}
-        )
+        self.adapter = build_adapters(levels)
         self.generator = nn.ModuleDict({p.student: Generator(p.teacher_channels) for p in levels})
         gated = levels if adapt_channels else ()
         self.gate = nn.ModuleDict({p.student: ChannelGate(p.teacher_channels) for p in gated})

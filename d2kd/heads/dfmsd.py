@@ -8,11 +8,11 @@ from ..layers import (
     AttentionGuide,
     DualGenerator,
     MaskRule,
-    add_attention_config,
-    add_mask_config,
-    build_adapter,
+    add_dual_mask_config,
+    build_adapters,
     high_pass,
     mean_one_softmax,
+    read_dual_mask,
     standardise,
 )
 from ..pyramid import LevelPair, match_inside
@@ -69,9 +69,7 @@ class DFMSDHead(nn.Module):
             p.student: enhancement * (p.student_stride <= enhanced_max_stride) for p in levels
         }
         # Also between equal channels, so that the student may keep a basis of its own.
-        self.adapter = nn.ModuleDict(
-            {p.student: build_adapter(p.student_channels, p.teacher_channels, True) for p in levels}
-        )
+        self.adapter = build_adapters(levels, always=True)
         rebuilt = levels if reconstruct else ()
         self.generator = nn.ModuleDict(
             {p.student: DualGenerator(p.teacher_channels) for p in rebuilt}
@@ -86,11 +84,7 @@ class DFMSDHead(nn.Module):
         node.RECONSTRUCT = True
         # beta: weight of the semantic alignment / LOSS_WEIGHT; 1.0 where it is alone
         node.SEMANTIC_RATIO = 0.5
-        node.CELL_MASK = CfgNode()
-        add_mask_config(node.CELL_MASK, ratio=0.65)
-        node.CHANNEL_MASK = CfgNode()
-        add_mask_config(node.CHANNEL_MASK, ratio=0.5)
-        add_attention_config(node)
+        add_dual_mask_config(node)
         # gamma: how much high-frequency attention is added to the mask's; the paper strengthens it
         # with the stages: 0.0 in the first, 1.0 in the second
         node.ENHANCEMENT = 1.0
@@ -118,9 +112,7 @@ class DFMSDHead(nn.Module):
             "levels": pair.levels,
             "reconstruct": node.RECONSTRUCT,
             "semantic_ratio": node.SEMANTIC_RATIO,
-            "cell_mask": MaskRule.from_config("DISTILL.DFMSD.CELL_MASK", node.CELL_MASK),
-            "channel_mask": MaskRule.from_config("DISTILL.DFMSD.CHANNEL_MASK", node.CHANNEL_MASK),
-            "guide": AttentionGuide.from_config("DISTILL.DFMSD", node),
+            **read_dual_mask("DISTILL.DFMSD", node),
             "enhancement": node.ENHANCEMENT,
             "enhanced_max_stride": node.ENHANCED_MAX_STRIDE,
             "high_pass_cutoff": node.HIGH_PASS_CUTOFF,

@@ -8,11 +8,11 @@ from ..layers import (
     AttentionGuide,
     DualGenerator,
     MaskRule,
-    add_attention_config,
-    add_mask_config,
+    add_dual_mask_config,
     add_reference_config,
-    build_adapter,
+    build_adapters,
     pixel_factor,
+    read_dual_mask,
     read_reference_pixels,
     squared_error,
 )
@@ -54,9 +54,7 @@ class DMKDHead(nn.Module):
         self.channel_mask = channel_mask
         self.guide = guide
         self.reference_pixels = reference_pixels
-        self.adapter = nn.ModuleDict(
-            {p.student: build_adapter(p.student_channels, p.teacher_channels) for p in levels}
-        )
+        self.adapter = build_adapters(levels)
         self.generator = nn.ModuleDict(
             {p.student: DualGenerator(p.teacher_channels) for p in levels}
         )
@@ -66,21 +64,14 @@ class DMKDHead(nn.Module):
         # alpha and the ratio of cells: MGD's (5e-7 and 0.45 for a two-stage student)
         node.LOSS_WEIGHT = 2e-5
         add_reference_config(node)
-        node.CELL_MASK = CfgNode()
-        add_mask_config(node.CELL_MASK, ratio=0.65)
-        # Half of the channels leaves enough for the generator to mix the others from.
-        node.CHANNEL_MASK = CfgNode()
-        add_mask_config(node.CHANNEL_MASK, ratio=0.5)
-        add_attention_config(node)
+        add_dual_mask_config(node)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node = cfg.DISTILL.DMKD
         return {
             "levels": pair.levels,
-            "cell_mask": MaskRule.from_config("DISTILL.DMKD.CELL_MASK", node.CELL_MASK),
-            "channel_mask": MaskRule.from_config("DISTILL.DMKD.CHANNEL_MASK", node.CHANNEL_MASK),
-            "guide": AttentionGuide.from_config("DISTILL.DMKD", node),
+            **read_dual_mask("DISTILL.DMKD", node),
             "reference_pixels": read_reference_pixels("DISTILL.DMKD", node),
         }
 

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, configurable
 from ..layers import (
     Generator,
     add_reference_config,
-    build_adapter,
+    build_adapters,
     pixel_factor,
     read_reference_pixels,
     squared_error,
@@ -47,9 +47,7 @@ class MGDHead(nn.Module):
         self.levels = levels
         self.mask_ratio = mask_ratio
         self.reference_pixels = reference_pixels
-        self.adapter = nn.ModuleDict(
-            {p.student: build_adapter(p.student_channels, p.teacher_channels) for p in levels}
-        )
+        self.adapter = build_adapters(levels)
         self.generator = nn.ModuleDict({p.student: Generator(p.teacher_channels) for p in levels})
 
     @staticmethod

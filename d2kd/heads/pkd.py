@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from detectron2.config import CfgNode, configurable
 
-from ..layers import build_adapter, standardise
+from ..layers import build_adapters, standardise
 from ..pyramid import LevelPair, make_pair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY, DistillPair
@@ -32,9 +32,7 @@ class PKDHead(nn.Module):
         self.levels = levels
         self.resize = resize
         # Not in the published method, which needs equal channels; identity where they are equal.
-        self.adapter = nn.ModuleDict(
-            {p.student: build_adapter(p.student_channels, p.teacher_channels) for p in levels}
-        )
+        self.adapter = build_adapters(levels)
 
     @staticmethod
     def add_config(node: CfgNode) -> None:

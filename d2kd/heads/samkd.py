@@ -10,14 +10,14 @@ from ..layers import (
     AttentionGuide,
     DualGenerator,
     MaskRule,
-    add_attention_config,
-    add_mask_config,
+    add_dual_mask_config,
     add_reference_config,
-    build_adapter,
+    build_adapters,
     cut_windows,
     max_pool,
     pixel_factor,
     pool_inside,
+    read_dual_mask,
     read_reference_pixels,
     squared_error,
 )
@@ -83,9 +83,7 @@ class SAMKDHead(nn.Module):
         self.channel_mask = channel_mask
         self.guide = guide
         self.reference_pixels = reference_pixels
-        self.adapter = nn.ModuleDict(
-            {p.student: build_adapter(p.student_channels, p.teacher_channels) for p in levels}
-        )
+        self.adapter = build_adapters(levels)
         # Shared by the scales of a level: the same 3x3 kernels see more of the image on each.
         self.generator = nn.ModuleDict(
             {p.student: DualGenerator(p.teacher_channels) for p in levels}
@@ -103,11 +101,7 @@ class SAMKDHead(nn.Module):
         node.SCALES = [1, 2, 4]
         # On fewer cells a share of them is hardly a choice.
         node.MIN_CELLS = 4
-        node.CELL_MASK = CfgNode()
-        add_mask_config(node.CELL_MASK, ratio=0.65)
-        node.CHANNEL_MASK = CfgNode()
-        add_mask_config(node.CHANNEL_MASK, ratio=0.5)
-        add_attention_config(node)
+        add_dual_mask_config(node)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
@@ -130,9 +124,7 @@ class SAMKDHead(nn.Module):
             "hierarchy": node.HIERARCHY,
             "scales": list(node.SCALES),
             "min_cells": node.MIN_CELLS,
-            "cell_mask": MaskRule.from_config("DISTILL.SAMKD.CELL_MASK", node.CELL_MASK),
-            "channel_mask": MaskRule.from_config("DISTILL.SAMKD.CHANNEL_MASK", node.CHANNEL_MASK),
-            "guide": AttentionGuide.from_config("DISTILL.SAMKD", node),
+            **read_dual_mask("DISTILL.SAMKD", node),
             "reference_pixels": read_reference_pixels("DISTILL.SAMKD", node),
         }
 

@@ -1,6 +1,7 @@
-from .adapter import build_adapter
+from .adapter import build_adapter, build_adapters
 from .attention import channel_attention, mean_inside, mean_one_softmax, spatial_attention
 from .dual_generator import DualGenerator
+from .dual_mask import add_dual_mask_config, read_dual_mask
 from .generator import Generator
 from .guide import AttentionGuide, add_attention_config, check_temperature
 from .high_pass import high_pass

@@ -1,4 +1,15 @@
+from typing import Sequence
+
 from torch import nn
+
+from ..pyramid import LevelPair
+
+
+def build_adapters(levels: Sequence[LevelPair], always: bool = False) -> nn.ModuleDict:
+    """An adapter for each pair of levels, by the student's name; see build_adapter."""
+    return nn.ModuleDict(
+        {p.student: build_adapter(p.student_channels, p.teacher_channels, always) for p in levels}
+    )
 
 
 def build_adapter(student_channels: int, teacher_channels: int, always: bool = False) -> nn.Module:

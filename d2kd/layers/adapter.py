@@ -19,8 +19,13 @@ def build_adapter(student_channels: int, teacher_channels: int, always: bool = F
     PyTorch's default initialisation, as the released code of the methods that use it.
 
     Args:
-        always: a convolution also where Cs == Ct, so that the student may keep a basis of its own
+        always: a convolution also where Cs == Ct, so that the student may find a basis of its own;
+            it starts as the identity, for a student that inherits has the teacher's
     """
     if student_channels == teacher_channels and not always:
         return nn.Identity()
-    return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+    adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+    if student_channels == teacher_channels:
+        nn.init.dirac_(adapter.weight)
+        nn.init.zeros_(adapter.bias)
+    return adapter

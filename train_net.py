@@ -23,6 +23,8 @@ Examples:
   evaluate a student (the teacher is not needed):
     python train_net.py --config-file configs/quickstart/pkd.yaml --eval-only \\
         MODEL.WEIGHTS output/quickstart/pkd/model_final.pth
+  two stages in one run:
+    python train_net.py --config-file configs/quickstart/dfmsd_stages.yaml
   8 GPUs and another loss weight:
     python train_net.py --config-file configs/COCO/RetinaNet/mgd_R_50_FPN_R_101_2x.yaml \\
         --num-gpus 8 DISTILL.MGD.LOSS_WEIGHT 1e-5

@@ -26,7 +26,7 @@ from .build import DISTILL_HEAD_REGISTRY, DistillPair
 class AMDHead(nn.Module):
     """
     Adaptive Masked Distillation, https://arxiv.org/abs/2301.13538 (RECONSTRUCTED from the abstract;
-    no code was released): as MGD, but it hides the student's cells where the teacher attends most,
+    no code was released): as MGD, but the cells that it hides are drawn where the teacher attends,
     and a small module weighs the channels of what the generator rebuilds.
 
     Shapes: N images; Cs, Ct student and teacher channels; Hi, Wi height and width of level i.

@@ -25,8 +25,8 @@ from .build import DISTILL_HEAD_REGISTRY, DistillPair
 class DMKDHead(nn.Module):
     """
     Dual Masked Knowledge Distillation, https://arxiv.org/abs/2309.02719 (RECONSTRUCTED from the
-    abstract; no code was released): hide the most attended cells from one generator and the most
-    attended channels from another, and fuse what the two rebuild by learned weights.
+    abstract; no code was released): hide cells from one generator and channels from another, both
+    drawn by the teacher's attention, and fuse what the two rebuild by learned weights.
 
     Shapes: N images; Cs, Ct student and teacher channels; Hi, Wi height and width of level i.
     """

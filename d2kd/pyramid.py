@@ -104,11 +104,11 @@ def match_inside(
     match_levels on two views, with the cells that are not padding.
 
     Yields:
-        the student level's name, (N, Cs, H, W), (N, Ct, H, W), boolean (N, 1, H, W) that is True in
-        cells which hold a part of their image; None: all do
+        the student level's name, (N, Cs, H, W), (N, Ct, H, W) without gradient, boolean
+        (N, 1, H, W) that is True in cells which hold a part of their image; None: all do
     """
     for level, x, target in match_levels(pairs, student.features, teacher.features):
-        yield level, x, target, student.inside_image(level, like=x)
+        yield level, x, target.detach(), student.inside_image(level, like=x)
 
 
 def crop_to(x: Tensor, other: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from fvcore.common.param_scheduler import (
 
 from detectron2.config import CfgNode
 
+from .checks import check_choice
+
 DECAYS = ("none", "linear", "cosine")
 
 
@@ -96,10 +98,7 @@ def _check(key: str, node: CfgNode, max_iter: int) -> None:
             f"{key}.LOSS_WEIGHT must be above 0, got {node.LOSS_WEIGHT}: a head without weight "
             "would be silently off. Take it out of DISTILL.HEADS instead."
         )
-    if schedule.DECAY not in DECAYS:
-        raise ValueError(
-            f"{key}.SCHEDULE.DECAY must be one of {', '.join(DECAYS)}, got {schedule.DECAY!r}."
-        )
+    check_choice(f"{key}.SCHEDULE.DECAY", schedule.DECAY, DECAYS)
     if not 0 <= schedule.END_FACTOR <= 1:
         raise ValueError(
             f"{key}.SCHEDULE.END_FACTOR must be in [0, 1], got {schedule.END_FACTOR}: it is the "

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..checks import check_choice
 from .stage_config import read_stage, stage_config, stage_in_errors
 
 STAGE_LR = ("restart", "continue")
@@ -131,10 +132,7 @@ def move_to(scheduler: LRScheduler, iteration: int) -> None:
 
 
 def _check_run(cfg: CfgNode) -> None:
-    if cfg.DISTILL.STAGE_LR not in STAGE_LR:
-        raise ValueError(
-            f"DISTILL.STAGE_LR must be one of {', '.join(STAGE_LR)}, got {cfg.DISTILL.STAGE_LR!r}."
-        )
+    check_choice("DISTILL.STAGE_LR", cfg.DISTILL.STAGE_LR, STAGE_LR)
     if cfg.SOLVER.REFERENCE_WORLD_SIZE not in (0, comm.get_world_size()):
         raise ValueError(
             f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}: Detectron2 would "

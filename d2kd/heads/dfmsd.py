@@ -132,7 +132,7 @@ class DFMSDHead(nn.Module):
         rebuild, semantic, self.maps = {}, {}, {"visible": {}}
         for level, x, target, inside in match_inside(self.levels, student, teacher):
             x = self.adapter[level](x)
-            normal = standardise(target.detach().float(), inside)
+            normal = standardise(target.float(), inside)
             if self.semantic_ratio:
                 error = _mean_square(standardise(x.float(), inside) - normal, inside) / 2
                 semantic[level] = self.semantic_ratio * error

@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 from detectron2.config import CfgNode, configurable
 
-from ..layers import check_temperature, mean_one_softmax
+from ..checks import check_choice, check_temperature
+from ..layers import mean_one_softmax
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY, DistillPair
@@ -80,10 +81,7 @@ class MLDHead(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node = cfg.DISTILL.MLD
-        if node.GUIDE not in GUIDES:
-            raise ValueError(
-                f"DISTILL.MLD.GUIDE must be one of {', '.join(GUIDES)}, got {node.GUIDE!r}."
-            )
+        check_choice("DISTILL.MLD.GUIDE", node.GUIDE, GUIDES)
         unequal = [p.student for p in pair.levels if p.student_channels != p.teacher_channels]
         if node.GUIDE == "features" and unequal:
             raise ValueError(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
+from ..checks import check_choice
 from ..layers import (
     AttentionGuide,
     DualGenerator,
@@ -106,11 +107,7 @@ class SAMKDHead(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node = cfg.DISTILL.SAMKD
-        if node.HIERARCHY not in HIERARCHIES:
-            raise ValueError(
-                f"DISTILL.SAMKD.HIERARCHY must be one of {', '.join(HIERARCHIES)}, got "
-                f"{node.HIERARCHY!r}."
-            )
+        check_choice("DISTILL.SAMKD.HIERARCHY", node.HIERARCHY, HIERARCHIES)
         whole = all(isinstance(k, int) and k > 0 for k in node.SCALES)
         if not whole or 1 not in node.SCALES or len(set(node.SCALES)) < len(node.SCALES):
             raise ValueError(
@@ -141,10 +138,8 @@ class SAMKDHead(nn.Module):
         factor = pixel_factor(self.reference_pixels, student.image_sizes)
         losses, self.maps = {}, {f"visible {k}": {} for k in self.scales}
         for level, x, target, inside in match_inside(self.levels, student, teacher):
-            sizes = self._sizes(student, level)
-            scales = self._scales(sizes, self.adapter[level](x), target, inside)
-            errors, lags = [], []
-            for scale in scales:
+            sizes, errors, lags = self._sizes(student, level), [], []
+            for scale in self._scales(sizes, self.adapter[level](x), target, inside):
                 cells = self._visible_cells(scale)
                 channels = self.channel_mask(self.guide.channels(*scale[1:4]))
                 rebuilt = self.generator[level](scale.x, cells, channels, scale.inside)
@@ -194,8 +189,7 @@ class SAMKDHead(nn.Module):
         counted = scale.inside
         if self.hierarchy == "window":  # all its scales see the same maps, but hide other cells
             counted = ~cells if scale.inside is None else scale.inside & ~cells
-        x, target = scale.x.detach().float(), scale.target.detach().float()
-        distance = (x - target).abs().mean(dim=1, keepdim=True)
+        distance = (scale.x.detach().float() - scale.target.float()).abs().mean(1, keepdim=True)
         if counted is None:
             return distance.mean()
         return (distance * counted).sum() / counted.sum().clamp(min=1)

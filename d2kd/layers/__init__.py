@@ -3,7 +3,7 @@ from .attention import channel_attention, mean_inside, mean_one_softmax, spatial
 from .dual_generator import DualGenerator
 from .dual_mask import add_dual_mask_config, read_dual_mask
 from .generator import Generator
-from .guide import AttentionGuide, add_attention_config, check_temperature
+from .guide import AttentionGuide, add_attention_config
 from .high_pass import high_pass
 from .masks import MaskRule, add_mask_config, hide_top
 from .reconstruction import (

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from detectron2.config import CfgNode
 
+from ..checks import check_choice, check_temperature
 from .attention import channel_attention, spatial_attention
 
 SOURCES = ("teacher", "student")
@@ -37,11 +38,7 @@ class AttentionGuide:
         Raises:
             ValueError: a value outside its range
         """
-        if node.ATTENTION_FROM not in SOURCES:
-            raise ValueError(
-                f"{key}.ATTENTION_FROM must be one of {', '.join(SOURCES)}, got "
-                f"{node.ATTENTION_FROM!r}."
-            )
+        check_choice(f"{key}.ATTENTION_FROM", node.ATTENTION_FROM, SOURCES)
         check_temperature(f"{key}.TEMPERATURE", node.TEMPERATURE)
         return cls(node.TEMPERATURE, node.ATTENTION_FROM)
 
@@ -63,8 +60,3 @@ class AttentionGuide:
     def channels(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
         """As `cells`, but (N, C, 1, 1) with mean 1 over channels."""
         return channel_attention(self.of(x, target), self.temperature, inside)
-
-
-def check_temperature(key: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{key} must be above 0, got {value}: it divides what goes into softmax.")

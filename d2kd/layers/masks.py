@@ -9,6 +9,8 @@ from torch import Tensor
 
 from detectron2.config import CfgNode
 
+from ..checks import check_choice
+
 RULES = ("ratio", "threshold")
 HIDE = ("sampled", "most", "least", "random")
 
@@ -47,10 +49,8 @@ class MaskRule:
         Raises:
             ValueError: a value outside its range
         """
-        if node.RULE not in RULES:
-            raise ValueError(f"{key}.RULE must be one of {', '.join(RULES)}, got {node.RULE!r}.")
-        if node.HIDE not in HIDE:
-            raise ValueError(f"{key}.HIDE must be one of {', '.join(HIDE)}, got {node.HIDE!r}.")
+        check_choice(f"{key}.RULE", node.RULE, RULES)
+        check_choice(f"{key}.HIDE", node.HIDE, HIDE)
         if not 0 <= node.RATIO < 1:
             raise ValueError(
                 f"{key}.RATIO must be in [0, 1), got {node.RATIO}: it is the share to hide."

@@ -14,6 +14,7 @@ from .data.config import add_data_config
 from .heads import DISTILL_HEAD_REGISTRY
 from .modeling import add_model_config
 from .schedule import add_schedule_config
+from .views.region_sampler import add_region_config
 
 
 def add_distill_config(cfg: CfgNode) -> None:
@@ -60,6 +61,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     node.TEACHER.OPTS = []
     # Only for tests and benchmarks: go on with a teacher that knows nothing
     node.TEACHER.ALLOW_RANDOM_WEIGHTS = False
+
+    node.REGIONS = CfgNode()
+    add_region_config(node.REGIONS)
 
     for name, head in DISTILL_HEAD_REGISTRY:
         head_node = node[name[: -len("Head")]] = CfgNode()

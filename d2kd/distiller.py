@@ -12,7 +12,7 @@ from detectron2.utils.events import get_event_storage
 
 from .compat import current_iteration
 from .config import student_config
-from .heads import DetectorInfo, DistillPair, build_head, head_class
+from .heads import DistillPair, build_head, head_class
 from .heads.build import required_members
 from .inherit import inherit
 from .pyramid import describe_plan, pair_levels
@@ -165,19 +165,10 @@ class Distiller(nn.Module):
 
 
 def describe_pair(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> DistillPair:
-    infos = []
-    for role, detector in (("student", student), ("teacher", teacher)):
-        view = find_view(detector, role)
-        infos.append(
-            DetectorInfo(
-                name=type(detector).__name__,
-                shapes=detector.backbone.output_shape(),
-                num_classes=view.num_classes(detector),
-                num_anchors=view.num_anchors(detector),
-                two_stage=view.two_stage,
-                members=view.members_of(detector),
-            )
-        )
+    infos = [
+        find_view(detector, role).info(detector)
+        for role, detector in (("student", student), ("teacher", teacher))
+    ]
     shapes = infos[0].shapes, infos[1].shapes
     levels = pair_levels(*shapes, named=cfg.DISTILL.LEVELS)
     logger.info(

@@ -20,12 +20,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
-        return build_detectron2_optimizer(cfg, model)
+        return _without_decay(build_detectron2_optimizer(cfg, model), model)
     max_norm, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-    optimizer = build_detectron2_optimizer(cfg, model)
+    optimizer = _without_decay(build_detectron2_optimizer(cfg, model), model)
 
     # Runs after AMP's unscaling, on what step() is about to use.
     def clip_all(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -33,4 +33,20 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
     optimizer.register_step_pre_hook(clip_all)
+    return optimizer
+
+
+def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """Put what a head names in `no_weight_decay` into groups of its own."""
+    spared = {
+        id(module.get_parameter(name))
+        for module in model.modules()
+        for name in getattr(module, "no_weight_decay", ())
+    }
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in spared]
+        if mine and group["weight_decay"]:
+            group["params"] = [p for p in group["params"] if id(p) not in spared]
+            optimizer.add_param_group({**group, "params": mine, "weight_decay": 0.0})
+    optimizer.param_groups = [x for x in optimizer.param_groups if x["params"]]
     return optimizer

@@ -2,15 +2,15 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import Dict, FrozenSet, List, Tuple, Type
+from typing import FrozenSet, List, Tuple, Type
 
 from fvcore.common.registry import Registry
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
 
 from ..pyramid import LevelPair
+from ..views import DetectorInfo
 
 DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
 DISTILL_HEAD_REGISTRY.__doc__ = """
@@ -22,8 +22,8 @@ A head is an nn.Module with
 * `add_config(node)`, a static method that writes its keys and defaults into `DISTILL.<NAME>`,
   LOSS_WEIGHT among them;
 * `requires`, a frozenset of what it reads of both detectors' views: "features", "dense",
-  "roi_features", "roi_predictions" (default: "features"), or a static method that tells it from
-  the :class:`DistillPair`; `requires_logits = True` where the two detectors' classes must be the
+  "roi_features", "roi_predictions", "regions", "region_vectors" (default: "features"), or a static
+  method that tells it from the :class:`DistillPair`; `requires_logits = True` where the two detectors' classes must be the
   same;
 * `__init__`, made @configurable, with `from_config(cls, cfg, pair)`: `pair` is a
   :class:`DistillPair`;
@@ -36,26 +36,9 @@ It may leave maps of its latest batch in `self.maps`, {name: {level: (N, 1, Hi, 
 detached}}: they are drawn in the picture of the run (VIS_PERIOD).
 
 The head's own parameters (adapters, generators) are trained with the student, saved under
-"distill_heads" and dropped from the product.
+"distill_heads" and dropped from the product. Those that it names in `no_weight_decay` are not
+decayed.
 """
-
-
-@dataclass(frozen=True)
-class DetectorInfo:
-    """
-    What a head may know of a detector when it is built.
-
-    `name`: meta-architecture; `shapes`: level name to channels and stride; `num_classes`:
-    foreground classes; `members`: what the detector's view can give; `num_anchors`: dense
-    predictions per cell; `two_stage`: whether classes are told by a head on regions.
-    """
-
-    name: str
-    shapes: Dict[str, ShapeSpec]
-    num_classes: int
-    members: FrozenSet[str]
-    num_anchors: int = 0
-    two_stage: bool = False
 
 
 @dataclass(frozen=True)

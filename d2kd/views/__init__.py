@@ -1,5 +1,8 @@
 from .base import DETECTOR_VIEW_REGISTRY, DetectorView, find_view  # noqa isort:skip
 from .dense import DenseView
+from .info import DetectorInfo
 from .rcnn import RCNNView
+from .region_sampler import RegionSampler
+from .regions import Regions
 
 __all__ = [k for k in globals().keys() if not k.startswith("_")]

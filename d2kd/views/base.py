@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 
+from .info import DetectorInfo
 from .parts import (
     DensePredictions,
     RoIPredictions,
     cells_inside,
     multi_level_pooler,
-    single_level_pooler,
+    roi_align_levels,
 )
 from .recording import Recording
+from .region_sampler import RegionSampler
+from .regions import Regions
 
 DETECTOR_VIEW_REGISTRY = Registry("DETECTOR_VIEW")
 DETECTOR_VIEW_REGISTRY.__doc__ = """
@@ -86,6 +89,18 @@ class DetectorView(Recording):
         """Predictions per cell of `dense`; 0 where a family has none."""
         return 0
 
+    @classmethod
+    def info(cls, detector: nn.Module) -> DetectorInfo:
+        """All that is known of a detector when a head is built; a family adds its own."""
+        return DetectorInfo(
+            name=type(detector).__name__,
+            shapes=detector.backbone.output_shape(),
+            num_classes=cls.num_classes(detector),
+            members=cls.members_of(detector),
+            num_anchors=cls.num_anchors(detector),
+            two_stage=cls.two_stage,
+        )
+
     # The parts -----------------------------------------------------------------------------------
 
     @property
@@ -143,16 +158,10 @@ class DetectorView(Recording):
         Returns:
             (R, C, S, S), or (R, L, C, S, S) for "all"
         """
-        names, pooler = self._pooled_levels(), self._pooler()
-        features = [self.features[k] for k in names]
-        if levels == "assigned":
-            return pooler(features, boxes)
-        assert levels == "all", f"levels must be 'assigned' or 'all', got {levels!r}"
-        size = pooler.output_size
-        pooled = [
-            single_level_pooler(self.strides[k], size)([x], boxes) for k, x in zip(names, features)
-        ]
-        return torch.stack(pooled, dim=1)
+        assert levels in ("assigned", "all"), f"levels must be 'assigned' or 'all', got {levels!r}"
+        return self._of_boxes(
+            f"roi_features, {levels}", boxes, lambda: self._roi_features(boxes, levels)
+        )
 
     def mean_in_boxes(self, maps: Mapping[str, Tensor], boxes: List[Boxes]) -> Tensor:
         """
@@ -187,11 +196,40 @@ class DetectorView(Recording):
         """
         raise NotImplementedError(f"{type(self).__name__} has no RoI head")
 
+    def regions(self, sampler: RegionSampler) -> Regions:
+        """
+        The boxes on which a student is compared with its teacher.
+
+        A two-stage student's are the proposals that it sampled for its own loss, a dense one's a
+        sample of the boxes that it predicts, drawn once per batch for all heads.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no regions")
+
+    def region_vectors(self, regions: Regions) -> Tensor:
+        """
+        What a detector's classifier reads of each of the student's regions.
+
+        Two-stage: the box head's last vector (a student's from its own training pass); dense: the
+        last feature of the classification tower in the cell that predicted the region.
+
+        Returns:
+            (R, D)
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no region vectors")
+
     # Hooks on a student, and what a teacher computes ---------------------------------------------
 
     def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
         handles = [self.detector.backbone.register_forward_hook(self._on_backbone)]
         return handles + (self._hook_dense() if "dense" in members else [])
+
+    def _roi_features(self, boxes: List[Boxes], levels: str) -> Tensor:
+        names, pooler = self._pooled_levels(), self._pooler()
+        features = [self.features[k] for k in names]
+        if levels == "assigned":
+            return pooler(features, boxes)
+        rois, strides = Regions(boxes).rois, [self.strides[k] for k in names]
+        return roi_align_levels(features, strides, rois, pooler.output_size)
 
     def _hook_dense(self) -> List[Any]:
         """Collect the tower's output, once per level, then the head's predictions."""

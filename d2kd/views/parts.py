@@ -8,7 +8,11 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler
+
+# Cells along a side of RoI features, for detectors that have no box head to say it.
+ROI_SIZE = 7
 
 
 @dataclass
@@ -82,13 +86,35 @@ def cells_inside(
     return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
 
+def roi_align_levels(
+    maps: Sequence[Tensor],
+    strides: Sequence[int],
+    rois: Tensor,
+    size: Tuple[int, int],
+    sampling_ratio: int = 0,
+) -> Tensor:
+    """
+    RoIAlign of every box on every level, one call for each level.
+
+    Args:
+        maps: of L levels, (N, C, Hi, Wi)
+        strides: input pixels per cell, of each
+        rois: (R, 5), index of the image, then XYXY in input pixels
+        size: cells of the result, height and width
+        sampling_ratio: points per cell and direction; 0: as many as the box has map cells
+
+    Returns:
+        (R, L, C, *size)
+    """
+    pooled = [
+        ROIAlign(size, 1.0 / stride, sampling_ratio, aligned=True)(x, rois)
+        for x, stride in zip(maps, strides)
+    ]
+    return torch.stack(pooled, dim=1)
+
+
 # RoIAlign has no parameters, so poolers are shared by all views.
 @lru_cache(maxsize=None)
-def single_level_pooler(stride: int, size: Tuple[int, int]) -> ROIPooler:
-    return ROIPooler(size, (1.0 / stride,), sampling_ratio=0, pooler_type="ROIAlignV2")
-
-
-@lru_cache(maxsize=None)
-def multi_level_pooler(strides: Tuple[int, ...], size: int = 7) -> ROIPooler:
+def multi_level_pooler(strides: Tuple[int, ...], size: int = ROI_SIZE) -> ROIPooler:
     scales = tuple(1.0 / s for s in strides)
     return ROIPooler(size, scales, sampling_ratio=0, pooler_type="ROIAlignV2")

@@ -1,5 +1,6 @@
 """Faster, Mask and Cascade R-CNN: an RPN, then a head on each region."""
 
+from dataclasses import replace
 from typing import Any, FrozenSet, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
@@ -8,13 +9,18 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 
 from .base import DETECTOR_VIEW_REGISTRY, DetectorView
+from .info import DetectorInfo
 from .parts import DensePredictions, RoIPredictions, unaliased
+from .region_sampler import RegionSampler
+from .regions import Regions
 
 
 class RCNNView(DetectorView):
     """A view of GeneralizedRCNN: Faster, Mask, Keypoint and Cascade R-CNN with an FPN."""
 
-    members = frozenset({"features", "dense", "roi_features", "roi_predictions"})
+    members = frozenset(
+        {"features", "dense", "roi_features", "regions", "region_vectors", "roi_predictions"}
+    )
 
     @classmethod
     def members_of(cls, detector: nn.Module) -> FrozenSet[str]:
@@ -25,6 +31,19 @@ class RCNNView(DetectorView):
         return members - {"dense"} if detector.proposal_generator is None else members
 
     two_stage = True
+
+    @classmethod
+    def info(cls, detector: nn.Module) -> DetectorInfo:
+        info = super().info(detector)
+        if "roi_predictions" not in info.members:
+            return info
+        predictor = _first_stage(detector.roi_heads.box_predictor)
+        return replace(
+            info,
+            vector_channels=predictor.cls_score.in_features,
+            roi_size=detector.roi_heads.box_pooler.output_size[0],
+            box_weights=tuple(predictor.box2box_transform.weights),
+        )
 
     @staticmethod
     def num_classes(detector: nn.Module) -> int:
@@ -38,7 +57,7 @@ class RCNNView(DetectorView):
     @property
     def sampled_boxes(self) -> List[Boxes]:
         """The boxes that the student's box head was trained on in this batch, one per image."""
-        return self._part("sampled_boxes")
+        return self.regions().boxes
 
     @property
     def sampled_proposals(self) -> List[Instances]:
@@ -52,13 +71,22 @@ class RCNNView(DetectorView):
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
         if boxes is None:
             return self._part("roi_predictions")
+        return self._of_boxes("roi_predictions", boxes, lambda: self._roi_predictions(boxes))
+
+    def regions(self, sampler: Optional[RegionSampler] = None) -> Regions:
+        """The sampled proposals, with their ground truth where Detectron2 appends it."""
+        return self._part("regions")
+
+    def region_vectors(self, regions: Regions) -> Tensor:
+        return self.roi_predictions(None if self._is_student else regions.boxes).feature
+
+    def _roi_predictions(self, boxes: List[Boxes]) -> RoIPredictions:
         feature = self._box_head(self.roi_features(boxes))
-        logits, deltas = self._predictor(feature)
-        return RoIPredictions(feature, logits, deltas)
+        return RoIPredictions(feature, *self._predictor(feature))
 
     def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
         handles = super()._add_hooks(members)
-        if "roi_predictions" in members:
+        if members & {"regions", "region_vectors", "roi_predictions"}:
             roi_heads = self.detector.roi_heads
             handles += [
                 roi_heads.box_pooler.register_forward_hook(self._on_pooler),
@@ -69,7 +97,10 @@ class RCNNView(DetectorView):
 
     def _on_pooler(self, module: nn.Module, inputs: Tuple[Any, ...], output: Tensor) -> None:
         boxes = [Boxes(x.tensor.detach().clone()) for x in inputs[1]]
-        self._keep("sampled_boxes", boxes, [])
+        if "regions" not in self._recorded:
+            # Its own RoI features, should a head want them.
+            self._of_boxes("roi_features, assigned", boxes, lambda: output)
+        self._keep("regions", Regions(boxes), [])
 
     def _on_predictor(self, module: nn.Module, inputs: Tuple[Tensor], output: Any) -> None:
         predictions = RoIPredictions(inputs[0], *output)

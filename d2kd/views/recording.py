@@ -1,10 +1,12 @@
 """Keep what passes through a detector's own forward, so that nothing is computed twice."""
 
 from contextlib import contextmanager
-from typing import Any, Dict, FrozenSet, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Hashable, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
+
+from detectron2.structures import Boxes
 
 
 class Recording:
@@ -18,6 +20,7 @@ class Recording:
     def __init__(self) -> None:
         self._recorded: Dict[str, Any] = {}
         self._versions: Dict[str, List[Tuple[Tensor, int]]] = {}
+        self._answers: Dict[Hashable, Any] = {}
         self._is_student = False
 
     @contextmanager
@@ -62,3 +65,13 @@ class Recording:
                     "it would be wrong."
                 )
         return self._recorded[name]
+
+    def _once(self, question: Hashable, compute: Callable[[], Any]) -> Any:
+        """What was computed for a question before; all heads share the answer."""
+        if question not in self._answers:
+            self._answers[question] = compute()
+        return self._answers[question]
+
+    def _of_boxes(self, name: str, boxes: List[Boxes], compute: Callable[[], Any]) -> Any:
+        """_once for these very boxes, which are kept so that no other list can get their id."""
+        return self._once((name, id(boxes)), lambda: (boxes, compute()))[1]

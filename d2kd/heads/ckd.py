@@ -1,0 +1,200 @@
+from typing import Dict, FrozenSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Boxes, pairwise_iou
+from detectron2.utils import comm
+
+from ..checks import check_choice, check_temperature
+from ..layers import PerAnchorLinear, gather_rows
+from ..views import DetectorView, RegionSampler, Regions
+from .build import DISTILL_HEAD_REGISTRY, DistillPair
+
+PROJECTIONS = ("student", "shared")
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class CKDHead(nn.Module):
+    """
+    Contrastive Knowledge Distillation of G-DetKD, https://arxiv.org/abs/2108.07482 (RECONSTRUCTED,
+    see SGFIHead): of all regions' teacher vectors, a student's vector is to be most like that of
+    its own region (InfoNCE). The other regions are those of the batch, of the other processes and
+    of a queue of past batches.
+
+    Shapes: R regions; M of all processes; Q keys in the queue; Cs, Ct length of the vectors; D of
+    what is compared: Ct, or that of the shared projection.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student_channels: int,
+        teacher_channels: int,
+        num_anchors: int,
+        sampler: RegionSampler,
+        temperature: float = 0.07,
+        iou_threshold: float = 0.5,
+        queue_size: int = 81920,
+        shared_channels: int = 0,
+    ):
+        """
+        Args:
+            student_channels, teacher_channels: length of the region vectors
+            num_anchors: of a dense student; each has a projection of its own
+            sampler: which of a dense student's boxes are its regions
+            temperature: divides cosines, > 0
+            iou_threshold: boxes of one image that overlap by more are no negatives of each other
+            queue_size: keys of past batches, 0 or more
+            shared_channels: of a projection of student and teacher after the student's own; 0: none
+        """
+        super().__init__()
+        self.sampler = sampler
+        self.temperature = temperature
+        self.iou_threshold = iou_threshold
+        self.projection = PerAnchorLinear(student_channels, teacher_channels, num_anchors)
+        self.shared = (
+            nn.Linear(teacher_channels, shared_channels, bias=False) if shared_channels else None
+        )
+        self.register_buffer("queue", torch.zeros(queue_size, shared_channels or teacher_channels))
+        self.num_queued = 0  # rows of the queue that hold a key
+        self.next_row = 0  # the one that is written next
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        # lambda_ckd
+        node.LOSS_WEIGHT = 0.5
+        # gamma
+        node.TEMPERATURE = 0.07
+        # Keys of the same image whose boxes overlap by more than this IoU are no negatives
+        node.IOU_THRESHOLD = 0.5
+        # Keys of past batches, of all processes together. Per key, 2 x Ct multiply-adds for each
+        # region in forward and backward, and 4 x Ct bytes in memory and in every checkpoint: 335 MB
+        # for these and the 1024 numbers of a Faster R-CNN
+        node.QUEUE_SIZE = 81920
+        # f_theta. "student": the student's vectors are projected to the teacher's length, the
+        # teacher's are taken as they are. "shared": and then both by one projection
+        node.PROJECTION = "student"
+        # Length of the vectors after the shared projection
+        node.SHARED_CHANNELS = 128
+
+    @staticmethod
+    def requires(pair: DistillPair) -> FrozenSet[str]:
+        student, teacher = pair.student, pair.teacher
+        if student.two_stage and not teacher.two_stage:
+            raise ValueError(
+                f"DISTILL.HEADS: CKD of a two-stage student ({student.name}) needs a two-stage "
+                f"teacher; the proposals come from no cell of {teacher.name}. SGFI takes this pair."
+            )
+        return frozenset({"regions", "region_vectors"})
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+        node, student, teacher = cfg.DISTILL.CKD, pair.student, pair.teacher
+        check_choice("DISTILL.CKD.PROJECTION", node.PROJECTION, PROJECTIONS)
+        check_temperature("DISTILL.CKD.TEMPERATURE", node.TEMPERATURE)
+        if not 0 < node.IOU_THRESHOLD <= 1:
+            raise ValueError(
+                f"DISTILL.CKD.IOU_THRESHOLD must be in (0, 1], got {node.IOU_THRESHOLD}."
+            )
+        if node.QUEUE_SIZE < 0 or node.SHARED_CHANNELS < 1:
+            raise ValueError(
+                "DISTILL.CKD: QUEUE_SIZE must be 0 or more and SHARED_CHANNELS 1 or more, got "
+                f"{node.QUEUE_SIZE} and {node.SHARED_CHANNELS}."
+            )
+        if not teacher.two_stage:
+            _check_cells(pair)
+        return {
+            "student_channels": student.vector_channels,
+            "teacher_channels": teacher.vector_channels,
+            "num_anchors": 1 if student.two_stage else student.num_anchors,
+            "sampler": RegionSampler.from_config(cfg),
+            "temperature": node.TEMPERATURE,
+            "iou_threshold": node.IOU_THRESHOLD,
+            "queue_size": node.QUEUE_SIZE,
+            "shared_channels": node.SHARED_CHANNELS if node.PROJECTION == "shared" else 0,
+        }
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
+        """
+        Args:
+            student, teacher: views with region vectors, (R, Cs) and (R, Ct)
+
+        Returns:
+            {"loss_ckd": scalar}, -log of the share of a region's own key, averaged over regions;
+            near log(M + Q) for vectors that know nothing of each other
+        """
+        regions = student.regions(self.sampler)
+        anchor = regions.source.anchor if regions.source else None
+        queries = self.projection(student.region_vectors(regions), anchor)
+        keys = teacher.region_vectors(regions).detach()
+        if self.shared is not None:
+            queries, keys = self.shared(queries), self.shared(keys)
+        # exp(1 / 0.07) is 25 times what half precision holds.
+        with torch.autocast(queries.device.type, enabled=False):
+            queries, keys = (F.normalize(x.float(), dim=1, eps=1e-6) for x in (queries, keys))
+            keys = gather_rows(keys, regions.counts)
+            loss = self._info_nce(queries, keys, regions, same_cell=not teacher.two_stage)
+        self._enqueue(keys.detach())
+        return {"loss_ckd": loss}
+
+    def _info_nce(
+        self, queries: Tensor, keys: Tensor, regions: Regions, same_cell: bool
+    ) -> Tensor:
+        """
+        Args:
+            queries, keys: (R, D) and (M, D), of length 1
+            same_cell: whether regions from one cell have the same key
+        """
+        first = sum(regions.counts[: comm.get_rank()])  # the key of this process's first region
+        past = self.queue[: self.num_queued].clone()  # its rows are about to be written
+        logits = queries @ torch.cat([keys, past]).T / self.temperature
+        own = slice(first, first + len(regions))
+        logits[:, own].masked_fill_(self._no_negatives(regions, same_cell), -torch.inf)
+        target = torch.arange(first, first + len(regions), device=logits.device)
+        return F.cross_entropy(logits, target, reduction="sum") / regions.mean_count
+
+    def _no_negatives(self, regions: Regions, same_cell: bool) -> Tensor:
+        """
+        (R, R), True for pairs of regions that show the same thing; never on the diagonal, which
+        holds the positives.
+        """
+        image, boxes = regions.image, Boxes(torch.cat([x.tensor for x in regions.boxes]))
+        alike = pairwise_iou(boxes, boxes) > self.iou_threshold
+        if same_cell:
+            source = regions.source
+            cells = torch.stack([source.stride, source.y, source.x])
+            alike |= (cells[:, :, None] == cells[:, None, :]).all(dim=0)
+        alike &= image[:, None] == image
+        return alike.fill_diagonal_(False)
+
+    def _enqueue(self, keys: Tensor) -> None:
+        """Write keys over the oldest ones."""
+        size = len(self.queue)
+        keys = keys[-size:] if size else keys[:0]
+        rows = (torch.arange(len(keys), device=keys.device) + self.next_row) % max(size, 1)
+        self.queue[rows] = keys
+        self.num_queued = min(self.num_queued + len(keys), size)
+        self.next_row = (self.next_row + len(keys)) % max(size, 1)
+
+    def get_extra_state(self) -> Dict[str, int]:
+        return {"num_queued": self.num_queued, "next_row": self.next_row}
+
+    def set_extra_state(self, state: Dict[str, int]) -> None:
+        self.num_queued, self.next_row = state["num_queued"], state["next_row"]
+
+
+def _check_cells(pair: DistillPair) -> None:
+    """A dense teacher's vector of a region is that of the cell which the student predicted from."""
+    student, teacher = pair.student, pair.teacher
+    strides = {teacher.shapes[k].stride for k in teacher.dense_levels}
+    missing = [k for k in student.dense_levels if student.shapes[k].stride not in strides]
+    if missing:
+        raise ValueError(
+            f"DISTILL.HEADS: CKD compares cells of equal stride, but the teacher {teacher.name} "
+            f"predicts on no level of the strides of the student's {', '.join(missing)}. Use a "
+            "two-stage teacher, or the same levels."
+        )

@@ -1,0 +1,66 @@
+from typing import Dict
+
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+
+from ..views import DetectorView
+from .build import DISTILL_HEAD_REGISTRY, DistillPair
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class RoILocHead(nn.Module):
+    """
+    Class-aware localisation distillation of G-DetKD, https://arxiv.org/abs/2108.07482
+    (RECONSTRUCTED, see SGFIHead): imitate the box that the teacher expects of each proposal, its
+    boxes of all classes weighted by its confidence in them. Background has no box, so proposals
+    that the teacher takes for background hardly count.
+
+    Shapes: R proposals; K classes.
+    """
+
+    requires = frozenset({"regions", "roi_predictions"})
+    requires_logits = True
+
+    @configurable
+    def __init__(self):
+        super().__init__()
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        node.LOSS_WEIGHT = 1.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+        student, teacher = pair.student.box_weights, pair.teacher.box_weights
+        if student != teacher:
+            raise ValueError(
+                "DISTILL.HEADS: RoILoc compares box deltas, which student and teacher scale "
+                f"differently: MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS {student} and {teacher} (of a "
+                "cascade: the first of MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS). Train the "
+                "student with the teacher's."
+            )
+        return {}
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
+        """
+        Args:
+            student, teacher: views with deltas (R, 4*K); those of a class-agnostic detector, (R, 4),
+                are taken to be the same for every class
+
+        Returns:
+            {"loss_roiloc": scalar}, |sum_c p_c (teacher's - student's deltas)|, summed over the four
+            coordinates and averaged over proposals
+        """
+        regions = student.regions()
+        target = teacher.roi_predictions(regions.boxes)
+        confidence = target.logits.detach().float().softmax(dim=1)[:, :-1]  # (R, K)
+        theirs = _expected(target.deltas.detach(), confidence)
+        ours = _expected(student.roi_predictions().deltas, confidence)
+        return {"loss_roiloc": (theirs - ours).abs().sum() / regions.mean_count}
+
+
+def _expected(deltas: Tensor, confidence: Tensor) -> Tensor:
+    """Sum over classes of confidence x deltas: (R, 4*K or 4) and (R, K) -> (R, 4)."""
+    deltas = deltas.float().view(len(deltas), -1, 4)
+    return (confidence[:, :, None] * deltas).sum(dim=1)

@@ -1,0 +1,156 @@
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from detectron2.config import CfgNode, configurable
+
+from ..layers import build_adapter
+from ..views import DetectorView, RegionSampler
+from ..views.parts import roi_align_levels
+from .build import DISTILL_HEAD_REGISTRY, DistillPair
+
+# A learned temperature below this would make the softmax a hard choice that nothing can undo.
+MIN_TEMPERATURE = 0.01
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class SGFIHead(nn.Module):
+    """
+    Semantic-Guided Feature Imitation of G-DetKD, https://arxiv.org/abs/2108.07482 (RECONSTRUCTED
+    from the abstract, a reader's notes and re-implementations; no code was released): of each
+    region, the teacher's RoI feature, from the level that its size assigns, is imitated by a
+    mixture of the student's from all levels. An embedding of both says which levels match.
+
+    Shapes: R regions; L student levels; C teacher channels, which the adapter gives the student's
+    features too; S cells along a side of the teacher's RoI features.
+    """
+
+    requires = frozenset({"features", "roi_features", "regions"})
+    no_weight_decay = frozenset({"temperature"})
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        levels: Sequence[str],
+        student_channels: int,
+        teacher_channels: int,
+        sampler: RegionSampler,
+        sampling_ratio: int = 0,
+        chunk_size: int = 0,
+    ):
+        """
+        Args:
+            levels: of the student
+            student_channels, teacher_channels: of the pyramids
+            sampler: which of a dense student's boxes are its regions
+            sampling_ratio: of the student's RoIAlign, see roi_align_levels
+            chunk_size: regions at a time, each chunk computed again in the backward; 0: all at once
+        """
+        super().__init__()
+        self.student_levels = list(levels)
+        self.sampler = sampler
+        self.sampling_ratio = sampling_ratio
+        self.chunk_size = chunk_size
+        self.adapter = build_adapter(student_channels, teacher_channels, always=True)
+        self.embedding = nn.Sequential(  # S = 7 cells -> 3 -> 1
+            nn.Conv2d(teacher_channels, teacher_channels // 2, kernel_size=3, stride=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(teacher_channels // 2, teacher_channels // 4, kernel_size=3, stride=2),
+            nn.ReLU(inplace=True),
+        )
+        self.temperature = nn.Parameter(torch.ones(()))
+        # Of the latest batch, for pictures: mixture weights (R, L) and the regions they belong to.
+        self.latest_weights: Tuple[Tensor, List] = (torch.empty(0, len(self.student_levels)), [])
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        # lambda_feat, of an error that is a mean
+        node.LOSS_WEIGHT = 1.0
+        # Levels of the student that are mixed; []: all that its backbone has
+        node.LEVELS = []
+        # Points per cell and direction of the student's RoIAlign. 0: one per map cell, as in
+        # Detectron2's box heads; 2: faster where large boxes meet fine levels
+        node.SAMPLING_RATIO = 0
+        # The student's RoI features are R x L x C x S x S numbers: 257 MB for 1024 regions of 5
+        # levels of 256 channels. With 128 here, that many regions are in memory at a time, and
+        # computed once more in the backward; 0: all at once
+        node.CHUNK_SIZE = 0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+        node, known = cfg.DISTILL.SGFI, list(pair.student.shapes)
+        levels = list(node.LEVELS) or known
+        unknown = [x for x in levels if x not in known]
+        if unknown or len(set(levels)) < len(levels):
+            raise ValueError(
+                f"DISTILL.SGFI.LEVELS is {levels}; it may name each of {', '.join(known)} once."
+            )
+        for key in ("SAMPLING_RATIO", "CHUNK_SIZE"):
+            if node[key] < 0:
+                raise ValueError(f"DISTILL.SGFI.{key} must be 0 or more, got {node[key]}.")
+        if pair.teacher.roi_size < 7:
+            raise ValueError(
+                f"DISTILL.HEADS: SGFI embeds RoI features of 7 cells a side or more; the teacher's "
+                f"have {pair.teacher.roi_size} (MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)."
+            )
+        return {
+            "levels": levels,
+            "student_channels": pair.student.channels,
+            "teacher_channels": pair.teacher.channels,
+            "sampler": RegionSampler.from_config(cfg),
+            "sampling_ratio": node.SAMPLING_RATIO,
+            "chunk_size": node.CHUNK_SIZE,
+        }
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
+        """
+        Args:
+            student, teacher: views with RoI features
+
+        Returns:
+            {"loss_sgfi": scalar}, the squared error averaged over a region's C*S*S entries and
+            over regions
+        """
+        with torch.no_grad():  # not in the graph, where a clamp would cut the gradient for good
+            self.temperature.clamp_(min=MIN_TEMPERATURE)
+        regions = student.regions(self.sampler)
+        target = teacher.roi_features(regions.boxes).detach()
+        # RoIAlign averages cells and a 1x1 convolution mixes channels, so their order is free. The
+        # maps have fewer cells than all regions on all levels, and just one result is kept.
+        maps = [F.conv2d(student.features[k], self.adapter.weight) for k in self.student_levels]
+        strides = [student.strides[k] for k in self.student_levels]
+        size = self.chunk_size or max(len(regions), 1)
+        errors, weights = [], []
+        for rois, goal in zip(regions.rois.split(size), target.split(size)):
+            if self.chunk_size:
+                found = checkpoint(self._imitate, strides, rois, goal, *maps, use_reentrant=False)
+            else:
+                found = self._imitate(strides, rois, goal, *maps)
+            errors.append(found[0])
+            weights.append(found[1].detach())
+        self.latest_weights = torch.cat(weights), regions.boxes
+        return {"loss_sgfi": torch.cat(errors).sum() / regions.mean_count}
+
+    def _imitate(
+        self, strides: List[int], rois: Tensor, target: Tensor, *maps: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """
+        Args:
+            rois, target: (R, 5) and (R, C, S, S)
+            maps: adapted features of L levels, without the adapter's bias
+
+        Returns:
+            mean squared error of each region (R,), and the weights of its levels (R, L)
+        """
+        pooled = roi_align_levels(maps, strides, rois, target.shape[-2:], self.sampling_ratio)
+        pooled = pooled + self.adapter.bias[:, None, None]  # (R, L, C, S, S)
+        ours = self.embedding(pooled.flatten(0, 1)).float().view(*pooled.shape[:2], -1)
+        theirs = self.embedding(target).float().flatten(1)
+        similarity = (ours * theirs[:, None]).sum(dim=2)  # (R, L)
+        weights = F.softmax(similarity / self.temperature, dim=1)
+        mixture = torch.bmm(weights[:, None].to(pooled), pooled.flatten(2))  # (R, 1, C*S*S)
+        return (mixture[:, 0].float() - target.float().flatten(1)).square().mean(dim=1), weights

@@ -39,8 +39,10 @@ Every round runs each arm once, on the same batch, odd rounds in reverse order:
   with NAME   the whole distillation step, as training runs it                   (c)
 A ratio is the median over rounds of the ratio within a round, then [min, max]. c/(a+b+h) - 1 is
 what d2kd itself costs, c/(a+b) - 1 what d2kd and the method cost. RoI features and predictions that
-a head asks of a teacher count as the head's. --memory measures in processes of their own: the plain
-student without a teacher, and each distillation step.
+a head asks of a teacher count as the head's, and so does drawing a dense student's regions. A queue
+of past keys is full from the start, as it is in most of a run: the time of CKD is that of its
+QUEUE_SIZE. --memory measures in processes of their own: the plain student without a teacher, and
+each distillation step.
 
 Of each head by itself:
   ms          its arm h, in milliseconds; of MGD: as a multiple of MGD's, where that is measured
@@ -48,7 +50,8 @@ Of each head by itself:
               backward, 2 for a multiply-add; nothing else is counted (torch 2.0: "-")
   parameters  their number; they are trained with the student and not delivered
   saved MiB   what its forward keeps for its backward: the tensors that autograd saves, each storage
-              once, without parameters, buffers and what the detectors recorded anyway
+              once, without parameters, buffers and what the detectors recorded anyway; nor what
+              is computed again in the backward, as with SGFI's CHUNK_SIZE
 
 A pair's detectors and optimizer, clipped gradients included, are those of configs/COCO/Base-*.yaml.
 Weights are random and the learning rate is 0: the time depends on neither, and no file of weights

@@ -12,6 +12,7 @@ from typing import Any, Callable, ContextManager, Dict, FrozenSet, List
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -25,7 +26,7 @@ from d2kd.engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight import check_config
 from d2kd.heads.build import required_members
-from d2kd.views import find_view
+from d2kd.views import Regions, find_view
 
 Step = Callable[[], None]
 Batch = List[Dict[str, Any]]
@@ -108,6 +109,8 @@ def build_arms(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Callable[[],
     torch.manual_seed(0)
     whole = build_model(cfg).train()
     calm(whole)
+    for head in whole.heads.values():
+        fill_queue(head)
     batch = random_batch(whole.student, args)
     stock, ours = (
         (AMPTrainer, FiniteAMPTrainer) if args.amp else (SimpleTrainer, FiniteSimpleTrainer)
@@ -119,6 +122,18 @@ def build_arms(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Callable[[],
         arms[f"head {name}"] = partial(HeadAlone, cfg, distiller, batch)
         arms[f"with {name}"] = partial(training_step, cfg, distiller, batch, ours)
     return arms
+
+
+def fill_queue(head: nn.Module) -> None:
+    """
+    Fill a head's queue of past keys with random ones of length 1.
+
+    What a head with a queue costs grows with the keys in it. In a run it is full but for the first
+    iterations; here it would fill from round to round, each arm finding more than the one before.
+    """
+    if hasattr(head, "num_queued"):
+        head.queue.copy_(F.normalize(torch.randn_like(head.queue), dim=1))
+        head.num_queued = len(head.queue)
 
 
 def with_one_head(cfg: CfgNode, whole: Distiller, name: str) -> Distiller:
@@ -146,7 +161,14 @@ def training_step(cfg: CfgNode, model: nn.Module, batch: Batch, trainer: type) -
 
 
 def teacher_arm(distiller: Distiller) -> str:
-    return "teacher with dense" if "dense" in distiller.members else "teacher"
+    return "teacher with dense" if reads_dense(distiller) else "teacher"
+
+
+def reads_dense(distiller: Distiller) -> bool:
+    """Whether the head reads the teacher's dense predictions, or region vectors cut out of them."""
+    teacher = find_view(distiller.teacher.model, "teacher")
+    parts = {"dense"} if teacher.two_stage else {"dense", "region_vectors"}
+    return bool(parts & distiller.members)
 
 
 def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
@@ -158,7 +180,7 @@ def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
         with autocast(cfg):
             view = view_class(teacher.model, teacher.batch(batch, distiller.image_format))
             view.features
-            if "dense" in distiller.members:
+            if reads_dense(distiller):
                 view.dense()
 
     return step
@@ -180,8 +202,9 @@ class HeadAlone:
 
     def loss(self) -> Tensor:
         with autocast(self.cfg):
-            # Fresh leaves: nothing to add to, as in the student's own backward.
-            terms = self.head(detached(self.student), self.teacher)
+            # Fresh leaves: nothing to add to, as in the student's own backward. Fresh views: what a
+            # head asks of them beside their parts, it asks in every step.
+            terms = self.head(detached(self.student), detached(self.teacher))
             return sum(sum(v.values()) if isinstance(v, dict) else v for v in terms.values())
 
     def __call__(self) -> None:
@@ -207,19 +230,29 @@ def autocast(cfg: CfgNode) -> ContextManager:
 
 
 def detached(view: DetectorView) -> DetectorView:
-    """The same view, cut off its detector's graph: every recorded tensor is a leaf."""
+    """
+    The same view, cut off its detector's graph: every recorded tensor is a leaf.
+
+    It has forgotten its answers: RoI features and predictions of given boxes, a dense student's
+    regions.
+    """
 
     def leaf(x: Tensor) -> Tensor:
         return x.detach().requires_grad_(x.requires_grad)
 
     view = copy.copy(view)
     view._recorded, view._versions = _map_tensors(leaf, view._recorded), {}
+    view._answers = {}
     return view
 
 
 def _map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
     if isinstance(x, Tensor):
         return function(x)
+    if isinstance(x, Regions):
+        # Without gradient. The very same list of boxes, by which a view finds their RoI features;
+        # of the number of regions in other processes, nothing.
+        return Regions(x.boxes, x.source)
     if isinstance(x, dict):
         return {k: _map_tensors(function, v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):

@@ -2,18 +2,20 @@
 """
 Draw what a student learns from its teacher, as one PNG per image of the test set: the image with
 its ground truth, and for each pair of pyramid levels where the teacher attends, what the heads
-mask, and how strongly teacher and student respond.
+mask, and how strongly teacher and student respond. Of a head that weighs the student's levels, such
+as SGFI, level_weights.png shows the mean weights by size of the regions; they are printed too.
 
 TensorBoard shows the same picture during training: VIS_PERIOD 500 draws one every 500 iterations.
 """
 
 import argparse
 import logging
-import os
 from itertools import islice
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import cv2
+import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,13 +26,12 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
-from d2kd import Distiller, load_config, student_config
+from d2kd import Distiller, load_config, panel, student_config
 from d2kd.checkpoint import PlainCheckpointer
 from d2kd.data import register_datasets
 from d2kd.engine.hooks import seed_everything
 from d2kd.engine.preflight import check_config
 from d2kd.engine.stages import plan_stages
-from d2kd.panel import class_names, draw_panel
 from d2kd.plugin import import_file
 
 logger = logging.getLogger("d2kd.draw_distillation")
@@ -63,7 +64,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     register_datasets(cfg, student_config(cfg).MODEL.META_ARCHITECTURE, parts=("TEST",))
     distiller = build_model(cfg)
     load_weights(distiller, args.weights)
-    draw_distillation(distiller, cfg, args.output, args.images)
+    draw_distillation(distiller, cfg, args)
 
 
 def load_weights(distiller: Distiller, path: str) -> None:
@@ -90,59 +91,57 @@ def load_weights(distiller: Distiller, path: str) -> None:
 
 
 @torch.no_grad()
-def draw_distillation(distiller: Distiller, cfg: CfgNode, output: str, images: int) -> None:
-    """
-    Args:
-        output: folder, which receives <name of the image>.png
-        images: number of images, from the first one of the test set on
-    """
+def draw_distillation(distiller: Distiller, cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Write the pictures that the command line asks for, from the first image of the test set."""
     distiller.train()
     for module in distiller.modules():
         if isinstance(module, _BatchNorm):
             module.eval()  # one image alone has other statistics than the batches of the run
     seed_everything(max(cfg.SEED, 0))  # the same random masks whenever it is drawn
-    os.makedirs(output, exist_ok=True)
-    chosen = list(islice(samples(cfg), images))
-    names = class_names(cfg.DATASETS.TEST)  # known once the data set is read
-    for sample in chosen:
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    tables = panel.level_tables(distiller) if args.level_images else {}
+    chosen = islice(samples(cfg), max(args.images, args.level_images if tables else 0))
+    names = panel.class_names(cfg.DATASETS.TEST)  # known once the data set is read
+    for i, sample in enumerate(chosen):
         with EventStorage():  # of iteration 0: heads that STOP_ITER has ended are drawn too
             distiller([sample])
-        stem = os.path.splitext(os.path.basename(sample["file_name"]))[0]
-        path = os.path.join(output, f"{stem}.png")
-        if not cv2.imwrite(path, draw_panel(distiller, class_names=names)[..., ::-1]):
-            raise OSError(f"Cannot write {path}")
-        logger.info(f"Wrote {path}")
+        if i < args.images:
+            path = output / f"{Path(sample['file_name']).stem}.png"
+            write(path, panel.draw_panel(distiller, class_names=names))
+        if i < args.level_images:
+            panel.add_level_weights(tables, distiller)
+    if tables:
+        for name, table in tables.items():
+            logger.info(f"{name}: mean weights of the student's levels (name / stride)\n{table}")
+        write(output / "level_weights.png", panel.draw_level_weights(tables))
+
+
+def write(path: Path, picture: np.ndarray) -> None:
+    """A picture, (H, W, 3) uint8 in RGB, as a file."""
+    if not cv2.imwrite(str(path), picture[..., ::-1]):
+        raise OSError(f"Cannot write {path}")
+    logger.info(f"Wrote {path}")
 
 
 def samples(cfg: CfgNode) -> Iterator[Dict[str, Any]]:
     """The test set with its ground truth, at test size."""
     augmentations = build_augmentation(cfg, is_train=False)
     mapper = DatasetMapper(cfg, is_train=True, augmentations=augmentations)
-    dicts: List[Dict[str, Any]] = get_detection_dataset_dicts(
-        [cfg.DATASETS.TEST[0]], filter_empty=False
-    )
-    return map(mapper, dicts)
+    return map(mapper, get_detection_dataset_dicts(cfg.DATASETS.TEST[:1], filter_empty=False))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML of the run")
-    parser.add_argument(
-        "--weights",
-        required=True,
-        metavar="CHECKPOINT",
-        help="of the run, such as model_final.pth; a plain student has untrained heads",
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where PNGs are written")
-    parser.add_argument("--images", type=int, default=4, help="number of images (default: 4)")
-    parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE", help="as for train_net.py"
-    )
-    parser.add_argument("opts", nargs="*", help="config overrides: KEY VALUE ...")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=style)
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="YAML of the run")
+    add("--weights", required=True, metavar="FILE", help="of the run, such as model_final.pth")
+    add("--output", required=True, metavar="FOLDER", help="where PNGs are written")
+    add("--images", type=int, default=4, help="number of images (default: 4)")
+    add("--level-images", type=int, default=100, help="images for level_weights.png (default: 100)")
+    add("--plugin", action="append", default=[], metavar="FILE", help="as for train_net.py")
+    add("opts", nargs="*", help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 
 

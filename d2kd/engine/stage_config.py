@@ -104,13 +104,13 @@ def stage_config(cfg: CfgNode, node: CfgNode) -> CfgNode:
 
 
 def _check_may_change(key: str, restart: bool) -> None:
-    heads = [name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY]
-    if key == "DISTILL.LEVELS" or key.startswith(tuple(f"DISTILL.{x}." for x in heads)):
+    nodes = ["REGIONS"] + [name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY]
+    if key == "DISTILL.LEVELS" or key.startswith(tuple(f"DISTILL.{x}." for x in nodes)):
         return
     if key not in [f"SOLVER.{x}" for x in LR_KEYS]:
         raise ValueError(
-            f"OPTS has {key}. A stage may change DISTILL.<HEAD>.*, DISTILL.LEVELS and, in SOLVER, "
-            f"{', '.join(LR_KEYS)}."
+            f"OPTS has {key}. A stage may change DISTILL.<HEAD>.*, DISTILL.REGIONS.*, "
+            f"DISTILL.LEVELS and, in SOLVER, {', '.join(LR_KEYS)}."
         )
     if not restart:
         raise ValueError(

@@ -10,7 +10,7 @@ from detectron2.utils import comm
 
 from ..checks import check_choice, check_temperature
 from ..layers import PerAnchorLinear, gather_rows
-from ..views import DetectorView, RegionSampler, Regions
+from ..views import DetectorView, Regions, RegionSampler
 from .build import DISTILL_HEAD_REGISTRY, DistillPair
 
 PROJECTIONS = ("student", "shared")
@@ -141,17 +141,16 @@ class CKDHead(nn.Module):
         self._enqueue(keys.detach())
         return {"loss_ckd": loss}
 
-    def _info_nce(
-        self, queries: Tensor, keys: Tensor, regions: Regions, same_cell: bool
-    ) -> Tensor:
+    def _info_nce(self, queries: Tensor, keys: Tensor, regions: Regions, same_cell: bool) -> Tensor:
         """
         Args:
             queries, keys: (R, D) and (M, D), of length 1
             same_cell: whether regions from one cell have the same key
         """
         first = sum(regions.counts[: comm.get_rank()])  # the key of this process's first region
-        past = self.queue[: self.num_queued].clone()  # its rows are about to be written
-        logits = queries @ torch.cat([keys, past]).T / self.temperature
+        # A copy: rows of the queue are about to be written.
+        keys = torch.cat([keys, self.queue[: self.num_queued]])
+        logits = (queries / self.temperature) @ keys.T
         own = slice(first, first + len(regions))
         logits[:, own].masked_fill_(self._no_negatives(regions, same_cell), -torch.inf)
         target = torch.arange(first, first + len(regions), device=logits.device)

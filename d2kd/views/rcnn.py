@@ -80,6 +80,11 @@ class RCNNView(DetectorView):
     def region_vectors(self, regions: Regions) -> Tensor:
         return self.roi_predictions(None if self._is_student else regions.boxes).feature
 
+    def _roi_features(self, boxes: List[Boxes], levels: str) -> Tensor:
+        if self._is_student and levels == "assigned" and boxes is self.regions().boxes:
+            return self._part("own_roi_features")  # its box head has pooled them
+        return super()._roi_features(boxes, levels)
+
     def _roi_predictions(self, boxes: List[Boxes]) -> RoIPredictions:
         feature = self._box_head(self.roi_features(boxes))
         return RoIPredictions(feature, *self._predictor(feature))
@@ -97,10 +102,8 @@ class RCNNView(DetectorView):
 
     def _on_pooler(self, module: nn.Module, inputs: Tuple[Any, ...], output: Tensor) -> None:
         boxes = [Boxes(x.tensor.detach().clone()) for x in inputs[1]]
-        if "regions" not in self._recorded:
-            # Its own RoI features, should a head want them.
-            self._of_boxes("roi_features, assigned", boxes, lambda: output)
         self._keep("regions", Regions(boxes), [])
+        self._keep("own_roi_features", output, [output])
 
     def _on_predictor(self, module: nn.Module, inputs: Tuple[Tensor], output: Any) -> None:
         predictions = RoIPredictions(inputs[0], *output)

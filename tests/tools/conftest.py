@@ -4,9 +4,13 @@ import argparse
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
+import torch
+
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 from toys import detector_config, distill_config
 
@@ -44,3 +48,28 @@ def small_args(
     tool: Callable[[str], ModuleType], small: List[str]
 ) -> Callable[..., argparse.Namespace]:
     return lambda *words: tool("benchmark").parse_args([*small, *words])
+
+
+@pytest.fixture
+def head_alone(
+    tool: Callable[[str], ModuleType],
+    small_args: Callable[..., argparse.Namespace],
+    config_file: Callable[[str, str], str],
+) -> Iterator[Callable[..., Any]]:
+    """Builds a HeadAlone of two toy detectors: student, teacher, head, KEY, VALUE, ..."""
+    parts = tool("benchmark_parts")
+
+    def build(student: str, teacher: str, name: str, *opts: str) -> Any:
+        path = config_file(student, teacher)
+        args = small_args("--config-file", path, "--heads", name, "--opts", *opts)
+        cfg = parts.build_config(args, "")
+        torch.manual_seed(0)
+        whole = build_model(cfg).train()
+        parts.calm(whole)
+        batch = parts.random_batch(whole.student, args)
+        alone = parts.HeadAlone(cfg, parts.with_one_head(cfg, whole, name), batch)
+        alone.whole_step = lambda: whole(batch)  # of the same detectors and the same head
+        return alone
+
+    with EventStorage():
+        yield build

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
-from typing import Callable
+from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
@@ -11,9 +11,11 @@ from torch import nn
 
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
+from d2kd.views import Regions, RegionSampler
 
 
 @pytest.fixture
@@ -48,6 +50,137 @@ def test_head_alone_reaches_the_head_and_not_the_student(
         parts.HeadAlone(cfg, distiller, batch)()
     assert all(p.grad is not None for p in distiller.heads.parameters())
     assert all(p.grad is None for p in whole.student.parameters())
+
+
+def count_calls(modules: Dict[str, nn.Module]) -> List[str]:
+    """Names of modules, one for each call of theirs from now on."""
+    calls: List[str] = []
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "student, name, asked",
+    [
+        ("retinanet", "SGFI", ["pooler"]),
+        ("retinanet", "CKD", ["pooler", "box head"]),
+        ("faster_rcnn", "SGFI", ["pooler"]),
+        ("faster_rcnn", "CKD", ["pooler", "box head"]),
+        ("faster_rcnn", "RoIFI", ["pooler"]),
+        ("faster_rcnn", "RoICls", ["pooler", "box head"]),
+        ("faster_rcnn", "RoILoc", ["pooler", "box head"]),
+    ],
+)
+def test_head_alone_asks_the_teacher_in_every_call(
+    head_alone: Callable[..., Any], student: str, name: str, asked: List[str]
+) -> None:
+    alone = head_alone(student, "faster_rcnn", name)
+    teacher = alone.teacher.detector
+    roi_heads = teacher.roi_heads
+    calls = count_calls(
+        {
+            "backbone": teacher.backbone,  # features are the teacher's arm
+            "pooler": roi_heads.box_pooler,
+            "box head": roi_heads.box_head,
+            "student": alone.student.detector.backbone,
+        }
+    )
+    alone()
+    assert calls == asked
+    alone()
+    assert calls == 2 * asked
+
+
+def test_head_alone_keeps_the_regions_of_a_two_stage_student(
+    head_alone: Callable[..., Any], parts: ModuleType
+) -> None:
+    alone = head_alone("faster_rcnn", "faster_rcnn", "RoIFI")
+    calls = count_calls({"pooler": alone.student.detector.roi_heads.box_pooler})
+    alone()
+    views = [parts.detached(alone.student) for _ in range(2)]
+    boxes = [view.regions().boxes for view in views]
+    pooled = [view.roi_features(x) for view, x in zip(views, boxes)]
+    assert calls == []
+    assert len(views[0].regions()) == 32 == len(pooled[0])
+    assert boxes[0] is boxes[1]
+    # Leaves that a gradient reaches, in each step others.
+    assert all(x.is_leaf and x.requires_grad and x.grad is None for x in pooled)
+    assert pooled[0] is not pooled[1] and torch.equal(*pooled)
+    # And they are what the student's own forward pooled.
+    fresh = alone.student.detector.roi_heads.box_pooler
+    features = [views[0].features[k] for k in ("p2", "p3", "p4", "p5")]
+    assert torch.equal(fresh(features, boxes[0]), pooled[0])
+
+
+def test_gradient_reaches_what_a_two_stage_student_pooled(
+    head_alone: Callable[..., Any], parts: ModuleType
+) -> None:
+    alone = head_alone("faster_rcnn", "faster_rcnn", "RoIFI")
+    view = parts.detached(alone.student)
+    alone.head(view, parts.detached(alone.teacher))["loss_roifi"].backward()
+    assert view.roi_features(view.regions().boxes).grad.abs().sum() > 0
+    assert all(x.grad is None for x in view.features.values())
+
+
+def test_head_alone_draws_the_regions_of_a_dense_student_in_every_call(
+    head_alone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = head_alone("retinanet", "faster_rcnn", "SGFI")
+    drawn: List[Regions] = []
+    sample = RegionSampler.sample
+
+    def spy(sampler: RegionSampler, view: Any) -> Regions:
+        drawn.append(sample(sampler, view))
+        return drawn[-1]
+
+    monkeypatch.setattr(RegionSampler, "sample", spy)
+    for step in (alone, alone, alone.whole_step):
+        torch.manual_seed(3)
+        step()
+    assert len(drawn) == 3
+    # Of equal seeds the same ones, also in the whole distillation step.
+    for other in drawn[1:]:
+        assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(drawn[0].boxes, other.boxes))
+
+
+def test_regions_are_kept_as_they_are_without_their_counts(parts: ModuleType) -> None:
+    regions = Regions([Boxes(torch.zeros(3, 4)), Boxes(torch.zeros(0, 4))])
+    assert regions.counts == [3]
+    tensors: List[torch.Tensor] = []
+    kept = parts._map_tensors(tensors.append, {"regions": regions})["regions"]
+    assert kept.boxes is regions.boxes and kept._counts == [] and tensors == []
+
+
+def test_queue_is_full_before_the_first_step(
+    parts: ModuleType,
+    small_args: Callable[..., Namespace],
+    config_file: Callable[[str, str], str],
+) -> None:
+    path = config_file("retinanet", "faster_rcnn")
+    words = ["--config-file", path, "--heads", "CKD", "--opts", "DISTILL.CKD.QUEUE_SIZE", "50"]
+    args = small_args(*words)
+    with EventStorage():
+        alone = parts.build_arms(parts.build_config(args, ""), args)["head CKD"]()
+    assert alone.head.num_queued == len(alone.head.queue) == 50
+    assert torch.allclose(alone.head.queue.norm(dim=1), torch.ones(50))
+
+
+@pytest.mark.parametrize(
+    "student, teacher, name, arm",
+    [
+        ("retinanet", "retinanet", "CKD", "teacher with dense"),  # vectors are cut out of a tower
+        ("retinanet", "faster_rcnn", "CKD", "teacher"),
+        ("retinanet", "retinanet", "SGFI", "teacher"),
+        ("faster_rcnn", "retinanet", "SGFI", "teacher"),
+    ],
+)
+def test_what_a_head_reads_of_the_teacher_is_in_its_arm(
+    head_alone: Callable[..., Any], student: str, teacher: str, name: str, arm: str
+) -> None:
+    alone = head_alone(student, teacher, name)
+    assert alone.teacher_arm == arm
+    assert ("dense" in alone.teacher._recorded) == (arm == "teacher with dense")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import cv2
 import pytest
 import torch
 
-from runs import run, run_config
+from runs import SHAPES_CLASSES, run, run_config
+from toys import write_teacher
 
 
 @pytest.fixture
@@ -84,6 +85,62 @@ def test_a_plain_student_is_drawn_with_a_warning(
     assert (tmp_path / "pictures" / "000000.png").exists()
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> List[str]:
+    """Words for a run of a RetinaNet that mixes its levels to imitate a Faster R-CNN's regions."""
+    folder = tmp_path_factory.mktemp("mixed")
+    opts = write_teacher(folder, "faster_rcnn", MODEL__ROI_HEADS__NUM_CLASSES=SHAPES_CLASSES)
+    cfg = run_config(folder, opts, ["SGFI"], DATASETS__TEST=("d2kd_shapes_val",))
+    run(cfg)
+    (folder / "config.yaml").write_text(cfg.dump())
+    files = {"--config-file": folder / "config.yaml", "--weights": folder / "run/model_final.pth"}
+    return [str(word) for pair in files.items() for word in pair]
+
+
+def test_weights_of_levels_are_drawn_and_printed(
+    draw: Callable[..., None],
+    mixed: List[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "d2kd")
+    draw([*mixed, "--output", str(tmp_path), "--images", "1", "--level-images", "3"])
+    names = [x.name for x in sorted(tmp_path.iterdir())]
+    assert names == ["000000.png", "level_weights.png"]
+    assert cv2.imread(str(tmp_path / "level_weights.png")).shape[1] > 600
+    lines = [x for x in caplog.text.splitlines() if x.startswith("p") and " / " in x]
+    assert [x.split()[0] for x in lines] == ["p2"] * 4 + ["p3", "p4", "p5"]
+    filled = [x.split()[-6:-1] for x in lines if not x.endswith(" 0")]
+    assert filled and all(sum(map(float, x)) == pytest.approx(1, abs=0.03) for x in filled)
+    assert lines[-1].split()[-6:] == ["-"] * 5 + ["0"]
+
+
+def test_as_many_images_count_as_asked_for(
+    draw: Callable[..., None],
+    mixed: List[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "d2kd")
+    words = [*mixed, "--output", str(tmp_path), "DISTILL.REGIONS.PER_IMAGE", "5"]
+    regions = []
+    for images, level_images in ((0, 1), (3, 2), (0, 100)):  # of 4
+        caplog.clear()
+        draw([*words, "--images", f"{images}", "--level-images", f"{level_images}"])
+        rows = [x for x in caplog.text.splitlines() if x.startswith("p2 / 4")]
+        regions.append(sum(int(x.split()[-1]) for x in rows))
+    assert regions == [5, 10, 20]
+
+
+def test_no_level_weights_without_images_for_them_or_without_such_a_head(
+    draw: Callable[..., None], mixed: List[str], words: List[str], tmp_path: Path
+) -> None:
+    draw([*mixed, "--output", str(tmp_path / "a"), "--images", "1", "--level-images", "0"])
+    draw([*words, "--images", "1"])  # MGD
+    for folder in ("a", "pictures"):
+        assert [x.name for x in (tmp_path / folder).iterdir()] == ["000000.png"]
+
+
 def test_heads_of_another_run_are_refused(draw: Callable[..., None], words: List[str]) -> None:
     with pytest.raises(ValueError, match="other heads"):
         draw([*words, "DISTILL.HEADS", "['PKD']"])
@@ -105,5 +162,11 @@ def test_help_teaches_an_example(
     with pytest.raises(SystemExit):
         draw(["--help"])
     text = capsys.readouterr().out
-    for word in ("--weights", "VIS_PERIOD", "configs/quickstart/mgd.yaml", "How to read"):
+    for word in (
+        "--weights",
+        "level_weights.png",
+        "VIS_PERIOD",
+        "configs/quickstart/mgd.yaml",
+        "How to read",
+    ):
         assert word in text, word

@@ -45,7 +45,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Each is a mapping of ITERATIONS, which must add up to SOLVER.MAX_ITER, and where it differs
     # from the run, TEACHER (with a CONFIG_FILE of its own, nothing of the run's), HEADS, INHERIT
     # (from the second stage on nothing by default), and OPTS, as on the command line: a head's
-    # keys, DISTILL.LEVELS, DISTILL.REGIONS and the learning rate's of SOLVER. DISTILL.ENABLED False ignores stages.
+    # keys, DISTILL.LEVELS, DISTILL.REGIONS and the learning rate's of SOLVER. DISTILL.ENABLED False
+    # ignores stages.
     node.STAGES = []
     # "restart": each stage has SOLVER's schedule, warm-up included, with STEPS at the same shares
     # of the stage as of the run. "continue": one schedule over the whole run

@@ -13,7 +13,7 @@ from detectron2.structures import BitMasks, Boxes
 from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView
-from d2kd.views import find_view
+from d2kd.views import RegionSampler, find_view
 from d2kd.views.parts import cells_inside
 
 from toys import batch, detector_config
@@ -23,7 +23,8 @@ needs_fcos = pytest.mark.skipif(
 )
 DENSE = ["retinanet", pytest.param("fcos", marks=needs_fcos)]
 TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn"]
-ALL = frozenset({"features", "dense", "roi_features", "roi_predictions"})
+OF_REGIONS = frozenset({"roi_features", "regions", "region_vectors"})
+ALL = OF_REGIONS | {"features", "dense", "roi_predictions"}
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
@@ -108,7 +109,7 @@ def test_view_knows_sizes_strides_and_ground_truth(name: str) -> None:
         assert tuple(view.features[level].shape[-2:]) == (-(-64 // stride),) * 2
 
 
-@pytest.mark.parametrize("name, members", [("retinanet", 3), ("faster_rcnn", 4)])
+@pytest.mark.parametrize("name, members", [("retinanet", 5), ("faster_rcnn", 6)])
 def test_members_and_classes_of_a_family(name: str, members: int) -> None:
     detector = build(name)
     cls = find_view(detector, "student")
@@ -135,12 +136,12 @@ def test_anchors_per_cell_are_those_of_the_logits(
 def test_detector_without_an_rpn_has_no_dense_predictions() -> None:
     detector = build("faster_rcnn", MODEL__PROPOSAL_GENERATOR__NAME="PrecomputedProposals")
     cls = find_view(detector, "student")
-    assert cls.members_of(detector) == {"features", "roi_features", "roi_predictions"}
+    assert cls.members_of(detector) == OF_REGIONS | {"features", "roi_predictions"}
     assert cls.num_anchors(detector) == 0 and cls.two_stage
 
 
-def test_detector_with_one_pooled_level_has_no_roi_predictions() -> None:
-    detector = build(
+def c4_detector() -> nn.Module:
+    return build(
         "faster_rcnn",
         MODEL__ROI_HEADS__NAME="Res5ROIHeads",
         MODEL__BACKBONE__NAME="build_resnet_backbone",
@@ -149,8 +150,61 @@ def test_detector_with_one_pooled_level_has_no_roi_predictions() -> None:
         MODEL__ROI_HEADS__IN_FEATURES=["res4"],
         MODEL__ANCHOR_GENERATOR__SIZES=[[16, 32]],
     )
+
+
+def test_detector_with_one_pooled_level_has_no_roi_predictions() -> None:
+    detector = c4_detector()
     members = find_view(detector, "teacher").members_of(detector)
     assert members == {"features", "dense"}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_info_of_a_dense_detector(name: str) -> None:
+    info = find_view(build(name), "student").info(build(name))
+    assert info.name == {"retinanet": "RetinaNet", "fcos": "FCOS"}[name]
+    assert info.dense_levels == ("p3", "p4", "p5", "p6", "p7") == tuple(info.shapes)
+    assert info.channels == 32
+    assert info.vector_channels == 32, "of the tower, which keeps the pyramid's channels"
+    assert info.roi_size == 7 and info.box_weights == () and not info.two_stage
+    assert info.num_anchors == (3 if name == "retinanet" else 1) and info.num_classes == 3
+
+
+@pytest.mark.parametrize("name", TWO_STAGE)
+def test_info_of_a_two_stage_detector(name: str) -> None:
+    detector = build(
+        name,
+        MODEL__ROI_BOX_HEAD__FC_DIM=48,
+        MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION=5,
+        MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS=[9.0, 8.0, 7.0, 6.0],
+    )
+    info = find_view(detector, "student").info(detector)
+    assert info.name == "GeneralizedRCNN" and info.two_stage and info.dense_levels == ()
+    assert info.vector_channels == 48 and info.roi_size == 5 and info.channels == 32
+    # Those of a cascade's first stage are keys of their own.
+    first = (10.0, 10.0, 5.0, 5.0) if name == "cascade_rcnn" else (9.0, 8.0, 7.0, 6.0)
+    assert info.box_weights == first
+    view = view_of_teacher(detector.eval(), batch())
+    assert view.roi_features(some_boxes()).shape[1:] == (32, 5, 5)
+    assert view.roi_predictions(some_boxes()).feature.shape == (5, 48)
+
+
+def test_unequal_levels_have_no_number_of_channels_in_common() -> None:
+    values = {
+        "MODEL__BACKBONE__NAME": "build_resnet_backbone",
+        "MODEL__RETINANET__IN_FEATURES": ["res4"],
+        "MODEL__ANCHOR_GENERATOR__SIZES": [[16, 32]],
+    }
+    detector = build("retinanet", MODEL__RESNETS__OUT_FEATURES=["res3", "res4"], **values)
+    info = find_view(detector, "student").info(detector)
+    assert info.dense_levels == ("res4",) and info.num_anchors == 6
+    with pytest.raises(ValueError, match=r"RetinaNet has res3 \(32\), res4 \(64\)"):
+        info.channels
+
+
+def test_info_without_a_box_head_says_nothing_of_regions() -> None:
+    info = find_view(c4_detector(), "teacher").info(c4_detector())
+    assert (info.vector_channels, info.roi_size, info.box_weights) == (0, 0, ())
+    assert info.two_stage
 
 
 def test_subclass_of_a_known_detector_has_its_parent_s_view() -> None:
@@ -429,6 +483,80 @@ def test_teacher_computes_what_it_is_asked_for_and_once() -> None:
     assert calls == ["backbone", "rpn"]
     view.roi_predictions(some_boxes())
     assert calls == ["backbone", "rpn", "box_head"]
+
+
+def count_calls(modules: Dict[str, nn.Module]) -> Dict[str, int]:
+    """How often each runs from now on."""
+    calls = {name: 0 for name in modules}
+
+    def count(name: str, module: nn.Module) -> None:
+        def on_forward(*_: Any) -> None:
+            calls[name] += 1
+
+        module.register_forward_hook(on_forward)
+
+    for name, module in modules.items():
+        count(name, module)
+    return calls
+
+
+def test_same_boxes_are_pooled_and_judged_once() -> None:
+    # Several heads ask for the same regions, an object; equal boxes of another are other boxes.
+    teacher = build_teacher("faster_rcnn")
+    roi_heads = teacher.roi_heads
+    calls = count_calls({"pooler": roi_heads.box_pooler, "head": roi_heads.box_head})
+    view, boxes = view_of_teacher(teacher, batch()), some_boxes()
+    features = view.roi_features(boxes)
+    assert view.roi_features(boxes) is features and calls == {"pooler": 1, "head": 0}
+    predictions = view.roi_predictions(boxes)
+    assert view.roi_predictions(boxes) is predictions
+    assert view.roi_features(boxes) is features and calls == {"pooler": 1, "head": 1}
+    every = view.roi_features(boxes, levels="all")
+    assert view.roi_features(boxes, levels="all") is every and every.dim() == 5
+    other = view.roi_predictions(some_boxes())
+    assert other is not predictions and calls == {"pooler": 2, "head": 2}
+    assert_same([other.feature, other.logits], [predictions.feature, predictions.logits])
+
+
+def test_answer_for_boxes_that_are_gone_is_given_to_no_others() -> None:
+    # A list that is freed may leave its id to the next one.
+    view = view_of_teacher(build_teacher("retinanet"), batch())
+    for shift in range(20):
+        boxes = [Boxes(x.tensor + shift) for x in some_boxes()]
+        found = view.roi_features(boxes)
+        fresh = view_of_teacher(view.detector, batch())
+        fresh._recorded["backbone"] = view._part("backbone")
+        assert_same(found, fresh.roi_features([Boxes(x.tensor) for x in boxes]))
+        del boxes
+
+
+@pytest.mark.parametrize("name", TWO_STAGE)
+def test_student_is_asked_nothing_twice_about_its_own_regions(name: str) -> None:
+    student, inputs = build(name), masked_batch()
+    roi_heads, stages = student.roi_heads, 3 if name == "cascade_rcnn" else 1
+    box_head = roi_heads.box_head[0] if name == "cascade_rcnn" else roi_heads.box_head
+    calls = count_calls({"pooler": roi_heads.box_pooler, "head": box_head})
+    pooled: List[Tensor] = []
+    roi_heads.box_pooler.register_forward_hook(lambda module, x, output: pooled.append(output))
+    view = record(student, inputs, frozenset({"regions", "region_vectors", "roi_features"}))
+    regions = view.regions(RegionSampler())
+    assert view.roi_features(regions.boxes) is pooled[0], "of the first stage"
+    assert view.region_vectors(regions) is view.roi_predictions().feature
+    assert calls == {"pooler": stages, "head": 1}
+    assert len(pooled[0]) == len(regions) == len(view.region_vectors(regions))
+
+
+@pytest.mark.parametrize("name", TWO_STAGE)
+def test_teacher_s_vectors_of_regions_are_those_of_its_box_head(name: str) -> None:
+    regions = record(build("faster_rcnn"), batch()).regions(RegionSampler())
+    teacher = build_teacher(name)
+    calls = count_calls({"pooler": teacher.roi_heads.box_pooler})
+    view = view_of_teacher(teacher, batch())
+    vectors = view.region_vectors(regions)
+    assert vectors is view.roi_predictions(regions.boxes).feature
+    assert vectors.shape == (len(regions), 32) and not vectors.requires_grad
+    view.roi_features(regions.boxes)
+    assert calls == {"pooler": 1}
 
 
 @pytest.mark.parametrize("name", [*DENSE, *TWO_STAGE])

@@ -23,8 +23,8 @@ A head is an nn.Module with
   LOSS_WEIGHT among them;
 * `requires`, a frozenset of what it reads of both detectors' views: "features", "dense",
   "roi_features", "roi_predictions", "regions", "region_vectors" (default: "features"), or a static
-  method that tells it from the :class:`DistillPair`; `requires_logits = True` where the two detectors' classes must be the
-  same;
+  method that tells it from the :class:`DistillPair`; `requires_logits = True` where the two
+  detectors' classes must be the same;
 * `__init__`, made @configurable, with `from_config(cls, cfg, pair)`: `pair` is a
   :class:`DistillPair`;
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with

@@ -45,12 +45,12 @@ class RoILocHead(nn.Module):
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         """
         Args:
-            student, teacher: views with deltas (R, 4*K); those of a class-agnostic detector, (R, 4),
-                are taken to be the same for every class
+            student, teacher: views with deltas (R, 4*K); those of a class-agnostic detector,
+                (R, 4), are taken to be the same for every class
 
         Returns:
-            {"loss_roiloc": scalar}, |sum_c p_c (teacher's - student's deltas)|, summed over the four
-            coordinates and averaged over proposals
+            {"loss_roiloc": scalar}, |sum_c p_c (teacher's - student's deltas)|, summed over the
+            four coordinates and averaged over proposals
         """
         regions = student.regions()
         target = teacher.roi_predictions(regions.boxes)

@@ -115,8 +115,8 @@ class SGFIHead(nn.Module):
             {"loss_sgfi": scalar}, the squared error averaged over a region's C*S*S entries and
             over regions
         """
-        with torch.no_grad():  # not in the graph, where a clamp would cut the gradient for good
-            self.temperature.clamp_(min=MIN_TEMPERATURE)
+        # Not in the graph, where a clamp would cut the gradient for good.
+        self.temperature.data.clamp_(min=MIN_TEMPERATURE)
         regions = student.regions(self.sampler)
         target = teacher.roi_features(regions.boxes).detach()
         # RoIAlign averages cells and a 1x1 convolution mixes channels, so their order is free. The
@@ -148,8 +148,9 @@ class SGFIHead(nn.Module):
         """
         pooled = roi_align_levels(maps, strides, rois, target.shape[-2:], self.sampling_ratio)
         pooled = pooled + self.adapter.bias[:, None, None]  # (R, L, C, S, S)
-        ours = self.embedding(pooled.flatten(0, 1)).float().view(*pooled.shape[:2], -1)
+        ours = self.embedding(pooled.flatten(0, 1)).float().flatten(1)
         theirs = self.embedding(target).float().flatten(1)
+        ours = ours.unflatten(0, pooled.shape[:2])  # (R, L, D)
         similarity = (ours * theirs[:, None]).sum(dim=2)  # (R, L)
         weights = F.softmax(similarity / self.temperature, dim=1)
         mixture = torch.bmm(weights[:, None].to(pooled), pooled.flatten(2))  # (R, 1, C*S*S)

@@ -2,7 +2,6 @@
 
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
-import torch
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 

@@ -75,8 +75,8 @@ class RegionSampler(NamedTuple):
         Ground truth is not among them: it comes from no cell. Nor are the cells of padding.
         """
         found = _best_predictions(view, self.pre_nms_topk)
-        # Boxes of one image and one level, which its stride tells, may suppress each other.
-        group = found.image * (2 * max(view.strides.values())) + found.source[:, 0]
+        level = found.source[:, 0].unique(return_inverse=True)[1]
+        group = found.image * len(view.dense().levels) + level
         keep = batched_nms(found.boxes, found.scores, group, self.nms_thresh)
         chosen: List[Tensor] = []  # rows of the regions, image by image
         for i, gt in enumerate(view.gt_instances):

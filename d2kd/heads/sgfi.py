@@ -39,6 +39,7 @@ class SGFIHead(nn.Module):
         student_channels: int,
         teacher_channels: int,
         sampler: RegionSampler,
+        negative_slope: float = 0.0,
         sampling_ratio: int = 0,
         chunk_size: int = 0,
     ):
@@ -47,6 +48,7 @@ class SGFIHead(nn.Module):
             levels: of the student
             student_channels, teacher_channels: of the pyramids
             sampler: which of a dense student's boxes are its regions
+            negative_slope: of the embedding's ReLUs, in [0, 1)
             sampling_ratio: of the student's RoIAlign, see roi_align_levels
             chunk_size: regions at a time, each chunk computed again in the backward; 0: all at once
         """
@@ -58,9 +60,9 @@ class SGFIHead(nn.Module):
         self.adapter = build_adapter(student_channels, teacher_channels, always=True)
         self.embedding = nn.Sequential(  # S = 7 cells -> 3 -> 1
             nn.Conv2d(teacher_channels, teacher_channels // 2, kernel_size=3, stride=2),
-            nn.ReLU(inplace=True),
+            nn.LeakyReLU(negative_slope, inplace=True),
             nn.Conv2d(teacher_channels // 2, teacher_channels // 4, kernel_size=3, stride=2),
-            nn.ReLU(inplace=True),
+            nn.LeakyReLU(negative_slope, inplace=True),
         )
         self.temperature = nn.Parameter(torch.ones(()))
         # Of the latest batch, for pictures: mixture weights (R, L) and the regions they belong to.
@@ -72,6 +74,9 @@ class SGFIHead(nn.Module):
         node.LOSS_WEIGHT = 1.0
         # Levels of the student that are mixed; []: all that its backbone has
         node.LEVELS = []
+        # Slope of the embedding's ReLUs below 0. The notes on the paper say ReLU, 0. With a large
+        # LOSS_WEIGHT that died: all levels weigh the same then, for good; 0.01 lets it come back
+        node.NEGATIVE_SLOPE = 0.0
         # Points per cell and direction of the student's RoIAlign. 0: one per map cell, as in
         # Detectron2's box heads; 2: faster where large boxes meet fine levels
         node.SAMPLING_RATIO = 0
@@ -89,6 +94,10 @@ class SGFIHead(nn.Module):
             raise ValueError(
                 f"DISTILL.SGFI.LEVELS is {levels}; it may name each of {', '.join(known)} once."
             )
+        if not 0 <= node.NEGATIVE_SLOPE < 1:
+            raise ValueError(
+                f"DISTILL.SGFI.NEGATIVE_SLOPE must be in [0, 1), got {node.NEGATIVE_SLOPE}."
+            )
         for key in ("SAMPLING_RATIO", "CHUNK_SIZE"):
             if node[key] < 0:
                 raise ValueError(f"DISTILL.SGFI.{key} must be 0 or more, got {node[key]}.")
@@ -102,6 +111,7 @@ class SGFIHead(nn.Module):
             "student_channels": pair.student.channels,
             "teacher_channels": pair.teacher.channels,
             "sampler": RegionSampler.from_config(cfg),
+            "negative_slope": node.NEGATIVE_SLOPE,
             "sampling_ratio": node.SAMPLING_RATIO,
             "chunk_size": node.CHUNK_SIZE,
         }

@@ -116,11 +116,15 @@ def convolve(x: Tensor, layer: nn.Conv2d, stride: int = 2) -> Tensor:
     return out
 
 
-def embed(x: Tensor, convs: Sequence[nn.Conv2d], last_relu: bool = True) -> Tensor:
-    """Two 3x3 convolutions of stride 2, a ReLU after each: (C, S, S) -> (d,)."""
+def relu(x: Tensor, negative_slope: float) -> Tensor:
+    return torch.where(x > 0, x, negative_slope * x)
+
+
+def embed(x: Tensor, convs: Sequence[nn.Conv2d], slope: float, last_relu: bool = True) -> Tensor:
+    """Two 3x3 convolutions of stride 2, a (leaky) ReLU after each: (C, S, S) -> (d,)."""
     first, second = convs
-    x = convolve(convolve(x.double(), first).clamp(min=0), second)
-    return (x.clamp(min=0) if last_relu else x).flatten()
+    x = convolve(relu(convolve(x.double(), first), slope), second)
+    return (relu(x, slope) if last_relu else x).flatten()
 
 
 def softmax(values: Sequence[float]) -> List[float]:
@@ -134,6 +138,7 @@ def sgfi(
     adapter: nn.Conv2d,
     convs: Sequence[nn.Conv2d],
     temperature: float,
+    negative_slope: float = 0.0,
     last_relu: bool = True,
     over_regions: bool = False,
 ) -> Tuple[float, Tensor]:
@@ -153,8 +158,8 @@ def sgfi(
     adapted = [[adapt(x, adapter) for x in region] for region in pooled]
     similarity = []
     for levels, goal in zip(adapted, target):
-        theirs = embed(goal, convs, last_relu)
-        ours = [embed(x, convs, last_relu) for x in levels]
+        theirs = embed(goal, convs, negative_slope, last_relu)
+        ours = [embed(x, convs, negative_slope, last_relu) for x in levels]
         similarity.append([float(x @ theirs) / temperature for x in ours])
     if over_regions:
         columns = [softmax(column) for column in zip(*similarity)]

@@ -102,7 +102,7 @@ def views(
 
 
 def reference(
-    head: SGFIHead, student: StudentView, teacher: TeacherView, **mistakes: bool
+    head: SGFIHead, student: StudentView, teacher: TeacherView, **values: float
 ) -> Tuple[float, Tensor]:
     pooled = pool_all_levels(
         [student.features[k] for k in head.student_levels],
@@ -112,7 +112,7 @@ def reference(
         sampling_ratio=head.sampling_ratio,
     )
     convs = head.embedding[0], head.embedding[2]
-    return sgfi(pooled, teacher.target, head.adapter, convs, head.temperature.item(), **mistakes)
+    return sgfi(pooled, teacher.target, head.adapter, convs, head.temperature.item(), **values)
 
 
 # The equations -----------------------------------------------------------------------------------
@@ -147,6 +147,22 @@ def test_loss_is_that_of_the_levels_that_are_named_and_of_the_temperature() -> N
     assert head.latest_weights[0].shape == (5, 2)
     nn.init.constant_(head.temperature, 1.0)
     assert head(student, teacher)["loss_sgfi"].item() != pytest.approx(loss, rel=1e-3)
+
+
+def test_leaky_embedding_that_has_died_can_still_learn() -> None:
+    """With all outputs below 0 a ReLU gives equal weights, and no gradient to change them."""
+    gradients = {}
+    for slope in (0.0, 0.01):
+        head, (student, teacher) = make_head(negative_slope=slope), views()
+        loss = head(student, teacher)["loss_sgfi"].item()
+        assert loss == pytest.approx(
+            reference(head, student, teacher, negative_slope=slope)[0], rel=1e-5
+        )
+        nn.init.constant_(head.embedding[2].bias, -50.0)
+        head(student, teacher)["loss_sgfi"].backward()
+        assert head.latest_weights[0].sub(1 / 3).abs().max().item() < (1e-6 if slope == 0 else 0.3)
+        gradients[slope] = head.embedding[2].weight.grad.norm().item()
+    assert gradients[0.0] == 0 and gradients[0.01] > 0
 
 
 def test_weights_of_a_region_sum_to_one_over_its_levels() -> None:
@@ -614,12 +630,14 @@ def test_keys_reach_the_head() -> None:
         detector(),
         detector(shapes={f"p{i}": ShapeSpec(channels=16, stride=2**i) for i in (3, 4)}),
         SGFI__LEVELS=["p5", "p3"],
+        SGFI__NEGATIVE_SLOPE=0.25,
         SGFI__SAMPLING_RATIO=2,
         SGFI__CHUNK_SIZE=128,
         REGIONS__PER_IMAGE=99,
     )
     assert head.student_levels == ["p5", "p3"]
     assert (head.sampling_ratio, head.chunk_size, head.sampler.per_image) == (2, 128, 99)
+    assert [head.embedding[i].negative_slope for i in (1, 3)] == [0.25, 0.25]
     assert tuple(head.adapter.weight.shape) == (16, 8, 1, 1)
     head = build_for(detector(), detector())
     assert head.student_levels == ["p3", "p4", "p5"], "all"
@@ -632,6 +650,7 @@ def test_keys_reach_the_head() -> None:
     [
         ("LEVELS", ["p3", "p9"], r"is \['p3', 'p9'\]; it may name each of p3, p4, p5 once"),
         ("LEVELS", ["p3", "p3"], r"is \['p3', 'p3'\]; it may name each of p3, p4, p5 once"),
+        ("NEGATIVE_SLOPE", -0.1, r"must be in \[0, 1\), got -0.1"),
         ("CHUNK_SIZE", -1, "must be 0 or more, got -1"),
         ("SAMPLING_RATIO", -2, "must be 0 or more, got -2"),
     ],

@@ -62,5 +62,5 @@ class RoILocHead(nn.Module):
 
 def _expected(deltas: Tensor, confidence: Tensor) -> Tensor:
     """Sum over classes of confidence x deltas: (R, 4*K or 4) and (R, K) -> (R, 4)."""
-    deltas = deltas.float().view(len(deltas), -1, 4)
+    deltas = deltas.float().view(len(deltas), deltas.shape[1] // 4, 4)
     return (confidence[:, :, None] * deltas).sum(dim=1)

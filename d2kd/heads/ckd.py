@@ -135,8 +135,7 @@ class CKDHead(nn.Module):
             queries, keys = self.shared(queries), self.shared(keys)
         # exp(1 / 0.07) is 25 times what half precision holds.
         with torch.autocast(queries.device.type, enabled=False):
-            queries, keys = (F.normalize(x.float(), dim=1, eps=1e-6) for x in (queries, keys))
-            keys = gather_rows(keys, regions.counts)
+            queries, keys = _unit(queries), gather_rows(_unit(keys), regions.counts)
             loss = self._info_nce(queries, keys, regions, same_cell=not teacher.two_stage)
         self._enqueue(keys.detach())
         return {"loss_ckd": loss}
@@ -184,6 +183,16 @@ class CKDHead(nn.Module):
 
     def set_extra_state(self, state: Dict[str, int]) -> None:
         self.num_queued, self.next_row = state["num_queued"], state["next_row"]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """
+    Rows of length 1, float32. A row of zeros, where all of a ReLU is dead, stays one and gets no
+    gradient: 1 / length would overflow half precision, and with it the whole step.
+    """
+    x = x.float()
+    length = x.norm(dim=1, keepdim=True)
+    return x / length.clamp(min=1e-6) * (length > 1e-6)
 
 
 def _check_cells(pair: DistillPair) -> None:

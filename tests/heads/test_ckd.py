@@ -372,12 +372,13 @@ def has_half_on_cpu() -> bool:
         return False
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+needs_half = pytest.mark.skipif(not has_half_on_cpu(), reason="this PyTorch has no float16 on CPUs")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=needs_half)])
 def test_under_autocast_only_the_vectors_are_rounded(dtype: torch.dtype) -> None:
     # exp(1 / 0.07) is 1.6e6, half precision ends at 65504. The projection is the identity, so that
     # all that half precision may do here is to round the vectors.
-    if dtype == torch.float16 and not has_half_on_cpu():
-        pytest.skip("this PyTorch has no float16 on CPUs")
     assert torch.tensor(1 / 0.07).half().exp().isinf()
     head = plain_head(8, queue_size=4)
     head._enqueue(torch.eye(8)[:4])
@@ -434,6 +435,19 @@ def test_batch_without_regions_gives_a_connected_zero(
     assert loss.item() == 0.0 and head.num_queued == queued
     loss.backward()
     assert all((x.grad == 0).all() for x in (student.vectors, *head.parameters()))
+
+
+@needs_half
+def test_dead_vector_does_not_overflow_scaled_half_precision() -> None:
+    """1 / 1e-6 times GradScaler's 2^16 is more than float16 holds; inf x 0 would be NaN."""
+    head, (student, teacher) = make_head((256, 256)), views((256, 256))
+    x = student.vectors.requires_grad_()
+    student.vectors = torch.cat([x[:1] * 0, x[1:]]).relu()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = loss_of(head, student, teacher)
+    (loss * 2.0**16).backward()
+    assert all(p.grad.isfinite().all() for p in (x, *head.parameters()))
+    assert head.projection.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("shared_channels", [0, 3])

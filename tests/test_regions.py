@@ -1,5 +1,6 @@
 """Regions: where a student's boxes come from, which are chosen, and their vectors."""
 
+from dataclasses import replace
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import pytest
@@ -14,7 +15,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView, load_config
-from d2kd.views import DenseView, Regions, RegionSampler, find_view
+from d2kd.views import DenseView, DetectorInfo, Regions, RegionSampler, find_view
 from d2kd.views.parts import DensePredictions
 from d2kd.views.regions import Source
 
@@ -487,15 +488,18 @@ def test_mean_over_regions_divides_by_one_at_least() -> None:
     assert regions_of([], []).mean_count == 1.0
     # Of several processes, by the mean of their numbers; here they are told.
     regions = regions_of([ONE], [])
-    regions._counts.extend([1, 4, 4, 0])
-    assert regions.counts == [1, 4, 4, 0] and regions.mean_count == 2.25
+    regions.counts = torch.tensor([1, 4, 4, 0])
+    assert regions.mean_count == 2.25
 
 
 # Configuration -----------------------------------------------------------------------------------
 
 
+STUDENT = DetectorInfo("RetinaNet", shapes={}, num_classes=3, members=frozenset())
+
+
 def test_keys_reach_the_sampler_and_defaults_are_its_own() -> None:
-    assert RegionSampler.from_config(load_config()) == RegionSampler()
+    assert RegionSampler.from_config(load_config(), STUDENT) == RegionSampler()
     values = {
         "PRE_NMS_TOPK": 11,
         "NMS_THRESH": 0.6,
@@ -505,7 +509,7 @@ def test_keys_reach_the_sampler_and_defaults_are_its_own() -> None:
         "IOU_THRESHOLD": 0.4,
     }
     opts = [w for k, v in values.items() for w in (f"DISTILL.REGIONS.{k}", v)]
-    sampler = RegionSampler.from_config(load_config(opts=opts))
+    sampler = RegionSampler.from_config(load_config(opts=opts), STUDENT)
     assert sampler == RegionSampler(11, 0.6, 12, 13, 0.3, 0.4)
     assert [k.upper() for k in sampler._fields] == list(values)
 
@@ -526,10 +530,18 @@ def test_keys_reach_the_sampler_and_defaults_are_its_own() -> None:
 def test_value_outside_its_range_is_refused_by_its_key(key: str, value: Any, message: str) -> None:
     cfg = load_config(opts=[f"DISTILL.REGIONS.{key}", value])
     with pytest.raises(ValueError, match=rf"DISTILL\.REGIONS\.{key} must be {message}"):
-        RegionSampler.from_config(cfg)
+        RegionSampler.from_config(cfg, STUDENT)
+
+
+def test_key_that_a_two_stage_student_would_not_read_is_refused() -> None:
+    student = replace(STUDENT, name="GeneralizedRCNN", two_stage=True)
+    assert RegionSampler.from_config(load_config(), student) == RegionSampler()
+    cfg = load_config(opts=["DISTILL.REGIONS.PER_IMAGE", 99])
+    with pytest.raises(ValueError, match=r"REGIONS\.PER_IMAGE is 99, but the two-stage student"):
+        RegionSampler.from_config(cfg, student)
 
 
 @pytest.mark.parametrize("key", ["NMS_THRESH", "POSITIVE_FRACTION", "IOU_THRESHOLD"])
 def test_shares_may_be_one(key: str) -> None:
-    sampler = RegionSampler.from_config(load_config(opts=[f"DISTILL.REGIONS.{key}", 1.0]))
+    sampler = RegionSampler.from_config(load_config(opts=[f"DISTILL.REGIONS.{key}", 1.0]), STUDENT)
     assert getattr(sampler, key.lower()) == 1.0

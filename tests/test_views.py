@@ -689,3 +689,24 @@ def test_unknown_choice_of_levels_is_refused() -> None:
     view = view_of_teacher(build_teacher("retinanet"), batch())
     with pytest.raises(AssertionError, match="'assigned' or 'all', got 'best'"):
         view.roi_features(some_boxes(), levels="best")
+
+
+def test_student_pools_boxes_of_a_head_s_own_choice_without_recorded_regions() -> None:
+    student = build("faster_rcnn")
+    view = record(student, batch(), frozenset({"features", "roi_features"}))
+    boxes = some_boxes()
+    features = [view.features[k] for k in ("p2", "p3", "p4", "p5")]
+    assert_same(view.roi_features(boxes), student.roi_heads.box_pooler(features, boxes))
+
+
+def test_regions_are_the_boxes_before_they_are_refined_for_the_mask_head() -> None:
+    # TRAIN_ON_PRED_BOXES writes the box head's own boxes over the proposals, for masks.
+    student = build("mask_rcnn", MODEL__ROI_BOX_HEAD__TRAIN_ON_PRED_BOXES=True)
+    pooled: List[Tensor] = []
+    student.roi_heads.box_pooler.register_forward_hook(
+        lambda module, x, output: pooled.extend(y.tensor.clone() for y in x[1])
+    )
+    view = record(student, masked_batch())
+    assert_same([x.tensor for x in view.sampled_boxes], pooled)
+    refined = [x.proposal_boxes.tensor for x in view.sampled_proposals]
+    assert not torch.equal(torch.cat(refined), torch.cat(pooled)), "they were refined"

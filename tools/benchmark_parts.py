@@ -131,9 +131,10 @@ def fill_queue(head: nn.Module) -> None:
     What a head with a queue costs grows with the keys in it. In a run it is full but for the first
     iterations; here it would fill from round to round, each arm finding more than the one before.
     """
-    if hasattr(head, "num_queued"):
-        head.queue.copy_(F.normalize(torch.randn_like(head.queue), dim=1))
-        head.num_queued = len(head.queue)
+    if hasattr(head, "queue_size"):
+        head.queue = F.normalize(
+            head.queue.new_empty(head.queue_size, head.queue.shape[1]).normal_()
+        )
 
 
 def with_one_head(cfg: CfgNode, whole: Distiller, name: str) -> Distiller:
@@ -250,8 +251,7 @@ def _map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
     if isinstance(x, Tensor):
         return function(x)
     if isinstance(x, Regions):
-        # Without gradient. The very same list of boxes, by which a view finds their RoI features;
-        # of the number of regions in other processes, nothing.
+        # Without gradient. The very same list of boxes, by which a view finds their RoI features.
         return Regions(x.boxes, x.source)
     if isinstance(x, dict):
         return {k: _map_tensors(function, v) for k, v in x.items()}

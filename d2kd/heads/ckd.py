@@ -24,8 +24,8 @@ class CKDHead(nn.Module):
     its own region (InfoNCE). The other regions are those of the batch, of the other processes and
     of a queue of past batches.
 
-    Shapes: R regions; M of all processes; Q keys in the queue; Cs, Ct length of the vectors; D of
-    what is compared: Ct, or that of the shared projection.
+    Shapes: R regions; M regions of all processes; Q keys in the queue; Cs, Ct length of the
+    vectors; D of what is compared: Ct, or that of the shared projection.
     """
 
     @configurable
@@ -59,9 +59,10 @@ class CKDHead(nn.Module):
         self.shared = (
             nn.Linear(teacher_channels, shared_channels, bias=False) if shared_channels else None
         )
-        self.register_buffer("queue", torch.zeros(queue_size, shared_channels or teacher_channels))
-        self.num_queued = 0  # rows of the queue that hold a key
-        self.next_row = 0  # the one that is written next
+        self.queue_size = queue_size
+        # (Q, D), newest first. Saved as extra state, since Q grows until the queue is full.
+        queue = torch.zeros(0, shared_channels or teacher_channels)
+        self.register_buffer("queue", queue, persistent=False)
 
     @staticmethod
     def add_config(node: CfgNode) -> None:
@@ -73,7 +74,8 @@ class CKDHead(nn.Module):
         node.IOU_THRESHOLD = 0.5
         # Keys of past batches, of all processes together. Per key, 2 x Ct multiply-adds for each
         # region in forward and backward, and 4 x Ct bytes in memory and in every checkpoint: 335 MB
-        # for these and the 1024 numbers of a Faster R-CNN
+        # for these and the 1024 numbers of a Faster R-CNN. The logits of 1024 regions take as much
+        # again, and their gradient
         node.QUEUE_SIZE = 81920
         # f_theta. "student": the student's vectors are projected to the teacher's length, the
         # teacher's are taken as they are. "shared": and then both by one projection
@@ -111,7 +113,7 @@ class CKDHead(nn.Module):
             "student_channels": student.vector_channels,
             "teacher_channels": teacher.vector_channels,
             "num_anchors": 1 if student.two_stage else student.num_anchors,
-            "sampler": RegionSampler.from_config(cfg),
+            "sampler": RegionSampler.from_config(cfg, pair.student),
             "temperature": node.TEMPERATURE,
             "iou_threshold": node.IOU_THRESHOLD,
             "queue_size": node.QUEUE_SIZE,
@@ -130,25 +132,25 @@ class CKDHead(nn.Module):
         regions = student.regions(self.sampler)
         anchor = regions.source.anchor if regions.source else None
         queries = self.projection(student.region_vectors(regions), anchor)
-        keys = teacher.region_vectors(regions).detach()
+        # All processes project all keys, so that the shared projection's gradient is complete.
+        keys = gather_rows(teacher.region_vectors(regions), regions.counts)
         if self.shared is not None:
             queries, keys = self.shared(queries), self.shared(keys)
         # exp(1 / 0.07) is 25 times what half precision holds.
         with torch.autocast(queries.device.type, enabled=False):
-            queries, keys = _unit(queries), gather_rows(_unit(keys), regions.counts)
-            loss = self._info_nce(queries, keys, regions, same_cell=not teacher.two_stage)
-        self._enqueue(keys.detach())
+            keys = torch.cat([_unit(keys), self.queue])
+            loss = self._info_nce(_unit(queries), keys, regions, same_cell=not teacher.two_stage)
+        # Not written in place: the loss's backward needs them, so they cost no memory of their own.
+        self.queue = keys[: self.queue_size].detach()
         return {"loss_ckd": loss}
 
     def _info_nce(self, queries: Tensor, keys: Tensor, regions: Regions, same_cell: bool) -> Tensor:
         """
         Args:
-            queries, keys: (R, D) and (M, D), of length 1
+            queries, keys: (R, D) and (M + Q, D), of length 1
             same_cell: whether regions from one cell have the same key
         """
-        first = sum(regions.counts[: comm.get_rank()])  # the key of this process's first region
-        # A copy: rows of the queue are about to be written.
-        keys = torch.cat([keys, self.queue[: self.num_queued]])
+        first = int(regions.counts[: comm.get_rank()].sum())  # the key of this process's first
         logits = (queries / self.temperature) @ keys.T
         own = slice(first, first + len(regions))
         logits[:, own].masked_fill_(self._no_negatives(regions, same_cell), -torch.inf)
@@ -169,20 +171,11 @@ class CKDHead(nn.Module):
         alike &= image[:, None] == image
         return alike.fill_diagonal_(False)
 
-    def _enqueue(self, keys: Tensor) -> None:
-        """Write keys over the oldest ones."""
-        size = len(self.queue)
-        keys = keys[-size:] if size else keys[:0]
-        rows = (torch.arange(len(keys), device=keys.device) + self.next_row) % max(size, 1)
-        self.queue[rows] = keys
-        self.num_queued = min(self.num_queued + len(keys), size)
-        self.next_row = (self.next_row + len(keys)) % max(size, 1)
+    def get_extra_state(self) -> Tensor:
+        return self.queue
 
-    def get_extra_state(self) -> Dict[str, int]:
-        return {"num_queued": self.num_queued, "next_row": self.next_row}
-
-    def set_extra_state(self, state: Dict[str, int]) -> None:
-        self.num_queued, self.next_row = state["num_queued"], state["next_row"]
+    def set_extra_state(self, state: Tensor) -> None:
+        self.queue = state[: self.queue_size].to(self.queue.device)
 
 
 def _unit(x: Tensor) -> Tensor:

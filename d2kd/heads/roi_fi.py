@@ -48,7 +48,7 @@ class RoIFIHead(nn.Module):
         return {
             "student_channels": pair.student.channels,
             "teacher_channels": pair.teacher.channels,
-            "sampler": RegionSampler.from_config(cfg),
+            "sampler": RegionSampler.from_config(cfg, pair.student),
         }
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Dict, List, Sequence, Tuple
 
 import torch
@@ -6,10 +7,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from detectron2.config import CfgNode, configurable
+from detectron2.structures import Boxes
 
 from ..layers import build_adapter
-from ..views import DetectorView, RegionSampler
-from ..views.parts import roi_align_levels
+from ..views import DetectorView, RegionSampler, roi_align_levels
 from .build import DISTILL_HEAD_REGISTRY, DistillPair
 
 # A learned temperature below this would make the softmax a hard choice that nothing can undo.
@@ -66,7 +67,10 @@ class SGFIHead(nn.Module):
         )
         self.temperature = nn.Parameter(torch.ones(()))
         # Of the latest batch, for pictures: mixture weights (R, L) and the regions they belong to.
-        self.latest_weights: Tuple[Tensor, List] = (torch.empty(0, len(self.student_levels)), [])
+        self.latest_weights: Tuple[Tensor, List[Boxes]] = (
+            torch.empty(0, len(self.student_levels)),
+            [],
+        )
 
     @staticmethod
     def add_config(node: CfgNode) -> None:
@@ -80,9 +84,9 @@ class SGFIHead(nn.Module):
         # Points per cell and direction of the student's RoIAlign. 0: one per map cell, as in
         # Detectron2's box heads; 2: faster where large boxes meet fine levels
         node.SAMPLING_RATIO = 0
-        # The student's RoI features are R x L x C x S x S numbers: 257 MB for 1024 regions of 5
-        # levels of 256 channels. With 128 here, that many regions are in memory at a time, and
-        # computed once more in the backward; 0: all at once
+        # The student's RoI features are R x L x C x S x S numbers: 257 MB in float32 for 1024
+        # regions of 5 levels of 256 channels, twice that while they are stacked. With 128 here,
+        # that many regions are pooled at a time, and once more in the backward; 0: all at once
         node.CHUNK_SIZE = 0
 
     @classmethod
@@ -110,7 +114,7 @@ class SGFIHead(nn.Module):
             "levels": levels,
             "student_channels": pair.student.channels,
             "teacher_channels": pair.teacher.channels,
-            "sampler": RegionSampler.from_config(cfg),
+            "sampler": RegionSampler.from_config(cfg, pair.student),
             "negative_slope": node.NEGATIVE_SLOPE,
             "sampling_ratio": node.SAMPLING_RATIO,
             "chunk_size": node.CHUNK_SIZE,
@@ -129,19 +133,20 @@ class SGFIHead(nn.Module):
         self.temperature.data.clamp_(min=MIN_TEMPERATURE)
         regions = student.regions(self.sampler)
         target = teacher.roi_features(regions.boxes).detach()
-        # RoIAlign averages cells and a 1x1 convolution mixes channels, so their order is free. The
-        # maps have fewer cells than all regions on all levels, and just one result is kept.
-        maps = [F.conv2d(student.features[k], self.adapter.weight) for k in self.student_levels]
+        # RoIAlign averages cells and a 1x1 convolution mixes channels, so they commute. Maps have
+        # fewer cells than many regions on all levels, and only one tensor of that size is kept.
+        maps = [self.adapter(student.features[k]) for k in self.student_levels]
         strides = [student.strides[k] for k in self.student_levels]
-        size = self.chunk_size or max(len(regions), 1)
+        size, imitate = max(len(regions), 1), self._imitate
+        if self.chunk_size:  # nothing is random there, so no random state to keep
+            size, imitate = self.chunk_size, partial(
+                checkpoint, self._imitate, use_reentrant=False, preserve_rng_state=False
+            )
         errors, weights = [], []
         for rois, goal in zip(regions.rois.split(size), target.split(size)):
-            if self.chunk_size:
-                found = checkpoint(self._imitate, strides, rois, goal, *maps, use_reentrant=False)
-            else:
-                found = self._imitate(strides, rois, goal, *maps)
-            errors.append(found[0])
-            weights.append(found[1].detach())
+            error, weight = imitate(strides, rois, goal, *maps)
+            errors.append(error)
+            weights.append(weight.detach())
         self.latest_weights = torch.cat(weights), regions.boxes
         return {"loss_sgfi": torch.cat(errors).sum() / regions.mean_count}
 
@@ -151,13 +156,13 @@ class SGFIHead(nn.Module):
         """
         Args:
             rois, target: (R, 5) and (R, C, S, S)
-            maps: adapted features of L levels, without the adapter's bias
+            maps: adapted features of L levels, (N, C, Hi, Wi)
 
         Returns:
             mean squared error of each region (R,), and the weights of its levels (R, L)
         """
+        # (R, L, C, S, S)
         pooled = roi_align_levels(maps, strides, rois, target.shape[-2:], self.sampling_ratio)
-        pooled = pooled + self.adapter.bias[:, None, None]  # (R, L, C, S, S)
         ours = self.embedding(pooled.flatten(0, 1)).float().flatten(1)
         theirs = self.embedding(target).float().flatten(1)
         ours = ours.unflatten(0, pooled.shape[:2])  # (R, L, D)

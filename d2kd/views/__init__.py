@@ -1,6 +1,7 @@
 from .base import DETECTOR_VIEW_REGISTRY, DetectorView, find_view  # noqa isort:skip
 from .dense import DenseView
 from .info import DetectorInfo
+from .parts import roi_align_levels
 from .rcnn import RCNNView
 from .region_sampler import RegionSampler
 from .regions import Regions

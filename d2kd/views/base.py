@@ -176,11 +176,11 @@ class DetectorView(Recording):
         Raises:
             ValueError: none of those levels, or one is missing between two others
         """
-        names = [k for k in self._pooled_levels() if k in maps]
+        names = [k for k in self.pooled_levels() if k in maps]
         strides = tuple(self.strides[k] for k in names)
         if not names or strides[-1] != strides[0] * 2 ** (len(names) - 1):
             raise ValueError(
-                f"Boxes need maps of neighbouring levels out of {', '.join(self._pooled_levels())},"
+                f"Boxes need maps of neighbouring levels out of {', '.join(self.pooled_levels())},"
                 f" got {', '.join(maps)}. Choose others in DISTILL.LEVELS."
             )
         pooler = multi_level_pooler(strides, size=1)
@@ -223,7 +223,7 @@ class DetectorView(Recording):
         return handles + (self._hook_dense() if "dense" in members else [])
 
     def _roi_features(self, boxes: List[Boxes], levels: str) -> Tensor:
-        names, pooler = self._pooled_levels(), self._pooler()
+        names, pooler = self.pooled_levels(), self.pooler()
         features = [self.features[k] for k in names]
         if levels == "assigned":
             return pooler(features, boxes)
@@ -271,9 +271,9 @@ class DetectorView(Recording):
         """From the output of the head and that of the tower, level by level."""
         raise NotImplementedError
 
-    def _pooled_levels(self) -> Sequence[str]:
+    def pooled_levels(self) -> Sequence[str]:
         """Names of the levels that RoIAlign uses, finest first."""
         raise NotImplementedError
 
-    def _pooler(self) -> ROIPooler:
-        return multi_level_pooler(tuple(self.strides[k] for k in self._pooled_levels()))
+    def pooler(self) -> ROIPooler:
+        return multi_level_pooler(tuple(self.strides[k] for k in self.pooled_levels()))

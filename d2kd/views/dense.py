@@ -42,7 +42,7 @@ class DenseView(DetectorView):
         dense, source, image = self.dense(), regions.source, regions.image
         rows = [(source.stride == self.strides[k]).nonzero()[:, 0] for k in dense.levels]
         vectors = [x[image[i], :, source.y[i], source.x[i]] for x, i in zip(dense.tower, rows)]
-        return torch.cat(vectors)[torch.cat(rows).argsort()]
+        return torch.cat(vectors)[torch.cat(rows).argsort()]  # back in the regions' order
 
     def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
         # What it predicts is where its regions come from.
@@ -51,19 +51,19 @@ class DenseView(DetectorView):
 
     def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
         head = self.detector.head
-        return head.cls_subnet, head, self._pooled_levels()
+        return head.cls_subnet, head, self.pooled_levels()
 
     def _dense_predictions(self, output: Sequence[Any], tower: List[Tensor]) -> DensePredictions:
         logits, deltas, *centerness = output
         return DensePredictions(
-            levels=self._pooled_levels(),
+            levels=self.pooled_levels(),
             logits=unaliased(logits, self.num_classes(self.detector)),
             deltas=list(deltas),
             tower=tower,
             centerness=unaliased(centerness[0], 1) if centerness else None,
         )
 
-    def _pooled_levels(self) -> Sequence[str]:
+    def pooled_levels(self) -> Sequence[str]:
         return list(self.detector.head_in_features)
 
 

@@ -27,6 +27,8 @@ class RCNNView(DetectorView):
         # A C4 model pools from one level and has no separate box head to ask.
         has_box_head = hasattr(detector.roi_heads, "box_pooler")
         members = cls.members if has_box_head else frozenset({"features", "dense"})
+        if has_box_head and not hasattr(_predictor(detector), "cls_score"):
+            members = members - {"region_vectors"}
         # MODEL.PROPOSAL_GENERATOR.NAME "PrecomputedProposals" has no RPN to ask.
         return members - {"dense"} if detector.proposal_generator is None else members
 
@@ -37,10 +39,10 @@ class RCNNView(DetectorView):
         info = super().info(detector)
         if "roi_predictions" not in info.members:
             return info
-        predictor = _first_stage(detector.roi_heads.box_predictor)
+        predictor, has_vectors = _predictor(detector), "region_vectors" in info.members
         return replace(
             info,
-            vector_channels=predictor.cls_score.in_features,
+            vector_channels=predictor.cls_score.in_features if has_vectors else 0,
             roi_size=detector.roi_heads.box_pooler.output_size[0],
             box_weights=tuple(predictor.box2box_transform.weights),
         )
@@ -74,15 +76,17 @@ class RCNNView(DetectorView):
         return self._of_boxes("roi_predictions", boxes, lambda: self._roi_predictions(boxes))
 
     def regions(self, sampler: Optional[RegionSampler] = None) -> Regions:
-        """The sampled proposals, with their ground truth where Detectron2 appends it."""
+        """The sampled proposals, ground truth among them where Detectron2 appends it."""
         return self._part("regions")
 
     def region_vectors(self, regions: Regions) -> Tensor:
-        return self.roi_predictions(None if self._is_student else regions.boxes).feature
+        predictions = self.roi_predictions(None if self._is_student else regions.boxes)
+        return predictions.feature.flatten(1)  # without FC layers it is a map
 
     def _roi_features(self, boxes: List[Boxes], levels: str) -> Tensor:
-        if self._is_student and levels == "assigned" and boxes is self.regions().boxes:
-            return self._part("own_roi_features")  # its box head has pooled them
+        regions = self._recorded.get("regions")
+        if levels == "assigned" and regions is not None and boxes is regions.boxes:
+            return self._part("own_roi_features")  # the student's box head has pooled them
         return super()._roi_features(boxes, levels)
 
     def _roi_predictions(self, boxes: List[Boxes]) -> RoIPredictions:
@@ -131,13 +135,17 @@ class RCNNView(DetectorView):
 
     @property
     def _predictor(self) -> nn.Module:
-        return _first_stage(self.detector.roi_heads.box_predictor)
+        return _predictor(self.detector)
 
-    def _pooled_levels(self) -> Sequence[str]:
+    def pooled_levels(self) -> Sequence[str]:
         return list(self.detector.roi_heads.box_in_features)
 
-    def _pooler(self) -> ROIPooler:
+    def pooler(self) -> ROIPooler:
         return self.detector.roi_heads.box_pooler
+
+
+def _predictor(detector: nn.Module) -> nn.Module:
+    return _first_stage(detector.roi_heads.box_predictor)
 
 
 def _first_stage(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from detectron2.layers import batched_nms
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
+from .info import DetectorInfo
 from .regions import Regions, Source
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def add_region_config(node: CfgNode) -> None:
     node.POST_NMS_TOPK = 1000
     # How many of these are sampled at random
     node.PER_IMAGE = 512
-    # Share of the sample, at most, whose IoU with a ground-truth box is IOU_THRESHOLD or more
+    # Share of the sample, at most, whose IoU with a ground-truth box is IOU_THRESHOLD or more (as
+    # in Detectron2's matchers; the notes on G-DetKD say more than 0.5)
     node.POSITIVE_FRACTION = 0.25
     node.IOU_THRESHOLD = 0.5
 
@@ -50,10 +52,10 @@ class RegionSampler(NamedTuple):
     iou_threshold: float = 0.5
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> "RegionSampler":
+    def from_config(cls, cfg: CfgNode, student: DetectorInfo) -> "RegionSampler":
         """
         Raises:
-            ValueError: a value of DISTILL.REGIONS outside its range
+            ValueError: a value of DISTILL.REGIONS outside its range, or one that nobody would read
         """
         sampler = cls(**{k.lower(): v for k, v in cfg.DISTILL.REGIONS.items()})
         for name, value in sampler._asdict().items():
@@ -64,6 +66,12 @@ class RegionSampler(NamedTuple):
                 )
             if isinstance(cls._field_defaults[name], float) and not 0 < value <= 1:
                 raise ValueError(f"DISTILL.REGIONS.{name.upper()} must be in (0, 1], got {value}.")
+            if student.two_stage and value != cls._field_defaults[name]:
+                raise ValueError(
+                    f"DISTILL.REGIONS.{name.upper()} is {value}, but the two-stage student "
+                    f"{student.name} would not read it: its regions are its own proposals "
+                    "(MODEL.RPN, MODEL.ROI_HEADS)."
+                )
         return sampler
 
     @torch.no_grad()
@@ -115,7 +123,7 @@ def _best_predictions(view: "DetectorView", topk: int) -> _Predictions:
     sizes = torch.tensor(view.image_sizes).flip(1).repeat(1, 2)  # width, height, width, height
     limits = sizes.to(found.boxes, non_blocking=True)[found.image]
     boxes = torch.minimum(found.boxes.clamp(min=0), limits)
-    keep = Boxes(boxes).nonempty() & found.scores.isfinite()
+    keep = (Boxes(boxes).nonempty() & found.scores.isfinite()).nonzero()[:, 0]
     return _Predictions(*(x[keep] for x in found._replace(boxes=boxes)))
 
 

@@ -1,7 +1,8 @@
 """Regions: the boxes on which two detectors are compared."""
 
-from dataclasses import dataclass, field
-from typing import List, Optional
+from dataclasses import dataclass
+from functools import cached_property
+from typing import List, Optional, Union
 
 import torch
 from torch import Tensor
@@ -36,45 +37,44 @@ class Regions:
 
     boxes: List[Boxes]
     source: Optional[Source] = None
-    _counts: List[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return sum(len(x) for x in self.boxes)
 
-    @property
+    @cached_property
     def image(self) -> Tensor:
         """(R,), the index of each region's image in the batch."""
         sizes = torch.tensor([len(x) for x in self.boxes])
-        return torch.arange(len(sizes)).repeat_interleave(sizes).to(self.boxes[0].device)
+        image = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return image.to(self.boxes[0].device, non_blocking=True)
 
-    @property
+    @cached_property
     def rois(self) -> Tensor:
         """(R, 5) as RoIAlign wants them: index of the image, then the box."""
         boxes = torch.cat([x.tensor for x in self.boxes])
         return torch.cat([self.image[:, None].to(boxes.dtype), boxes], dim=1)
 
-    @property
-    def counts(self) -> List[int]:
-        """The number of regions in each process. Every process must ask, also one without any."""
-        if not self._counts:
-            self._counts.extend(_gather_count(len(self), self.boxes[0].device))
-        return self._counts
+    @cached_property
+    def counts(self) -> Tensor:
+        """
+        The number of regions in each process, integers. Every process must ask, also one without
+        any region.
+        """
+        counts = torch.zeros(comm.get_world_size(), dtype=torch.int64)
+        counts[comm.get_rank()] = len(self)
+        if len(counts) > 1:
+            counts = counts.to(self.boxes[0].device)
+            torch.distributed.all_reduce(counts)
+        return counts
 
-    @property
-    def mean_count(self) -> float:
+    @cached_property
+    def mean_count(self) -> Union[float, Tensor]:
         """
         Regions per process, at least 1: what a mean over regions divides by.
 
         DistributedDataParallel averages gradients over processes. If each divided by its own number
         of regions, a region would count more where there are few.
         """
-        return max(sum(self.counts) / len(self.counts), 1.0)
-
-
-def _gather_count(count: int, device: torch.device) -> List[int]:
-    if comm.get_world_size() == 1:
-        return [count]
-    counts = torch.zeros(comm.get_world_size(), dtype=torch.int64, device=device)
-    counts[comm.get_rank()] = count
-    torch.distributed.all_reduce(counts)
-    return counts.tolist()
+        if len(self.counts) == 1:
+            return max(len(self), 1.0)
+        return self.counts.float().mean().clamp(min=1)

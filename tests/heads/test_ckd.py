@@ -190,7 +190,7 @@ def test_loss_and_gradients_are_those_of_the_equation(
         queue_size=7,
     )
     queue = [unit(x) for x in noise(4, shared_channels or 6, seed=3)]
-    head._enqueue(torch.stack(queue).float())
+    head.queue = torch.stack(queue).float()
     source = None if dense == "neither" else source_of(CELLS)
     student, teacher = views(source=source, two_stage_teacher=dense != "both")
     student.vectors.requires_grad_()
@@ -245,7 +245,7 @@ def test_aligned_vectors_among_orthogonal_keys(queued: int, temperature: float) 
     # cos is 1 with its own key and 0 with the others, of which there are M - 1 + Q:
     # log((e^(1/gamma) + M - 1 + Q) / e^(1/gamma))
     head = plain_head(16, queue_size=8, temperature=temperature)
-    head._enqueue(torch.eye(16)[8 : 8 + queued])
+    head.queue = torch.eye(16)[8 : 8 + queued]
     student, teacher = views((16, 16), boxes=[APART[:8]])
     teacher.vectors = torch.eye(16)[:8] * torch.arange(1.0, 9.0)[:, None]
     student.vectors = torch.eye(16)[:8] * 3
@@ -258,7 +258,7 @@ def test_random_vectors_give_the_log_of_the_number_of_keys(queued: int) -> None:
     # cos of random vectors in D dimensions is normal with variance 1 / D, so the mean of
     # exp(cos / gamma) is exp(1 / (2 D gamma^2)), e^0.0996 for D = 1024; the positive adds 0.
     head = make_head((512, 1024), queue_size=256)
-    head._enqueue(torch.nn.functional.normalize(noise(queued, 1024, seed=1).float(), dim=1))
+    head.queue = torch.nn.functional.normalize(noise(queued, 1024, seed=1).float(), dim=1)
     loss = loss_of(head, *views((512, 1024), boxes=[APART])).item()
     assert loss == pytest.approx(math.log(64 + queued) + 0.0996, abs=0.15)
 
@@ -289,7 +289,7 @@ def test_boxes_that_overlap_are_no_negatives_of_each_other_but_each_is_its_own_p
     assert loss_of(head, student, teacher).item() == 0.0
     # With a queue they have negatives: log(1 + e^(-1/gamma)) where they are aligned.
     head = plain_head(4, temperature=0.5, queue_size=1)
-    head._enqueue(torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
+    head.queue = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
     student, teacher = views((4, 4), boxes=[APART[:1] * 3])
     student.vectors = teacher.vectors = torch.eye(4)[:3]
     expected = math.log1p(math.exp(-2))
@@ -381,8 +381,8 @@ def test_under_autocast_only_the_vectors_are_rounded(dtype: torch.dtype) -> None
     # all that half precision may do here is to round the vectors.
     assert torch.tensor(1 / 0.07).half().exp().isinf()
     head = plain_head(8, queue_size=4)
-    head._enqueue(torch.eye(8)[:4])
-    state = {k: v.clone() for k, v in head.state_dict().items() if isinstance(v, Tensor)}
+    head.queue = torch.eye(8)[:4]
+    queue = head.queue
     student, teacher = views((8, 8))
     teacher.vectors = (student.vectors * 1.01).to(dtype)  # aligned; a teacher's run is half too
     x = student.vectors.requires_grad_()
@@ -391,8 +391,7 @@ def test_under_autocast_only_the_vectors_are_rounded(dtype: torch.dtype) -> None
     assert loss.dtype == torch.float32 and loss.isfinite()
     (gradient,) = torch.autograd.grad(loss, x)
     assert gradient.isfinite().all() and head.queue.dtype == torch.float32
-    head.queue.copy_(state["queue"])
-    head.num_queued = 4
+    head.queue = queue
     student.vectors = x.detach().to(dtype).float()
     teacher.vectors = teacher.vectors.float()
     torch.testing.assert_close(loss_of(head, student, teacher), loss, rtol=1e-6, atol=1e-7)
@@ -427,12 +426,12 @@ def test_batch_without_regions_gives_a_connected_zero(
     dense: bool, shared_channels: int, queued: int
 ) -> None:
     head = make_head(num_anchors=3 if dense else 1, shared_channels=shared_channels, queue_size=4)
-    head._enqueue(torch.eye(shared_channels or 6)[:queued])
+    head.queue = torch.eye(shared_channels or 6)[:queued]
     source = source_of([]) if dense else None
     student, teacher = views(boxes=[[], []], source=source, two_stage_teacher=not dense)
     student.vectors.requires_grad_()
     loss = loss_of(head, student, teacher)
-    assert loss.item() == 0.0 and head.num_queued == queued
+    assert loss.item() == 0.0 and len(head.queue) == queued
     loss.backward()
     assert all((x.grad == 0).all() for x in (student.vectors, *head.parameters()))
 
@@ -500,26 +499,16 @@ def test_queue_holds_the_latest_keys_and_those_of_a_batch_enter_after_its_loss(
         if any(boxes):
             expected = ckd_in_loops(head, student, teacher, queue).item()
             assert loss == pytest.approx(expected, rel=1e-5, abs=1e-7), f"batch {seed}"
-        past += keys_in_loops(head, teacher)
+        # Newest batch first; of a batch that does not fit, its first keys.
+        past = [*past, *reversed(keys_in_loops(head, teacher))]
         latest = past[-queue_size:] if queue_size else []
-        assert head.num_queued == len(latest)
-        if latest:
-            found, rows = rows_of(head.queue[: len(latest)]), rows_of(torch.stack(latest))
+        assert len(head.queue) == len(latest)
+        if latest and len(keys_in_loops(head, teacher)) <= queue_size:
+            found, rows = rows_of(head.queue), rows_of(torch.stack(latest))
             torch.testing.assert_close(torch.tensor(found), torch.tensor(rows))
 
 
-def test_oldest_key_is_overwritten_first() -> None:
-    head = make_head((2, 2), queue_size=5)
-    for start, count in ((0, 3), (3, 3), (6, 1), (7, 0), (7, 8), (15, 3)):
-        head._enqueue(torch.arange(start, start + count)[:, None].repeat(1, 2).float())
-        newest = start + count
-        kept = [float(x) for x in range(max(newest - 5, 0), newest)]
-        assert sorted(head.queue[: head.num_queued, 0].tolist()) == kept
-    head._enqueue(torch.full((1, 2), 18.0))
-    assert 13.0 not in head.queue and 14.0 in head.queue
-
-
-def test_rows_that_hold_no_key_yet_are_not_compared_with() -> None:
+def test_queue_that_is_not_full_yet_changes_nothing() -> None:
     student, teacher = views()
     empty = loss_of(make_head(queue_size=1000), student, teacher)
     assert torch.equal(empty, loss_of(make_head(queue_size=0), student, teacher))
@@ -532,7 +521,7 @@ def test_order_of_the_queue_does_not_matter(shared_channels: int) -> None:
     student, teacher = views()
     other = make_head(queue_size=9, shared_channels=shared_channels)
     other.load_state_dict(head.state_dict())
-    other.queue.copy_(head.queue[torch.tensor([3, 8, 1, 0, 7, 2, 6, 5, 4])])
+    other.queue = head.queue[torch.tensor([3, 8, 1, 0, 7, 2, 6, 5, 4])]
     assert not torch.equal(other.queue, head.queue)
     loss, permuted = (loss_of(x, student, teacher) for x in (head, other))
     torch.testing.assert_close(permuted, loss, rtol=1e-6, atol=1e-7)
@@ -567,11 +556,13 @@ def test_queue_is_saved_and_resumed(batches: int, tmp_path: Path) -> None:
     resumed = make_head(queue_size=8)
     resumed.load_state_dict(torch.load(tmp_path / "head.pth", weights_only=True))
     assert torch.equal(resumed.queue, head.queue)
-    assert resumed.num_queued == head.num_queued == min(batches * 5, 8)
-    assert resumed.next_row == head.next_row == batches * 5 % 8
+    assert len(head.queue) == min(batches * 5, 8)
     for seed in (500, 600):
         losses = [loss_of(x, *views(seed=seed)) for x in (head, resumed)]
         assert torch.equal(*losses) and torch.equal(head.queue, resumed.queue)
+    shorter = make_head(queue_size=3)
+    shorter.load_state_dict(head.state_dict())
+    assert torch.equal(shorter.queue, head.queue[:3]), "the newest"
 
 
 # Which pairs, and which values -------------------------------------------------------------------
@@ -645,12 +636,12 @@ def test_projection_has_the_shape_of_the_pair(
 ) -> None:
     head = head_for(info(student), info(teacher), "DISTILL.CKD.QUEUE_SIZE", 10)
     assert tuple(head.projection.weight.shape) == shape and head.shared is None
-    assert tuple(head.queue.shape) == (10, shape[1])
+    assert tuple(head.queue.shape) == (0, shape[1]) and head.queue_size == 10
     opts = ["DISTILL.CKD.PROJECTION", "shared", "DISTILL.CKD.SHARED_CHANNELS", 5]
     head = head_for(info(student), info(teacher), *opts)
     assert tuple(head.projection.weight.shape) == shape
     assert tuple(head.shared.weight.shape) == (5, shape[1])
-    assert tuple(head.queue.shape) == (81920, 5)
+    assert tuple(head.queue.shape) == (0, 5) and head.queue_size == 81920
 
 
 # Between real detectors --------------------------------------------------------------------------
@@ -665,7 +656,9 @@ def teacher_of(folder: Path) -> Callable[[str], List[Any]]:
 
 def build(student: str, opts: Sequence[Any], **values: Any) -> nn.Module:
     torch.manual_seed(0)
-    values = {"DISTILL__REGIONS__PER_IMAGE": 16, "DISTILL__CKD__QUEUE_SIZE": 100, **values}
+    values = {"DISTILL__CKD__QUEUE_SIZE": 100, **values}
+    if student in ("retinanet", "fcos"):
+        values["DISTILL__REGIONS__PER_IMAGE"] = 16
     return build_model(distill_config(student, opts, ["CKD"], **values)).train()
 
 
@@ -713,7 +706,7 @@ def test_step_trains_any_pair_with_the_loss_of_the_equation(
         assert calls == stages, "each stage once"
     ours, theirs = distiller.latest["student"], distiller.latest["teacher"]
     regions = ours.regions(head.sampler)
-    assert len(regions) == head.num_queued > 10
+    assert len(regions) == len(head.queue) > 10
     ours = VectorView(ours.region_vectors(regions), regions, two_stage)
     theirs = VectorView(theirs.region_vectors(regions), regions, theirs.two_stage)
     expected = 0.5 * ckd_in_loops(head, ours, theirs)
@@ -787,16 +780,12 @@ def test_interrupted_and_resumed_run_has_the_queue_and_losses_of_an_uninterrupte
     for name, values in expected.items():
         assert resumed[name] == {i: v for i, v in values.items() if i >= 4}, name
     heads = [x._module.heads["CKD"] for x in (resumed_trainer, trainer, dead)]
-    assert torch.equal(heads[0].queue, heads[1].queue) and heads[1].num_queued == 50
-    assert heads[0].get_extra_state() == heads[1].get_extra_state()
+    assert torch.equal(heads[0].queue, heads[1].queue) and len(heads[1].queue) == 50
     assert not torch.equal(heads[1].queue, heads[2].queue)
     found, final = (
         torch.load(Path(x.OUTPUT_DIR) / "model_final.pth", weights_only=True)
         for x in (parts, whole)
     )
     assert_same_tensors(found["model"], final["model"])
-    state, expected_state = found["distill_heads"], final["distill_heads"]
-    extra = [k for k in expected_state if "extra_state" in k]
-    assert len(extra) == 1 and state.pop(extra[0]) == expected_state.pop(extra[0])
-    assert_same_tensors(state, expected_state)
-    assert any("queue" in k for k in state)
+    assert_same_tensors(found["distill_heads"], final["distill_heads"])
+    assert torch.equal(found["distill_heads"]["CKD._extra_state"], heads[0].queue)

@@ -40,7 +40,7 @@ class MapsView(FeatureView):
     def regions(self, sampler: RegionSampler) -> Regions:
         return self._regions
 
-    def _pooled_levels(self) -> List[str]:
+    def pooled_levels(self) -> List[str]:
         return list(self._features)
 
 
@@ -127,7 +127,7 @@ def teacher_of(folder: Path) -> Callable[[str], List[Any]]:
 
 def build(student: str, opts: Sequence[Any]) -> nn.Module:
     torch.manual_seed(0)
-    values = {"DISTILL__REGIONS__PER_IMAGE": 16}
+    values = {"DISTILL__REGIONS__PER_IMAGE": 16} if student == "retinanet" else {}
     return build_model(distill_config(student, opts, ["RoIFI"], **values)).train()
 
 
@@ -187,7 +187,7 @@ def test_student_s_features_are_those_of_its_own_training_pass(
 def detector(roi_size: int = 7, channels: Sequence[int] = (8, 8)) -> DetectorInfo:
     shapes = {f"p{i}": ShapeSpec(channels=c, stride=2**i) for i, c in zip(range(3, 5), channels)}
     members = frozenset({"features", "roi_features", "regions"})
-    return DetectorInfo("GeneralizedRCNN", shapes, 3, members, two_stage=True, roi_size=roi_size)
+    return DetectorInfo("RetinaNet", shapes, 3, members, roi_size=roi_size)
 
 
 def build_for(student: DetectorInfo, teacher: DetectorInfo) -> nn.Module:

@@ -144,12 +144,11 @@ def test_head_alone_draws_the_regions_of_a_dense_student_in_every_call(
         assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(drawn[0].boxes, other.boxes))
 
 
-def test_regions_are_kept_as_they_are_without_their_counts(parts: ModuleType) -> None:
+def test_regions_are_kept_as_they_are(parts: ModuleType) -> None:
     regions = Regions([Boxes(torch.zeros(3, 4)), Boxes(torch.zeros(0, 4))])
-    assert regions.counts == [3]
     tensors: List[torch.Tensor] = []
     kept = parts._map_tensors(tensors.append, {"regions": regions})["regions"]
-    assert kept.boxes is regions.boxes and kept._counts == [] and tensors == []
+    assert kept.boxes is regions.boxes and tensors == []
 
 
 def test_queue_is_full_before_the_first_step(
@@ -162,7 +161,7 @@ def test_queue_is_full_before_the_first_step(
     args = small_args(*words)
     with EventStorage():
         alone = parts.build_arms(parts.build_config(args, ""), args)["head CKD"]()
-    assert alone.head.num_queued == len(alone.head.queue) == 50
+    assert len(alone.head.queue) == 50
     assert torch.allclose(alone.head.queue.norm(dim=1), torch.ones(50))
 
 

@@ -456,13 +456,16 @@ def test_autocast_is_close_to_float32(chunk_size: int) -> None:
     head, (student, teacher) = make_head(chunk_size=chunk_size).float(), views()
     maps = {k: x.float().requires_grad_() for k, x in student.features.items()}
     student, teacher.target = StudentView(maps, student._regions), teacher.target.float()
-    results = []
+    results, kinds = [], []
+    head.embedding.register_forward_pre_hook(lambda module, x: kinds.append(x[0].dtype))
     for enabled in (False, True):
         inputs = [*maps.values(), *head.parameters()]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             loss = head(student, teacher)["loss_sgfi"]
         assert loss.dtype == torch.float32
         results.append((loss, torch.autograd.grad(loss, inputs)))
+    # The largest tensor, which the embedding reads first, takes half the memory.
+    assert kinds[0] == torch.float32 and torch.bfloat16 in kinds
     (loss, grads), (half, half_grads) = results
     assert half.item() == pytest.approx(loss.item(), rel=0.02)
     for found, expected in zip(half_grads, grads):
@@ -499,6 +502,7 @@ def losses_of(distiller: nn.Module, inputs: List[Dict[str, Any]]) -> Dict[str, T
 PAIRS = [
     ("faster_rcnn", "faster_rcnn"),
     ("faster_rcnn", "cascade_rcnn"),
+    ("cascade_rcnn", "faster_rcnn"),
     ("retinanet", "faster_rcnn"),
     pytest.param("fcos", "faster_rcnn", marks=needs_fcos),
     ("retinanet", "retinanet"),

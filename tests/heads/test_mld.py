@@ -54,7 +54,7 @@ class RegionView(FeatureView):
         assert boxes in (None, self.boxes)
         return RoIPredictions(self.logits, self.logits, self.logits)
 
-    def _pooled_levels(self) -> List[str]:
+    def pooled_levels(self) -> List[str]:
         return list(self.features)
 
 

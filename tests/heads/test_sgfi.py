@@ -356,7 +356,7 @@ def test_temperature_is_not_decayed_and_every_parameter_is_trained_once(
     clip: Tuple[bool, str],
 ) -> None:
     opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", clip[0], "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip[1]]
-    opts += ["SOLVER.WEIGHT_DECAY", 0.05, "SOLVER.BASE_LR", 0.1]
+    opts += ["SOLVER.WEIGHT_DECAY", 0.05, "SOLVER.WEIGHT_DECAY_BIAS", 0.05, "SOLVER.BASE_LR", 0.1]
     model = nn.ModuleDict({"student": nn.Conv2d(3, 4, 1), "heads": make_head().float()})
     optimizer = build_optimizer(load_config(opts=opts), model)
     decay = [(id(p), g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]

@@ -35,7 +35,8 @@ class DensePredictions:
 @dataclass
 class RoIPredictions:
     """
-    What a two-stage detector's box head says of R boxes (a cascade: its first stage).
+    What a two-stage detector's box head says of R boxes (a cascade: its first stage, whose gradient
+    Detectron2 divides by the number of stages before it reaches a student's pyramid).
 
     `feature`: last vector before the predictors, (R, D); `logits`: (R, K+1), background last;
     `deltas`: (R, 4*K), or (R, 4) when class-agnostic.

@@ -25,8 +25,8 @@ class PlainCheckpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer on the student alone, so that "model" is what stock Detectron2 loads.
 
-    Beside it "distill_heads" (adapters, generators, queues) and "teacher" (a manifest, never weights). It
-    also remembers what the last load left uncovered.
+    Beside it "distill_heads" (adapters, generators, queues) and "teacher" (a manifest, never
+    weights). It also remembers what the last load left uncovered.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any):

@@ -150,7 +150,7 @@ class CKDHead(nn.Module):
             queries, keys: (R, D) and (M + Q, D), of length 1
             same_cell: whether regions from one cell have the same key
         """
-        first = int(regions.counts[: comm.get_rank()].sum())  # the key of this process's first
+        first = int(regions.counts[: comm.get_rank()].sum())  # the key of this process's region 0
         logits = (queries / self.temperature) @ keys.T
         own = slice(first, first + len(regions))
         logits[:, own].masked_fill_(self._no_negatives(regions, same_cell), -torch.inf)
@@ -172,7 +172,7 @@ class CKDHead(nn.Module):
         return alike.fill_diagonal_(False)
 
     def get_extra_state(self) -> Tensor:
-        return self.queue
+        return self.queue.clone()  # a file would hold all of the storage that this is a view of
 
     def set_extra_state(self, state: Tensor) -> None:
         self.queue = state[: self.queue_size].to(self.queue.device)

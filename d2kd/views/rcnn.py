@@ -76,7 +76,12 @@ class RCNNView(DetectorView):
         return self._of_boxes("roi_predictions", boxes, lambda: self._roi_predictions(boxes))
 
     def regions(self, sampler: Optional[RegionSampler] = None) -> Regions:
-        """The sampled proposals, ground truth among them where Detectron2 appends it."""
+        """
+        The sampled proposals, ground truth among them where Detectron2 appends it.
+
+        Args:
+            sampler: not read, they are sampled already
+        """
         return self._part("regions")
 
     def region_vectors(self, regions: Regions) -> Tensor:

@@ -503,7 +503,7 @@ def test_queue_holds_the_latest_keys_and_those_of_a_batch_enter_after_its_loss(
         past = [*past, *reversed(keys_in_loops(head, teacher))]
         latest = past[-queue_size:] if queue_size else []
         assert len(head.queue) == len(latest)
-        if latest and len(keys_in_loops(head, teacher)) <= queue_size:
+        if latest:
             found, rows = rows_of(head.queue), rows_of(torch.stack(latest))
             torch.testing.assert_close(torch.tensor(found), torch.tensor(rows))
 
@@ -553,6 +553,7 @@ def test_queue_is_saved_and_resumed(batches: int, tmp_path: Path) -> None:
     for seed in range(batches):  # after three: 15 keys for 8 rows
         head(*views(seed=seed * 100))
     torch.save(head.state_dict(), tmp_path / "head.pth")
+    assert head.state_dict()["_extra_state"].untyped_storage().nbytes() == len(head.queue) * 6 * 4
     resumed = make_head(queue_size=8)
     resumed.load_state_dict(torch.load(tmp_path / "head.pth", weights_only=True))
     assert torch.equal(resumed.queue, head.queue)

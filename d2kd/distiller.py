@@ -91,7 +91,8 @@ class Distiller(nn.Module):
         ret["heads"] = {name: build_head(name, cfg, pair) for name in names}
         ret["schedules"] = {name: WeightSchedule.from_config(name, cfg) for name in names}
         ret["inherit_parts"] = list(cfg.DISTILL.INHERIT)
-        ret["members"] = frozenset().union(*(required_members(head_class(n), pair) for n in names))
+        needed = [required_members(head_class(name), cfg, pair) for name in names]
+        ret["members"] = frozenset().union(*needed)
         return ret
 
     @property
@@ -116,7 +117,8 @@ class Distiller(nn.Module):
         weights = {name: self.schedules[name](iteration) for name in self.heads}
         student = find_view(self.student, "student")(self.student, batched_inputs)
         teacher_batch = self.teacher.batch(batched_inputs, self.image_format)
-        teacher = find_view(self.teacher.model, "teacher")(self.teacher.model, teacher_batch)
+        view_class = find_view(self.teacher.model, "teacher")
+        teacher = view_class(self.teacher.model, teacher_batch, self.members)
         if any(weights.values()):
             # Before the student: what its forward passes through is freed again, while what the
             # student's passes through stays for the backward. Together they would be the peak.

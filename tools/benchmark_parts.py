@@ -153,7 +153,7 @@ def with_one_head(cfg: CfgNode, whole: Distiller, name: str) -> Distiller:
 def members_of_head(cfg: CfgNode, whole: Distiller, name: str) -> FrozenSet[str]:
     """What one head reads of both views, where `whole.members` is what all of them read."""
     pair = describe_pair(cfg, whole.student, whole.teacher.model)
-    return required_members(type(whole.heads[name]), pair)
+    return required_members(type(whole.heads[name]), cfg, pair)
 
 
 def training_step(cfg: CfgNode, model: nn.Module, batch: Batch, trainer: type) -> Step:

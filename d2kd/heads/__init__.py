@@ -1,11 +1,20 @@
 from .amd import AMDHead
-from .build import DISTILL_HEAD_REGISTRY, DetectorInfo, DistillPair, build_head, head_class
+from .bckd import BCKDHead
+from .build import DISTILL_HEAD_REGISTRY, DetectorInfo, build_head, head_class
 from .ckd import CKDHead
+from .crosskd import CrossKDHead
+from .cwd import CWDHead
 from .dfmsd import DFMSDHead
+from .dist import DISTHead
+from .dkd import DKDHead
 from .dmkd import DMKDHead
+from .fgd import FGDHead
+from .mar import MARHead
 from .mgd import MGDHead
 from .mld import MLDHead
+from .pairs import DistillPair
 from .pkd import PKDHead
+from .reviewkd import ReviewKDHead
 from .roi_cls import RoIClsHead
 from .roi_fi import RoIFIHead
 from .roi_loc import RoILocHead

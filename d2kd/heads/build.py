@@ -1,16 +1,15 @@
 """The contract of a distillation head, and how YAML names one."""
 
 import difflib
-from dataclasses import dataclass
-from typing import FrozenSet, List, Tuple, Type
+from typing import FrozenSet, Iterable, List, Optional, Type
 
 from fvcore.common.registry import Registry
 from torch import nn
 
 from detectron2.config import CfgNode
 
-from ..pyramid import LevelPair
 from ..views import DetectorInfo
+from .pairs import ANY_PAIR, DistillPair
 
 DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
 DISTILL_HEAD_REGISTRY.__doc__ = """
@@ -21,10 +20,12 @@ A head is an nn.Module with
 
 * `add_config(node)`, a static method that writes its keys and defaults into `DISTILL.<NAME>`,
   LOSS_WEIGHT among them;
+* `pairs`, the kinds of detectors it takes, out of d2kd/heads/pairs.py (default: ANY_PAIR);
 * `requires`, a frozenset of what it reads of both detectors' views: "features", "dense",
-  "roi_features", "roi_predictions", "regions", "region_vectors" (default: "features"), or a static
-  method that tells it from the :class:`DistillPair`; `requires_logits = True` where the two
-  detectors' classes must be the same;
+  "roi_features", "roi_predictions", "regions", "region_vectors", "anchor_labels", "tower_<depth>"
+  (default: "features"), or a static method that tells it from the config and the
+  :class:`DistillPair`; `requires_logits = True` where class logits are compared one by one, so that
+  the two detectors' classes, and a dense pair's anchors, must be the same;
 * `__init__`, made @configurable, with `from_config(cls, cfg, pair)`: `pair` is a
   :class:`DistillPair`;
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with
@@ -35,19 +36,14 @@ A head is an nn.Module with
 It may leave maps of its latest batch in `self.maps`, {name: {level: (N, 1, Hi, Wi), or coarser,
 detached}}: they are drawn in the picture of the run (VIS_PERIOD).
 
+`zero_at_equal = True` promises a loss of 0, when the head is new, between two detectors that are
+the same. `TestMyHead = d2kd.conformance.conformance("MyHead")` in a test file holds a head to all
+of this.
+
 The head's own parameters (adapters, generators) are trained with the student, saved under
 "distill_heads" and dropped from the product. Those that it names in `no_weight_decay` are not
 decayed.
 """
-
-
-@dataclass(frozen=True)
-class DistillPair:
-    """A student, a teacher, and the levels on which the one learns from the other."""
-
-    student: DetectorInfo
-    teacher: DetectorInfo
-    levels: Tuple[LevelPair, ...]
 
 
 def head_names() -> List[str]:
@@ -78,32 +74,67 @@ def build_head(name: str, cfg: CfgNode, pair: DistillPair) -> nn.Module:
     Build the head `name` of DISTILL.HEADS for a pair of detectors.
 
     Raises:
-        ValueError: the head is unknown, or needs what one of the detectors cannot give
+        ValueError: the head is unknown, or does not take such a pair; the error names those that do
     """
-    cls = head_class(name)
-    for side, detector in (("student", pair.student), ("teacher", pair.teacher)):
-        missing = required_members(cls, pair) - detector.members
+    problem = misfit(name, cfg, pair)
+    if problem:
+        raise ValueError(f"DISTILL.HEADS: {problem} Heads that fit: {_listed(fitting(cfg, pair))}.")
+    return head_class(name)(cfg, pair)
+
+
+def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
+    """Why the head cannot take the pair, a sentence; None: it can."""
+    cls, student, teacher = head_class(name), pair.student, pair.teacher
+    names = f"teacher {teacher.name}, student {student.name}"
+    pairs = getattr(cls, "pairs", ANY_PAIR)
+    if pair.kind not in pairs:
+        return f"{name} takes {_listed(pairs)}; this is {pair.kind} ({names})."
+    for side, detector in (("student", student), ("teacher", teacher)):
+        missing = required_members(cls, cfg, pair) - detector.members
         if missing:
-            raise ValueError(
-                f"DISTILL.HEADS: {name} needs {_listed(missing)}; the {side} {detector.name} has "
-                f"none. It has {_listed(detector.members)}."
+            return (
+                f"{name} needs {_listed(missing)}; the {side} {detector.name} has none. It has "
+                f"{_listed(detector.members)}."
             )
     if getattr(cls, "requires_logits", False):
-        classes = pair.student.num_classes, pair.teacher.num_classes
-        if classes[0] != classes[1]:
-            raise ValueError(
-                f"DISTILL.HEADS: {name} compares class logits, but the student has {classes[0]} "
-                f"classes and the teacher {classes[1]}. Use a teacher of the same classes, or "
-                "heads that read features alone, such as MGD or PKD."
-            )
-    return cls(cfg, pair)
+        return _other_logits(name, student, teacher, dense=pair.kind == "dense -> dense")
+    return None
 
 
-def required_members(head: Type[nn.Module], pair: DistillPair) -> FrozenSet[str]:
+def _other_logits(
+    name: str, student: DetectorInfo, teacher: DetectorInfo, dense: bool
+) -> Optional[str]:
+    if student.num_classes != teacher.num_classes:
+        return (
+            f"{name} compares class logits, but the student has {student.num_classes} classes and "
+            f"the teacher {teacher.num_classes}."
+        )
+    if dense and student.num_anchors != teacher.num_anchors:
+        return (
+            f"{name} compares logits cell by cell, but the student has {student.num_anchors} "
+            f"anchors per cell and the teacher {teacher.num_anchors} (MODEL.ANCHOR_GENERATOR)."
+        )
+    return None
+
+
+def fitting(cfg: CfgNode, pair: DistillPair) -> List[str]:
+    """Names of the heads that can be built for the pair, with the keys of cfg."""
+    names = []
+    for name in head_names():
+        try:
+            if misfit(name, cfg, pair) is None:
+                head_class(name).from_config(cfg, pair)
+                names.append(name)
+        except ValueError:  # what from_config has to say against the pair
+            pass
+    return names
+
+
+def required_members(head: Type[nn.Module], cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
     """What the head reads of both views of this pair."""
     requires = getattr(head, "requires", {"features"})
-    return frozenset(requires(pair) if callable(requires) else requires)
+    return frozenset(requires(cfg, pair) if callable(requires) else requires)
 
 
-def _listed(names: FrozenSet[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))

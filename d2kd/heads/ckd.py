@@ -1,4 +1,4 @@
-from typing import Dict, FrozenSet
+from typing import Dict
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,10 @@ from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils import comm
 
 from ..checks import check_choice, check_temperature
-from ..layers import PerAnchorLinear, gather_rows
+from ..layers import PerAnchorLinear, gather_rows, unit_vectors
 from ..views import DetectorView, Regions, RegionSampler
-from .build import DISTILL_HEAD_REGISTRY, DistillPair
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import ANY_PAIR, DistillPair
 
 PROJECTIONS = ("student", "shared")
 
@@ -27,6 +28,10 @@ class CKDHead(nn.Module):
     Shapes: R regions; M regions of all processes; Q keys in the queue; Cs, Ct length of the
     vectors; D of what is compared: Ct, or that of the shared projection.
     """
+
+    # The proposals of a two-stage student come from no cell of a dense teacher.
+    pairs = ANY_PAIR - {"dense -> two-stage"}
+    requires = frozenset({"regions", "region_vectors"})
 
     @configurable
     def __init__(
@@ -83,16 +88,6 @@ class CKDHead(nn.Module):
         # Length of the vectors after the shared projection
         node.SHARED_CHANNELS = 128
 
-    @staticmethod
-    def requires(pair: DistillPair) -> FrozenSet[str]:
-        student, teacher = pair.student, pair.teacher
-        if student.two_stage and not teacher.two_stage:
-            raise ValueError(
-                f"DISTILL.HEADS: CKD of a two-stage student ({student.name}) needs a two-stage "
-                f"teacher; the proposals come from no cell of {teacher.name}. SGFI takes this pair."
-            )
-        return frozenset({"regions", "region_vectors"})
-
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node, student, teacher = cfg.DISTILL.CKD, pair.student, pair.teacher
@@ -138,8 +133,8 @@ class CKDHead(nn.Module):
             queries, keys = self.shared(queries), self.shared(keys)
         # exp(1 / 0.07) is 25 times what half precision holds.
         with torch.autocast(queries.device.type, enabled=False):
-            keys = torch.cat([_unit(keys), self.queue])
-            loss = self._info_nce(_unit(queries), keys, regions, same_cell=not teacher.two_stage)
+            keys = torch.cat([unit_vectors(keys), self.queue])
+            loss = self._info_nce(unit_vectors(queries), keys, regions, same_cell=not teacher.two_stage)
         # Not written in place: the loss's backward needs them, so they cost no memory of their own.
         self.queue = keys[: self.queue_size].detach()
         return {"loss_ckd": loss}
@@ -176,16 +171,6 @@ class CKDHead(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.queue = state[: self.queue_size].to(self.queue.device)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """
-    Rows of length 1, float32. A row of zeros, where all of a ReLU is dead, stays one and gets no
-    gradient: 1 / length would overflow half precision, and with it the whole step.
-    """
-    x = x.float()
-    length = x.norm(dim=1, keepdim=True)
-    return x / length.clamp(min=1e-6) * (length > 1e-6)
 
 
 def _check_cells(pair: DistillPair) -> None:

@@ -15,7 +15,8 @@ from ..layers import (
 )
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY, DistillPair
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

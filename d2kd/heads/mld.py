@@ -9,7 +9,8 @@ from ..checks import check_choice, check_temperature
 from ..layers import mean_one_softmax
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY, DistillPair
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import SAME_KIND, DistillPair
 
 GUIDES = ("features", "logits")
 
@@ -27,7 +28,9 @@ class MLDHead(nn.Module):
     Shapes: N images; A anchors, K classes; Hi, Wi height and width of level i; R proposals.
     """
 
+    pairs = SAME_KIND
     requires_logits = True
+    zero_at_equal = True
 
     @configurable
     def __init__(
@@ -55,15 +58,8 @@ class MLDHead(nn.Module):
         self.temperature = temperature
 
     @staticmethod
-    def requires(pair: DistillPair) -> FrozenSet[str]:
-        sides = pair.student, pair.teacher
-        if sides[0].two_stage != sides[1].two_stage:
-            raise ValueError(
-                "DISTILL.HEADS: MLD compares two dense or two two-stage detectors, but the student "
-                f"is {sides[0].name} and the teacher {sides[1].name}. Heads that read features "
-                "alone, such as DFMSD or PKD, take any pair."
-            )
-        return frozenset({"features", "roi_predictions" if sides[0].two_stage else "dense"})
+    def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
+        return frozenset({"features", "roi_predictions" if pair.student.two_stage else "dense"})
 
     @staticmethod
     def add_config(node: CfgNode) -> None:
@@ -88,17 +84,10 @@ class MLDHead(nn.Module):
                 f"DISTILL.MLD.GUIDE is 'features', but student and teacher have other channels at "
                 f"{', '.join(unequal)}. Set it to 'logits'."
             )
-        anchors = pair.student.num_anchors, pair.teacher.num_anchors
-        if not pair.student.two_stage and anchors[0] != anchors[1]:
-            raise ValueError(
-                "DISTILL.HEADS: MLD compares logits cell by cell, but the student has "
-                f"{anchors[0]} anchors per cell and the teacher {anchors[1]} "
-                "(MODEL.ANCHOR_GENERATOR)."
-            )
         check_temperature("DISTILL.MLD.MASK_TEMPERATURE", node.MASK_TEMPERATURE)
         check_temperature("DISTILL.MLD.TEMPERATURE", node.TEMPERATURE)
         return {
-            "levels": pair.levels,
+            "levels": pair.levels if pair.student.two_stage else pair.dense_levels,
             "two_stage": pair.student.two_stage,
             "guide": node.GUIDE,
             "mask_temperature": node.MASK_TEMPERATURE,
@@ -123,16 +112,11 @@ class MLDHead(nn.Module):
 
     def _on_cells(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         ours, theirs = student.dense(), teacher.dense()
-        logits = dict(zip(ours.levels, ours.logits))
-        targets = dict(zip(theirs.levels, theirs.logits))
-        pairs = [p for p in self.levels if p.student in logits and p.teacher in targets]
-        assert pairs, (
-            f"DISTILL.LEVELS: MLD has no level to compare; the student predicts on "
-            f"{', '.join(logits)}, the teacher on {', '.join(targets)}"
-        )
         num_anchors = student.num_anchors(student.detector)
         losses, positives = {}, 0.0
-        for pair, (level, x, target) in zip(pairs, match_levels(pairs, logits, targets)):
+        logits, targets = ours.by_level(ours.logits), theirs.by_level(theirs.logits)
+        matched = match_levels(self.levels, logits, targets)
+        for pair, (level, x, target) in zip(self.levels, matched):
             x, target = x.float(), target.detach().float()
             inside = student.inside_image(level, like=x)
             if self.guide == "features":

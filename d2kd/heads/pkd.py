@@ -8,7 +8,8 @@ from detectron2.config import CfgNode, configurable
 from ..layers import build_adapters, standardise
 from ..pyramid import LevelPair, make_pair, match_levels
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY, DistillPair
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -20,6 +21,8 @@ class PKDHead(nn.Module):
 
     Shapes: N images; Cs, Ct student and teacher channels; Hi, Wi height and width of level i.
     """
+
+    zero_at_equal = True
 
     @configurable
     def __init__(self, *, levels: Sequence[LevelPair], resize: bool):

@@ -7,7 +7,8 @@ from detectron2.config import CfgNode, configurable
 
 from ..checks import check_temperature
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY, DistillPair
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import TWO_STAGE, DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -20,8 +21,10 @@ class RoIClsHead(nn.Module):
     Shapes: R proposals; K classes.
     """
 
+    pairs = TWO_STAGE
     requires = frozenset({"regions", "roi_predictions"})
     requires_logits = True
+    zero_at_equal = True
 
     @configurable
     def __init__(self, *, temperature: float):

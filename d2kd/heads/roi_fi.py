@@ -6,7 +6,8 @@ from detectron2.config import CfgNode, configurable
 
 from ..layers import build_adapter
 from ..views import DetectorView, RegionSampler
-from .build import DISTILL_HEAD_REGISTRY, DistillPair
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -20,6 +21,7 @@ class RoIFIHead(nn.Module):
     """
 
     requires = frozenset({"features", "roi_features", "regions"})
+    zero_at_equal = True  # the adapter starts as the identity
 
     @configurable
     def __init__(self, *, student_channels: int, teacher_channels: int, sampler: RegionSampler):

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode, configurable
 
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY, DistillPair
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import TWO_STAGE, DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -19,8 +20,10 @@ class RoILocHead(nn.Module):
     Shapes: R proposals; K classes.
     """
 
+    pairs = TWO_STAGE
     requires = frozenset({"regions", "roi_predictions"})
     requires_logits = True
+    zero_at_equal = True
 
     @configurable
     def __init__(self):

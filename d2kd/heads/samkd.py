@@ -24,7 +24,8 @@ from ..layers import (
 )
 from ..pyramid import LevelPair, match_inside
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY, DistillPair
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import DistillPair
 
 HIERARCHIES = ("pool", "window")
 

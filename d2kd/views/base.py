@@ -25,7 +25,7 @@ DETECTOR_VIEW_REGISTRY.__doc__ = """
 Registry of views: how d2kd reads a detector of one family.
 
 A view is registered under the class name of a meta-architecture and serves its subclasses too. It
-is called as `View(detector, batched_inputs)` and subclasses :class:`DetectorView`.
+is called as `View(detector, batched_inputs, reads)` and subclasses :class:`DetectorView`.
 """
 
 
@@ -63,10 +63,20 @@ class DetectorView(Recording):
 
     members: FrozenSet[str] = frozenset({"features"})
 
-    def __init__(self, detector: nn.Module, batched_inputs: List[Dict[str, Any]]):
+    def __init__(
+        self,
+        detector: nn.Module,
+        batched_inputs: List[Dict[str, Any]],
+        reads: FrozenSet[str] = frozenset(),
+    ):
+        """
+        Args:
+            reads: members that a teacher will be asked for, so that one pass gives all of them
+        """
         super().__init__()
         self.detector = detector
         self.batched_inputs = batched_inputs
+        self.reads = reads
 
     # What is known of the detector, whatever the batch -------------------------------------------
 

@@ -1,22 +1,33 @@
 """RetinaNet and FCOS: detectors that predict at every cell of the pyramid."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, FrozenSet, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from .anchor_labels import AnchorLabels, Listener
 from .base import DETECTOR_VIEW_REGISTRY, DetectorView
 from .info import DetectorInfo
-from .parts import ROI_SIZE, DensePredictions, unaliased
+from .parts import ROI_SIZE, DensePredictions, map_of_rows, rows_of_map, unaliased
 from .region_sampler import RegionSampler
 from .regions import Regions
+from .towers import Towers, depth_of, hook_towers, predict_from
 
 
 class DenseView(DetectorView):
     """A view of RetinaNet, FCOS and what derives from them."""
 
-    members = frozenset({"features", "dense", "roi_features", "regions", "region_vectors"})
+    members = frozenset(
+        {"features", "dense", "roi_features", "regions", "region_vectors", "anchor_labels"}
+    )
+
+    @classmethod
+    def members_of(cls, detector: nn.Module) -> FrozenSet[str]:
+        """And "tower_1" to "tower_4", or as many convolutions as its towers have."""
+        depths = range(1, depth_of(detector.head) + 1)
+        return cls.members | {f"tower_{depth}" for depth in depths}
 
     @staticmethod
     def num_classes(detector: nn.Module) -> int:
@@ -44,10 +55,76 @@ class DenseView(DetectorView):
         vectors = [x[image[i], :, source.y[i], source.x[i]] for x, i in zip(dense.tower, rows)]
         return torch.cat(vectors)[torch.cat(rows).argsort()]  # back in the regions' order
 
+    def anchor_labels(self) -> AnchorLabels:
+        """What the student's own loss takes its anchors for; a teacher has none."""
+        labels = self._part("anchor_labels")
+        num_classes = self.num_classes(self.detector)
+        maps = self.dense().deltas
+        return self._once(
+            "anchor_labels", lambda: AnchorLabels.from_lists(labels, maps, num_classes)
+        )
+
+    def towers(self, depth: int) -> Towers:
+        """
+        The towers of the head after `depth` convolutions, a member called "tower_<depth>".
+
+        Of a teacher whose `reads` do not name it, the head is run once more.
+        """
+        name = f"tower_{depth}"
+        if not self._is_student and name not in self._recorded:
+            if name not in self.reads:
+                self._recorded.pop("dense", None)
+                self.reads = self.reads | {name}
+            self.dense()
+        return self._part(name)
+
+    def predict_from(self, depth: int, towers: Towers) -> DensePredictions:
+        """
+        What the rest of this detector's head makes of another's towers after `depth` convolutions,
+        with gradient. `tower` of the answer is empty.
+        """
+        logits, deltas, centerness = predict_from(self.detector.head, depth, towers)
+        return DensePredictions(self.pooled_levels(), logits, deltas, [], centerness)
+
+    def boxes(self, deltas: Sequence[Tensor]) -> List[Tensor]:
+        """
+        Decode box deltas of all levels of `dense`.
+
+        Args:
+            deltas: per level (N, A*4, Hi, Wi)
+
+        Returns:
+            XYXY in input pixels, of the same shape, float32 also under AMP
+        """
+        anchors, decoded = self.detector.anchor_generator(list(deltas)), []
+        for x, level in zip(deltas, anchors):
+            rows = rows_of_map(x.float(), 4)  # (N, Hi*Wi*A, 4)
+            repeated = level.tensor.repeat(len(x), 1)
+            boxes = self.detector.box2box_transform.apply_deltas(rows.flatten(0, 1), repeated)
+            decoded.append(map_of_rows(boxes.view_as(rows), x))
+        return decoded
+
     def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
         # What it predicts is where its regions come from.
-        dense = {"dense"} if members & {"regions", "region_vectors"} else set()
-        return super()._add_hooks(members | dense)
+        from_dense = members & {"regions", "region_vectors", "anchor_labels"} or _depths(members)
+        handles = super()._add_hooks(members | {"dense"} if from_dense else members)
+        if "anchor_labels" in members:
+            handles.append(Listener(self.detector, "label_anchors", self._on_labels))
+        return handles
+
+    def _on_labels(self, answer: Any) -> None:
+        self._keep("anchor_labels", answer[0], answer[0])
+
+    def _hook_dense(self) -> List[Any]:
+        handles, head = super()._hook_dense(), self.detector.head
+        for depth in _depths(self.reads):
+            towers = Towers([], [])
+            keep = partial(self._keep_towers, depth, towers)
+            handles += hook_towers(head, depth, towers) + [head.register_forward_hook(keep)]
+        return handles
+
+    def _keep_towers(self, depth: int, towers: Towers, *_: Any) -> None:
+        self._keep(f"tower_{depth}", towers, towers.classes + towers.boxes)
 
     def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
         head = self.detector.head
@@ -65,6 +142,11 @@ class DenseView(DetectorView):
 
     def pooled_levels(self) -> Sequence[str]:
         return list(self.detector.head_in_features)
+
+
+def _depths(members: FrozenSet[str]) -> List[int]:
+    """Of the members called "tower_<depth>"."""
+    return sorted(int(x[len("tower_") :]) for x in members if x.startswith("tower_"))
 
 
 for _name in ("RetinaNet", "FCOS"):

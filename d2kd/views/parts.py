@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class DensePredictions:
     deltas: List[Tensor]
     tower: List[Tensor]
     centerness: Optional[List[Tensor]] = None
+
+    def by_level(self, maps: Sequence[Tensor]) -> Dict[str, Tensor]:
+        """One of these lists, or one made from it, by the names of the levels."""
+        return dict(zip(self.levels, maps))
 
 
 @dataclass
@@ -58,6 +62,17 @@ def unaliased(logits: Sequence[Tensor], num_classes: int) -> List[Tensor]:
         x.clone() if x.shape[1] == num_classes or x.shape[2] * x.shape[3] == 1 else x
         for x in logits
     ]
+
+
+def rows_of_map(x: Tensor, entries: int) -> Tensor:
+    """(N, A*entries, Hi, Wi) -> (N, Hi*Wi*A, entries), Detectron2's order of anchors."""
+    return x.unflatten(1, (-1, entries)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+
+def map_of_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """(N, Hi*Wi*A, entries) -> (N, A*entries, Hi, Wi), the inverse of rows_of_map."""
+    maps = rows.unflatten(1, (*like.shape[-2:], -1)).permute(0, 3, 4, 1, 2)
+    return maps.flatten(1, 2)
 
 
 def cells_inside(

@@ -37,6 +37,8 @@ class RCNNView(DetectorView):
     @classmethod
     def info(cls, detector: nn.Module) -> DetectorInfo:
         info = super().info(detector)
+        if "dense" in info.members:
+            info = replace(info, dense_levels=tuple(detector.proposal_generator.in_features))
         if "roi_predictions" not in info.members:
             return info
         predictor, has_vectors = _predictor(detector), "region_vectors" in info.members

@@ -22,6 +22,7 @@ class Recording:
         self._versions: Dict[str, List[Tuple[Tensor, int]]] = {}
         self._answers: Dict[Hashable, Any] = {}
         self._is_student = False
+        self.reads: FrozenSet[str] = frozenset()
 
     @contextmanager
     def record(self, members: FrozenSet[str]) -> Iterator[None]:
@@ -31,6 +32,7 @@ class Recording:
         Hooks are removed on leaving, so a student outside this block is a stock detector.
         """
         self._is_student = True
+        self.reads = members
         handles = self._add_hooks(members)
         try:
             yield

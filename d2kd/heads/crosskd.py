@@ -1,0 +1,158 @@
+from typing import Dict, FrozenSet, Sequence
+
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+
+from ..checks import check_choice
+from ..layers import (
+    difference_weighted,
+    giou_distance,
+    largest_probability,
+    log_iou_distance,
+    standardise,
+)
+from ..processes import mean_over_processes
+from ..pyramid import LevelPair, match_levels
+from ..views import DetectorView
+from ..views.towers import Towers
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import DENSE, DistillPair
+
+BOX_LOSSES = {"giou": giou_distance, "log_iou": log_iou_distance}
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class CrossKDHead(nn.Module):
+    """
+    Cross-head distillation, https://arxiv.org/abs/2306.11369 (exact, written from its equations):
+    what the student's head has made of its features by half way is handed to the rest of the
+    teacher's head; the predictions which come out there imitate the teacher's. The student's own
+    predictions are left to the ground truth.
+
+    Shapes: N images; A anchors, K classes; C channels of the towers; Hi, Wi of level i.
+    """
+
+    pairs = DENSE
+    requires_logits = True
+    zero_at_equal = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        levels: Sequence[LevelPair],
+        num_anchors: int,
+        depth: int = 3,
+        box_loss: str = "giou",
+        box_weight: float = 1.0,
+    ):
+        """
+        Args:
+            levels: the pairs of levels on which both predict
+            num_anchors: per cell
+            depth: convolutions of the student's towers before the teacher's take over
+            box_loss: "giou" or "log_iou"
+            box_weight: of the boxes, beside the classes
+        """
+        super().__init__()
+        self.levels = levels
+        self.num_anchors = num_anchors
+        self.depth = depth
+        self.box_loss = box_loss
+        self.box_weight = box_weight
+
+    @staticmethod
+    def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
+        return frozenset({"dense", "anchor_labels", f"tower_{cfg.DISTILL.CrossKD.DEPTH}"})
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        # Published for RetinaNet: 1; FCOS: 0.4 for the classes and 0.75 for the boxes, which is
+        # LOSS_WEIGHT 0.4 and BOX_WEIGHT 1.875
+        node.LOSS_WEIGHT = 1.0
+        # Of the boxes, beside the classes
+        node.BOX_WEIGHT = 1.0
+        # i, how many of the student's convolutions in each tower; RetinaNet 3 (of 4), FCOS 2
+        node.DEPTH = 3
+        # "giou", 1 - GIoU (RetinaNet), or "log_iou", -log(IoU) (FCOS)
+        node.BOX_LOSS = "giou"
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+        node, student, teacher = cfg.DISTILL.CrossKD, pair.student, pair.teacher
+        check_choice("DISTILL.CrossKD.BOX_LOSS", node.BOX_LOSS, sorted(BOX_LOSSES))
+        strides = [[x.shapes[k].stride for k in x.dense_levels] for x in (student, teacher)]
+        if strides[0] != strides[1]:
+            raise ValueError(
+                "DISTILL.HEADS: CrossKD hands each level on to the teacher's head, but the student "
+                f"predicts at the strides {strides[0]} and the teacher at {strides[1]}."
+            )
+        if student.vector_channels != teacher.vector_channels:
+            raise ValueError(
+                "DISTILL.HEADS: CrossKD puts the student's tower into the teacher's head, but the "
+                f"student's has {student.vector_channels} channels and the teacher's "
+                f"{teacher.vector_channels}."
+            )
+        return {
+            "levels": pair.dense_levels,
+            "num_anchors": student.num_anchors,
+            "depth": node.DEPTH,
+            "box_loss": node.BOX_LOSS,
+            "box_weight": node.BOX_WEIGHT,
+        }
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
+        """
+        Args:
+            student, teacher: views with towers (N, C, Hi, Wi), logits (N, A*K, Hi, Wi) and deltas
+                (N, A*4, Hi, Wi)
+
+        Returns:
+            {"loss_crosskd_cls", "loss_crosskd_box": {level: scalar}}. cls: |p_t - p| BCE(p, p_t),
+            summed over the anchors that the student's own loss counts, and classes, divided by its
+            positive anchors. box: the distance of the decoded boxes, a mean weighted by the
+            teacher's largest class probability, times box_weight.
+        """
+        ours, theirs, labels = student.dense(), teacher.dense(), student.anchor_labels()
+        crossed = teacher.predict_from(self.depth, self._aligned(student, teacher))
+        pairs = (
+            (crossed.logits, theirs.logits),
+            (teacher.boxes(crossed.deltas), teacher.boxes(theirs.deltas)),
+            (labels.maps, theirs.deltas),  # what both have of a level
+        )
+        matched = zip(
+            *(match_levels(self.levels, ours.by_level(x), theirs.by_level(y)) for x, y in pairs)
+        )
+        cls, box, total = {}, {}, 0.0
+        for (level, x, target), (_, boxes, target_boxes), (_, label, _) in matched:
+            inside = student.inside_image(level, like=x)
+            counted = label >= 0 if inside is None else (label >= 0) & inside  # (N, A, H, W)
+            classes = difference_weighted(x, target).unflatten(1, (self.num_anchors, -1))
+            cls[level] = (classes.sum(dim=2) * counted).sum() / labels.mean_positives
+            weight = largest_probability(target, self.num_anchors) * counted
+            distance = BOX_LOSSES[self.box_loss](boxes, target_boxes, self.num_anchors)
+            box[level] = self.box_weight * (distance * weight).sum()
+            total = total + weight.sum()
+        total = mean_over_processes(total).clamp(min=1)
+        return {
+            "loss_crosskd_cls": cls,
+            "loss_crosskd_box": {level: x / total for level, x in box.items()},
+        }
+
+    def _aligned(self, student: DetectorView, teacher: DetectorView) -> Towers:
+        """The student's towers, with the mean and deviation of the teacher's in every channel."""
+        ours, theirs = student.towers(self.depth), teacher.towers(self.depth)
+        return Towers(
+            [_align(x, y) for x, y in zip(ours.classes, theirs.classes)],
+            [_align(x, y) for x, y in zip(ours.boxes, theirs.boxes)],
+        )
+
+
+def _align(x: Tensor, like: Tensor) -> Tensor:
+    """(N, C, H, W) each; sizes may differ."""
+    like = like.detach().float()
+    mean = like.mean(dim=(0, 2, 3), keepdim=True)
+    # A single value has no deviation.
+    std = like.std(dim=(0, 2, 3), keepdim=True) if like[:, 0].numel() > 1 else 0.0
+    return standardise(x.float()) * std + mean

@@ -1,0 +1,131 @@
+from typing import Dict, FrozenSet, Sequence, Tuple, Union
+
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+
+from detectron2.config import CfgNode, configurable
+
+from ..checks import check_temperature
+from ..pyramid import LevelPair, match_levels
+from ..views import DetectorView
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import SAME_KIND, DistillPair
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class DISTHead(nn.Module):
+    """
+    DIST, https://arxiv.org/abs/2205.10536 (exact, after the authors' released code): class
+    probabilities are to correlate with the teacher's, over the classes of each prediction (inter)
+    and over the predictions of each class (intra); their values are free.
+
+    Two-stage pairs compare the softmax of the student's own sampled proposals; dense ones the
+    sigmoids of every cell, of all its anchors in one row.
+
+    Shapes: R proposals; K classes; N images; A anchors; Hi, Wi height and width of level i.
+    """
+
+    pairs = SAME_KIND
+    requires_logits = True
+    zero_at_equal = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        levels: Sequence[LevelPair],
+        two_stage: bool,
+        inter_weight: float = 1.0,
+        intra_weight: float = 1.0,
+        temperature: float = 1.0,
+    ):
+        """
+        Args:
+            levels: the pairs of levels on which both predict; not read of two-stage pairs
+            two_stage: compare the heads on regions, not the dense ones
+            inter_weight, intra_weight: of the two correlations
+            temperature: divides the logits of both, > 0
+        """
+        super().__init__()
+        self.levels = levels
+        self.two_stage = two_stage
+        self.inter_weight = inter_weight
+        self.intra_weight = intra_weight
+        self.temperature = temperature
+
+    @staticmethod
+    def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
+        return frozenset({"regions", "roi_predictions"} if pair.student.two_stage else {"dense"})
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        node.LOSS_WEIGHT = 1.0
+        # beta
+        node.INTER_WEIGHT = 1.0
+        # gamma
+        node.INTRA_WEIGHT = 1.0
+        # tau
+        node.TEMPERATURE = 1.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+        node, two_stage = cfg.DISTILL.DIST, pair.student.two_stage
+        check_temperature("DISTILL.DIST.TEMPERATURE", node.TEMPERATURE)
+        return {
+            "levels": () if two_stage else pair.dense_levels,
+            "two_stage": two_stage,
+            "inter_weight": node.INTER_WEIGHT,
+            "intra_weight": node.INTRA_WEIGHT,
+            "temperature": node.TEMPERATURE,
+        }
+
+    def forward(
+        self, student: DetectorView, teacher: DetectorView
+    ) -> Dict[str, Union[Tensor, Dict[str, Tensor]]]:
+        """
+        Args:
+            student, teacher: views with logits: (R, K+1), or dense ones (N, A*K, Hi, Wi)
+
+        Returns:
+            {"loss_dist_inter", "loss_dist_intra": scalar, or of dense pairs {level: scalar}}: 1
+            minus Pearson's correlation, averaged over predictions and over classes, each
+            multiplied by its weight
+        """
+        if self.two_stage:
+            inter, intra = self._on_regions(student, teacher)
+        else:
+            inter, intra = self._on_cells(student, teacher)
+        return {"loss_dist_inter": inter, "loss_dist_intra": intra}
+
+    def _on_regions(self, student: DetectorView, teacher: DetectorView) -> Tuple[Tensor, Tensor]:
+        regions = student.regions()
+        x, target = (
+            (view.float() / self.temperature).softmax(dim=1)
+            for view in (
+                student.roi_predictions().logits,
+                teacher.roi_predictions(regions.boxes).logits.detach(),
+            )
+        )
+        inter = distance(x, target, dims=(1,)).sum() / regions.mean_count
+        # Without proposals no class has anything to correlate; the zero keeps its gradient.
+        intra = distance(x, target, dims=(0,)).mean() * min(len(x), 1)
+        return self.inter_weight * inter, self.intra_weight * intra
+
+    def _on_cells(
+        self, student: DetectorView, teacher: DetectorView
+    ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+        ours, theirs = student.dense(), teacher.dense()
+        logits, targets = ours.by_level(ours.logits), theirs.by_level(theirs.logits)
+        inter, intra = {}, {}
+        for level, x, target in match_levels(self.levels, logits, targets):
+            x, target = ((v.float() / self.temperature).sigmoid() for v in (x, target.detach()))
+            inter[level] = self.inter_weight * distance(x, target, dims=(1,)).mean()
+            intra[level] = self.intra_weight * distance(x, target, dims=(0, 2, 3)).mean()
+        return inter, intra
+
+
+def distance(x: Tensor, target: Tensor, dims: Tuple[int, ...]) -> Tensor:
+    """1 - Pearson's correlation over `dims`, which are gone; 1 where one side does not vary."""
+    x, target = (v - v.mean(dim=dims, keepdim=True) for v in (x, target))
+    norms = vector_norm(x, dim=dims) * vector_norm(target, dim=dims)
+    return 1 - (x * target).sum(dim=dims) / (norms + 1e-8)

@@ -1,0 +1,110 @@
+from typing import Dict, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detectron2.config import CfgNode, configurable
+
+from ..checks import check_temperature
+from ..views import DetectorView
+from .build import DISTILL_HEAD_REGISTRY
+from .pairs import TWO_STAGE, DistillPair
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class DKDHead(nn.Module):
+    """
+    Decoupled Knowledge Distillation, https://arxiv.org/abs/2203.08679 (exact, after the authors'
+    released detection code, but finite at any logits): of the class probabilities of the student's
+    own sampled proposals, imitate apart how sure the teacher is of the true class, and how it
+    shares out the rest among the others.
+
+    Shapes: R proposals; K classes, to which background is added.
+    """
+
+    pairs = TWO_STAGE
+    requires = frozenset({"regions", "roi_predictions"})
+    requires_logits = True
+    zero_at_equal = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        target_weight: float = 1.0,
+        non_target_weight: float = 0.25,
+        temperature: float = 1.0,
+    ):
+        """
+        Args:
+            target_weight, non_target_weight: of the two parts
+            temperature: divides the logits of both, > 0
+        """
+        super().__init__()
+        self.target_weight = target_weight
+        self.non_target_weight = non_target_weight
+        self.temperature = temperature
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        node.LOSS_WEIGHT = 1.0
+        # alpha, of the true class (TCKD)
+        node.TARGET_WEIGHT = 1.0
+        # beta, of the others (NCKD)
+        node.NON_TARGET_WEIGHT = 0.25
+        # T
+        node.TEMPERATURE = 1.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+        node = cfg.DISTILL.DKD
+        check_temperature("DISTILL.DKD.TEMPERATURE", node.TEMPERATURE)
+        return {
+            "target_weight": node.TARGET_WEIGHT,
+            "non_target_weight": node.NON_TARGET_WEIGHT,
+            "temperature": node.TEMPERATURE,
+        }
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
+        """
+        Args:
+            student, teacher: views with logits (R, K+1), background last
+
+        Returns:
+            {"loss_dkd_target", "loss_dkd_non_target": scalar}, temperature^2 KL(teacher || student)
+            of (true class, all others) and among all others, averaged over proposals, each
+            multiplied by its weight
+        """
+        regions = student.regions()
+        labels = torch.cat([x.gt_classes for x in student.sampled_proposals])
+        ours = decouple(student.roi_predictions().logits, labels, self.temperature)
+        theirs = decouple(teacher.roi_predictions(regions.boxes).logits, labels, self.temperature)
+        scale = self.temperature**2 / regions.mean_count
+        target, non_target = (
+            scale * F.kl_div(x, y.detach(), reduction="sum", log_target=True)
+            for x, y in zip(ours, theirs)
+        )
+        return {
+            "loss_dkd_target": self.target_weight * target,
+            "loss_dkd_non_target": self.non_target_weight * non_target,
+        }
+
+
+def decouple(logits: Tensor, labels: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
+    """
+    Args:
+        logits: (R, K+1)
+        labels: (R,), the true class of each proposal, K for background
+
+    Returns:
+        log-probabilities (R, 2) of the true class and of all others together, and (R, K) of the
+        others among themselves. Sums of exponentials are kept as logarithms all the way: as a
+        probability, 1 - p of a class at +120 is 0, and its logarithm infinite.
+    """
+    logits = logits.float() / temperature
+    own = labels[:, None]
+    rest = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
+    others = logits.gather(1, rest + (rest >= own))  # all columns but the true class's
+    both = torch.cat([logits.gather(1, own), others.logsumexp(dim=1, keepdim=True)], dim=1)
+    return both.log_softmax(dim=1), others.log_softmax(dim=1)

@@ -1,0 +1,66 @@
+"""Imitating what a teacher says of each anchor: a probability for every class, and a box."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import generalized_box_iou_loss
+
+
+def difference_weighted(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """
+    Binary cross entropy with the teacher's probabilities, weighted by how far the student's are
+    from them: |sigmoid(x) - sigmoid(t)| BCE(x, sigmoid(t)). The weight has a gradient too.
+
+    Quality Focal Loss (https://arxiv.org/abs/2006.04388) with exponent 1. 0 at equal logits, finite
+    at any finite ones.
+
+    Args:
+        logits, target_logits: of equal shape; the target gets no gradient
+
+    Returns:
+        of the same shape, float32
+    """
+    logits, target = logits.float(), target_logits.detach().float().sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (logits.sigmoid() - target).abs() * cross_entropy
+
+
+def largest_probability(logits: Tensor, num_anchors: int) -> Tensor:
+    """(N, A*K, H, W) logits -> (N, A, H, W), the largest class probability of each anchor."""
+    return logits.detach().float().unflatten(1, (num_anchors, -1)).amax(dim=2).sigmoid()
+
+
+def giou_distance(boxes: Tensor, target: Tensor, num_anchors: int) -> Tensor:
+    """
+    1 - GIoU of the boxes of each anchor; 0 where the target is empty, as FCOS can predict it:
+    nothing overlaps with such a box, not even an equal one.
+
+    Args:
+        boxes, target: (N, A*4, H, W) XYXY; the target gets no gradient
+
+    Returns:
+        (N, A, H, W) in [0, 2]
+    """
+    boxes, target = _per_anchor(boxes, num_anchors), _per_anchor(target.detach(), num_anchors)
+    return generalized_box_iou_loss(boxes, target) * _has_area(target)
+
+
+def log_iou_distance(boxes: Tensor, target: Tensor, num_anchors: int) -> Tensor:
+    """As giou_distance, with -log(IoU), in [0, 13.8]; without gradient where boxes do not meet."""
+    boxes, target = _per_anchor(boxes, num_anchors), _per_anchor(target.detach(), num_anchors)
+    size = torch.minimum(boxes[..., 2:], target[..., 2:]) - torch.maximum(
+        boxes[..., :2], target[..., :2]
+    )
+    overlap = size.clamp(min=0).prod(dim=-1)
+    areas = sum((x[..., 2:] - x[..., :2]).prod(dim=-1) for x in (boxes, target))
+    iou = overlap / (areas - overlap).clamp(min=1e-7)
+    return -iou.clamp(min=1e-6).log() * _has_area(target)
+
+
+def _per_anchor(boxes: Tensor, num_anchors: int) -> Tensor:
+    """(N, A*4, H, W) -> (N, A, H, W, 4)"""
+    return boxes.unflatten(1, (num_anchors, 4)).movedim(2, -1)
+
+
+def _has_area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)

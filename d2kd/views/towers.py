@@ -1,0 +1,67 @@
+"""Inside a dense head: two towers of convolutions, on which classes and boxes are predicted."""
+
+from dataclasses import dataclass
+from typing import Any, List, Optional, Sequence, Tuple
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Towers:
+    """
+    What a convolution of either tower gives, after its norm and before its activation: per level
+    (N, C, Hi, Wi).
+    """
+
+    classes: List[Tensor]
+    boxes: List[Tensor]
+
+
+def depth_of(head: nn.Module) -> int:
+    """Convolutions in each tower of a RetinaNetHead or FCOSHead."""
+    return len(_activations(head.cls_subnet))
+
+
+def hook_towers(head: nn.Module, depth: int, towers: Towers) -> List[Any]:
+    """
+    Collect, level by level, what the convolutions number `depth` give.
+
+    Args:
+        depth: from 1 to depth_of(head)
+
+    Returns:
+        handles to remove the hooks with
+    """
+
+    def collect(into: List[Tensor]) -> Any:
+        return lambda module, inputs: into.append(inputs[0])
+
+    return [
+        subnet[_activations(subnet)[depth - 1]].register_forward_pre_hook(collect(into))
+        for subnet, into in ((head.cls_subnet, towers.classes), (head.bbox_subnet, towers.boxes))
+    ]
+
+
+def predict_from(
+    head: nn.Module, depth: int, towers: Towers
+) -> Tuple[List[Tensor], List[Tensor], Optional[List[Tensor]]]:
+    """
+    What the rest of a head makes of given towers: its activation number `depth`, the convolutions
+    after it, and the predictors.
+
+    Returns:
+        logits, deltas, centerness (None without), as in DensePredictions
+    """
+    classes = _rest(head.cls_subnet, depth, towers.classes)
+    boxes = _rest(head.bbox_subnet, depth, towers.boxes)
+    centerness = [head.ctrness(x) for x in boxes] if hasattr(head, "ctrness") else None
+    return [head.cls_score(x) for x in classes], [head.bbox_pred(x) for x in boxes], centerness
+
+
+def _activations(subnet: nn.Sequential) -> List[int]:
+    return [i for i, module in enumerate(subnet) if isinstance(module, nn.ReLU)]
+
+
+def _rest(subnet: nn.Sequential, depth: int, levels: Sequence[Tensor]) -> List[Tensor]:
+    rest = subnet[_activations(subnet)[depth - 1] :]
+    return [rest(x) for x in levels]

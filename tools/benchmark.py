@@ -61,6 +61,7 @@ examples:
   python tools/benchmark.py --pair faster_rcnn_R_101-R_18 --heads MGD PKD
   python tools/benchmark.py --size 800x1344 --images 8 --amp --memory
   python tools/benchmark.py --config-file configs/quickstart/pkd.yaml --json cost.json
+  python tools/benchmark.py --pair faster_rcnn_R_101-R_18 --heads DKD ReviewKD ReviewKD+DKD
   python tools/benchmark.py --heads MGD --opts DISTILL.MGD.MASK_RATIO 0.45
 """
 
@@ -111,12 +112,11 @@ def run(args: argparse.Namespace, arm: str = "") -> Measured:
     with TemporaryDirectory() as folder, EventStorage():
         cfg = build_config(args, folder)
         cfg.DISTILL.ENABLED = arm != "student"
-        if arm.startswith("with "):
-            cfg.DISTILL.HEADS = [arm[len("with ") :]]
         arms = build_arms(cfg, args)
         steps = {name: build() for name, build in arms.items() if arm in ("", name)}
         seconds = measure(steps, args)
-        heads = {} if arm else {name: steps[f"head {name}"] for name in cfg.DISTILL.HEADS}
+        names = [] if arm else args.heads or cfg.DISTILL.HEADS
+        heads = {name: steps[f"head {name}"] for name in names}
         return Measured(
             cfg=cfg,
             seconds=seconds,
@@ -138,10 +138,10 @@ def _peak_mib() -> float:
 def memory_of(args: argparse.Namespace) -> Dict[str, float]:
     """Peak MiB of the plain student and of each distillation step, each in a fresh process."""
     with TemporaryDirectory() as folder:
-        heads = build_config(args, folder).DISTILL.HEADS
-    short = argparse.Namespace(**{**vars(args), "warmup": 1, "rounds": 3})
+        heads = args.heads or build_config(args, folder).DISTILL.HEADS
     memory = {}
-    for arm in ["student"] + [f"with {name}" for name in heads]:
+    for arm, own in {"student": heads, **{f"with {name}": [name] for name in heads}}.items():
+        short = argparse.Namespace(**{**vars(args), "warmup": 1, "rounds": 3, "heads": own})
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             memory[arm] = pool.submit(run, short, arm).result().peak_mib
     return memory
@@ -234,7 +234,7 @@ def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--pair", choices=sorted(PAIRS), default="retinanet_R_101-R_50", help="teacher-student")
     add("--config-file", help="any distillation YAML, in place of --pair")
-    add("--heads", nargs="+", metavar="NAME", help="default: those of the YAML; MGD PKD for a pair")
+    add("--heads", nargs="+", metavar="NAME", help="A+B: both at once; default: those of the YAML")
     add("--size", type=_size, default=(320, 320), metavar="HxW", help="pixels; default 320x320")
     add("--images", type=_positive, default=2, help="per batch; default %(default)s")
     add("--boxes", type=_positive, default=4, help="per image; default %(default)s")

@@ -22,7 +22,7 @@ def head_costs(alone: HeadAlone) -> Dict[str, Any]:
     """
     return {
         "flops": count_flops(alone),
-        "parameters": sum(p.numel() for p in alone.head.parameters()),
+        "parameters": sum(p.numel() for p in alone.heads.parameters()),
         "saved_bytes": saved_bytes(alone.loss, alone.given()),
     }
 

@@ -8,7 +8,7 @@ import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, FrozenSet, List
+from typing import Any, Callable, ContextManager, Dict, FrozenSet, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,16 @@ def build_config(args: argparse.Namespace, folder: str) -> CfgNode:
         }
         words = [word for pair in {**overrides, **distill}.items() for word in pair]
         cfg = load_config(str(COCO / student), [*words, *device, *args.opts])
-    cfg.DISTILL.HEADS = args.heads or cfg.DISTILL.HEADS
+    cfg.DISTILL.HEADS = heads_in(args.heads or cfg.DISTILL.HEADS)
     cfg.DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS, cfg.DISTILL.TEACHER.WEIGHTS = True, ""
     cfg.SOLVER.BASE_LR, cfg.SOLVER.AMP.ENABLED = 0.0, args.amp
     check_config(cfg)
     return cfg
+
+
+def heads_in(combinations: Sequence[str]) -> List[str]:
+    """["FGD", "FGD+DKD"] -> ["FGD", "DKD"]"""
+    return list(dict.fromkeys(name for x in combinations for name in x.split("+")))
 
 
 def write_teacher(name: str, folder: str) -> str:
@@ -116,8 +121,8 @@ def build_arms(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Callable[[],
         (AMPTrainer, FiniteAMPTrainer) if args.amp else (SimpleTrainer, FiniteSimpleTrainer)
     )
     arms = {"student": partial(training_step, cfg, whole.student, batch, stock)}
-    for name in whole.heads:
-        distiller = with_one_head(cfg, whole, name)
+    for name in (args.heads or cfg.DISTILL.HEADS) if whole.heads else []:
+        distiller = with_heads(cfg, whole, name.split("+"))
         arms.setdefault(teacher_arm(distiller), partial(teacher_step, cfg, distiller, batch))
         arms[f"head {name}"] = partial(HeadAlone, cfg, distiller, batch)
         arms[f"with {name}"] = partial(training_step, cfg, distiller, batch, ours)
@@ -137,23 +142,24 @@ def fill_queue(head: nn.Module) -> None:
         )
 
 
-def with_one_head(cfg: CfgNode, whole: Distiller, name: str) -> Distiller:
-    """A Distiller of the same student and teacher, with a single head."""
+def with_heads(cfg: CfgNode, whole: Distiller, names: Sequence[str]) -> Distiller:
+    """A Distiller of the same student and teacher, with some of the heads."""
     return Distiller(
         student=whole.student,
         teacher=whole.teacher,
-        heads={name: whole.heads[name]},
+        heads={name: whole.heads[name] for name in names},
         schedules=whole.schedules,
         image_format=whole.image_format,
         inherit_parts=[],
-        members=members_of_head(cfg, whole, name),
+        members=members_of(cfg, whole, names),
     )
 
 
-def members_of_head(cfg: CfgNode, whole: Distiller, name: str) -> FrozenSet[str]:
-    """What one head reads of both views, where `whole.members` is what all of them read."""
+def members_of(cfg: CfgNode, whole: Distiller, names: Sequence[str]) -> FrozenSet[str]:
+    """What these heads read of both views, where `whole.members` is what all of them read."""
     pair = describe_pair(cfg, whole.student, whole.teacher.model)
-    return required_members(type(whole.heads[name]), cfg, pair)
+    needed = [required_members(type(whole.heads[name]), cfg, pair) for name in names]
+    return frozenset().union(*needed)
 
 
 def training_step(cfg: CfgNode, model: nn.Module, batch: Batch, trainer: type) -> Step:
@@ -166,7 +172,7 @@ def teacher_arm(distiller: Distiller) -> str:
 
 
 def reads_dense(distiller: Distiller) -> bool:
-    """Whether the head reads the teacher's dense predictions, or region vectors cut out of them."""
+    """Whether a head reads the teacher's dense predictions, or region vectors cut out of them."""
     teacher = find_view(distiller.teacher.model, "teacher")
     parts = {"dense"} if teacher.two_stage else {"dense", "region_vectors"}
     return bool(parts & distiller.members)
@@ -188,25 +194,29 @@ def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
 
 
 class HeadAlone:
-    """One head on leaves that stand for what the two detectors gave it. Called, it does a step."""
+    """
+    A distiller's heads on leaves that stand for what the two detectors gave them. Called, they do a
+    step.
+    """
 
     def __init__(self, cfg: CfgNode, distiller: Distiller, batch: Batch):
-        (self.head,) = distiller.heads.values()
+        self.heads = distiller.heads
         self.cfg = cfg
         self.teacher_arm = teacher_arm(distiller)
         with autocast(cfg):
             distiller(batch)
         self.student, self.teacher = (detached(distiller.latest[k]) for k in ("student", "teacher"))
         distiller.latest = {}
-        has_parameters = any(p.requires_grad for p in self.head.parameters())
-        self.optimizer = build_optimizer(cfg, self.head) if has_parameters else None
+        has_parameters = any(p.requires_grad for p in self.heads.parameters())
+        self.optimizer = build_optimizer(cfg, self.heads) if has_parameters else None
 
     def loss(self) -> Tensor:
         with autocast(self.cfg):
             # Fresh leaves: nothing to add to, as in the student's own backward. Fresh views: what a
             # head asks of them beside their parts, it asks in every step.
-            terms = self.head(detached(self.student), detached(self.teacher))
-            return sum(sum(v.values()) if isinstance(v, dict) else v for v in terms.values())
+            views = detached(self.student), detached(self.teacher)
+            terms = [term for head in self.heads.values() for term in head(*views).values()]
+            return sum(sum(v.values()) if isinstance(v, dict) else v for v in terms)
 
     def __call__(self) -> None:
         total = self.loss()
@@ -221,7 +231,7 @@ class HeadAlone:
         tensors: List[Tensor] = []
         for view in (self.student, self.teacher):
             _map_tensors(tensors.append, view._recorded)
-        for module in (self.head, self.student.detector, self.teacher.detector):
+        for module in (self.heads, self.student.detector, self.teacher.detector):
             tensors += [*module.parameters(), *module.buffers()]
         return tensors
 

@@ -67,7 +67,7 @@ def head_alone(
         whole = build_model(cfg).train()
         parts.calm(whole)
         batch = parts.random_batch(whole.student, args)
-        alone = parts.HeadAlone(cfg, parts.with_one_head(cfg, whole, name), batch)
+        alone = parts.HeadAlone(cfg, parts.with_heads(cfg, whole, [name]), batch)
         alone.whole_step = lambda: whole(batch)  # of the same detectors and the same head
         return alone
 

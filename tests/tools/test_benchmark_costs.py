@@ -126,7 +126,7 @@ def test_given_are_recorded_tensors_parameters_and_buffers(
     detector, empty = nn.Module(), nn.Module()
     detector.weight = weight
     detector.register_buffer("mean", mean)
-    alone.head = empty
+    alone.heads = empty
     alone.student = SimpleNamespace(_recorded={"dense": [recorded]}, detector=detector)
     alone.teacher = SimpleNamespace(_recorded={}, detector=empty)
     expected = [recorded, weight, mean]

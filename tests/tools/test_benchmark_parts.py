@@ -30,7 +30,7 @@ def test_one_student_and_one_teacher_for_all_arms(
 ) -> None:
     cfg = parts.build_config(small_args("--config-file", config_file("retinanet", "retinanet")), "")
     whole = build_model(cfg)
-    ones = [parts.with_one_head(cfg, whole, name) for name in ("MGD", "PKD")]
+    ones = [parts.with_heads(cfg, whole, [name]) for name in ("MGD", "PKD")]
     assert all(x.student is whole.student and x.teacher is whole.teacher for x in ones)
     assert [list(x.heads) for x in ones] == [["MGD"], ["PKD"]]
 
@@ -45,11 +45,29 @@ def test_head_alone_reaches_the_head_and_not_the_student(
     whole = build_model(cfg).train()
     parts.calm(whole)
     with EventStorage():
-        distiller = parts.with_one_head(cfg, whole, "MGD")
+        distiller = parts.with_heads(cfg, whole, ["MGD"])
         batch = parts.random_batch(whole.student, args)
         parts.HeadAlone(cfg, distiller, batch)()
     assert all(p.grad is not None for p in distiller.heads.parameters())
     assert all(p.grad is None for p in whole.student.parameters())
+
+
+def test_heads_measured_together_share_what_they_ask_of_the_teacher(
+    parts: ModuleType,
+    small_args: Callable[..., Namespace],
+    config_file: Callable[[str, str], str],
+) -> None:
+    path = config_file("faster_rcnn", "faster_rcnn")
+    args = small_args("--config-file", path, "--heads", "DKD", "DKD+DIST")
+    cfg = parts.build_config(args, "")
+    assert cfg.DISTILL.HEADS == ["DKD", "DIST"]
+    with EventStorage():
+        arms = parts.build_arms(cfg, args)
+        both = arms["head DKD+DIST"]()
+        calls = count_calls({"box head": both.teacher.detector.roi_heads.box_head})
+        both()
+    assert list(both.heads) == ["DKD", "DIST"] and calls == ["box head"]
+    assert {"with DKD", "with DKD+DIST", "head DKD"} < set(arms)
 
 
 def count_calls(modules: Dict[str, nn.Module]) -> List[str]:
@@ -118,7 +136,7 @@ def test_gradient_reaches_what_a_two_stage_student_pooled(
 ) -> None:
     alone = head_alone("faster_rcnn", "faster_rcnn", "RoIFI")
     view = parts.detached(alone.student)
-    alone.head(view, parts.detached(alone.teacher))["loss_roifi"].backward()
+    alone.heads["RoIFI"](view, parts.detached(alone.teacher))["loss_roifi"].backward()
     assert view.roi_features(view.regions().boxes).grad.abs().sum() > 0
     assert all(x.grad is None for x in view.features.values())
 
@@ -161,8 +179,8 @@ def test_queue_is_full_before_the_first_step(
     args = small_args(*words)
     with EventStorage():
         alone = parts.build_arms(parts.build_config(args, ""), args)["head CKD"]()
-    assert len(alone.head.queue) == 50
-    assert torch.allclose(alone.head.queue.norm(dim=1), torch.ones(50))
+    assert len(alone.heads["CKD"].queue) == 50
+    assert torch.allclose(alone.heads["CKD"].queue.norm(dim=1), torch.ones(50))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""What is handed over is the student, and needs no d2kd."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Iterator, Tuple
+
+import pytest
+import torch
+import yaml
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+
+from d2kd.config import flatten
+from d2kd.export import export_student, stock_config, verify
+from d2kd.export.graph import export_graph
+from d2kd.export.student import find_weights
+
+from runs import run, run_config
+from toys import ROOT, detector_config, write_teacher
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Tuple[CfgNode, str]:
+    """A distillation run of four iterations, and its checkpoint from the middle."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = run_config(folder, write_teacher(folder, "retinanet"), ["PKD"])
+    cfg.MODEL.RETINANET.NUM_CLASSES = 6
+    cfg.DISTILL.TEACHER.OPTS = []
+    run(cfg)
+    return cfg, os.path.join(cfg.OUTPUT_DIR, "model_0000001.pth")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Iterator[Any]:
+    """Writes a detector with random weights: its config and the path of its checkpoint."""
+
+    def save(name: str, **overrides: Any) -> Tuple[CfgNode, str]:
+        cfg = detector_config(name, **overrides)
+        torch.manual_seed(0)
+        path = tmp_path / "weights.pth"
+        torch.save({"model": build_model(cfg).state_dict()}, path)
+        return cfg, str(path)
+
+    yield save
+
+
+def test_mid_run_checkpoint_is_verified_without_the_teacher(
+    finished: Tuple[CfgNode, str], tmp_path: Path
+) -> None:
+    cfg, weights = finished
+    cfg = cfg.clone()
+    cfg.DISTILL.TEACHER.CONFIG_FILE = "gone.yaml"
+    export_student(cfg, weights, str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["student.pth", "student.yaml"]
+    report = verify(cfg, weights, str(tmp_path))
+    assert report["verified"] and report["detections"] > 0, report
+    exported = torch.load(tmp_path / "student.pth", weights_only=True)
+    trained = torch.load(weights, weights_only=True)["model"]
+    assert list(exported) == ["model"] and all(
+        torch.equal(exported["model"][k], v) for k, v in trained.items()
+    )
+
+
+def test_yaml_has_stock_keys_alone_and_the_student_s_values(
+    finished: Tuple[CfgNode, str], tmp_path: Path
+) -> None:
+    export_student(*finished, str(tmp_path))
+    written = yaml.safe_load((tmp_path / "student.yaml").read_text())
+    assert set(flatten(written)) <= set(flatten(get_cfg()))
+    stock = get_cfg()
+    stock.merge_from_file(str(tmp_path / "student.yaml"))
+    assert stock.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert stock.MODEL.FPN == finished[0].MODEL.FPN
+    assert "SOLVER" not in written and "DISTILL" not in written
+
+
+def corrupt_key(state: dict) -> str:
+    state["model"]["extra.weight"] = state["model"].pop("head.cls_score.bias")
+    return "missing_keys"
+
+
+def corrupt_value(state: dict) -> str:
+    state["model"]["head.cls_score.bias"].view(-1)[0] += 1e-3
+    return "different_weights"
+
+
+@pytest.mark.parametrize("corrupt", [corrupt_key, corrupt_value])
+def test_export_that_is_not_the_student_is_told(corrupt: Any, saved: Any, tmp_path: Path) -> None:
+    cfg, weights = saved("retinanet")
+    folder = tmp_path / "exported"
+    export_student(cfg, weights, str(folder))
+    state = torch.load(folder / "student.pth", weights_only=True)
+    symptom = corrupt(state)
+    torch.save(state, folder / "student.pth")
+    report = verify(cfg, weights, str(folder))
+    assert not report["verified"] and report[symptom], report
+
+
+def test_yaml_of_another_detector_is_told_with_what_the_process_said(
+    saved: Any, tmp_path: Path
+) -> None:
+    cfg, weights = saved("faster_rcnn")
+    folder = tmp_path / "exported"
+    export_student(cfg, weights, str(folder))
+    (folder / "student.yaml").write_text("MODEL: {META_ARCHITECTURE: Nothing}\nVERSION: 2\n")
+    report = verify(cfg, weights, str(folder))
+    assert not report["verified"] and "Nothing" in report["error"]
+
+
+def test_command_exports_the_last_checkpoint_and_reports(
+    finished: Tuple[CfgNode, str], tmp_path: Path
+) -> None:
+    cfg, _ = finished
+    path = tmp_path / "run.yaml"
+    path.write_text(cfg.dump())
+    words = ["-m", "d2kd.export", "--config-file", str(path), "--output", str(tmp_path / "out")]
+    process = subprocess.run(
+        [sys.executable, *words, "--formats", "torchscript"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.returncode == 0, process.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verified"] and report["weights"] == find_weights(cfg)
+    assert report["weights"].endswith("model_final.pth")
+    assert report["torchscript"].get("verified") or report["torchscript"].get("error")
+
+
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_torchscript_detects_what_the_student_does(name: str, saved: Any, tmp_path: Path) -> None:
+    norm = {"MODEL__RETINANET__NORM": ""}  # GN with one channel a group takes no map of one cell
+    cfg, weights = saved(name, **norm)
+    student = export_student(cfg, weights, str(tmp_path / "exported"))
+    found = export_graph(student, cfg, "torchscript", str(tmp_path / "exported"))
+    if "error" in found:
+        pytest.fail(found["error"])
+    assert found["verified"] and os.path.isfile(found["file"])
+
+
+def test_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint in .*OUTPUT_DIR.*--weights"):
+        find_weights(detector_config("retinanet", OUTPUT_DIR=str(tmp_path)))
+
+
+def test_detector_that_stock_yaml_cannot_build_is_refused() -> None:
+    with pytest.raises(ValueError, match="FCOS.*LazyConfig only"):
+        stock_config(detector_config("fcos"))
+
+
+def test_optimizer_and_heads_stay_behind(finished: Tuple[CfgNode, str], tmp_path: Path) -> None:
+    export_student(*finished, str(tmp_path))
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "student.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    left = DetectionCheckpointer(model).load(str(tmp_path / "student.pth"))
+    assert left == {}

@@ -12,6 +12,7 @@ from detectron2.utils.logger import setup_logger
 from d2kd import load_config
 from d2kd.engine import evaluate, launch, train
 from d2kd.plugin import import_file
+from d2kd.whole_files import check_writable
 
 EXAMPLES = """
 Examples:
@@ -39,6 +40,7 @@ ones in d2kd/config.py, a method's own in d2kd/heads/<method>.py.
 def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     cfg.freeze()
+    check_writable(cfg.OUTPUT_DIR)
     default_setup(cfg, args)
     # Detectron2 gives a handler to its own logger only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")

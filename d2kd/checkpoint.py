@@ -2,13 +2,16 @@
 
 import pickle
 from typing import Any, Dict, List
-from urllib.parse import urlparse
+from urllib.parse import parse_qs, urlparse
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
+
+from .weights_file import read_weights_file
+from .whole_files import WholeFiles
 
 # What reading a file that is no checkpoint, or half of one, has been seen to raise.
 _UNREADABLE = (
@@ -43,6 +46,7 @@ class PlainCheckpointer(DetectionCheckpointer):
                 checkpointables = {"teacher": guard, **checkpointables}
             model = model.student
         super().__init__(model, save_dir, **checkpointables)
+        self.path_manager = WholeFiles(self.path_manager)
         self.missing_keys: List[str] = []  # of the model, not in the file or of another shape
         self.unexpected_keys: List[str] = []  # in the file, not of the model
         self.loaded_keys = 0
@@ -54,6 +58,15 @@ class PlainCheckpointer(DetectionCheckpointer):
             raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
         finally:
             self._parsed_url_during_load = None  # upstream leaves it set after a failure
+
+    def _load_file(self, filename: str) -> Dict[str, Any]:
+        queries = parse_qs(self._parsed_url_during_load.query)
+        loaded = read_weights_file(filename)
+        if queries.pop("matching_heuristics", None) == ["True"]:
+            loaded["matching_heuristics"] = True
+        if queries:
+            raise ValueError(f"of an address, only ?matching_heuristics=True is known: {queries}")
+        return loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         if not isinstance(checkpoint.get("model"), dict):

@@ -2,12 +2,10 @@
 
 import gc
 import logging
-import os
 from typing import Any, Dict, Tuple
 
 import torch
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
@@ -16,6 +14,7 @@ from detectron2.utils import comm
 from ..checkpoint import load_whole_detector
 from ..config import student_config
 from ..data import register_datasets
+from ..whole_files import last_whole_checkpoint
 from .preflight import check_config
 from .stages import Stage, plan_stages
 from .trainer import Trainer
@@ -64,7 +63,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
     check_config(cfg)
     register_datasets(cfg, cfg.MODEL.META_ARCHITECTURE, parts=("TEST",))
     student = build_model(cfg)
-    last = DetectionCheckpointer(student, cfg.OUTPUT_DIR).get_checkpoint_file() if resume else ""
+    last = last_whole_checkpoint(cfg.OUTPUT_DIR) if resume else ""
     weights = last or cfg.MODEL.WEIGHTS
     if not weights:
         raise ValueError(
@@ -113,14 +112,12 @@ def _progress(cfg: CfgNode) -> Tuple[int, int]:
     Raises:
         ValueError: a checkpoint that is none of a run
     """
-    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     needed = cfg.SEED < 0 or len(plan_stages(cfg)) > 1  # the file is large
-    if not (needed and os.path.isfile(last)):
+    path = last_whole_checkpoint(cfg.OUTPUT_DIR) if needed else ""
+    if not path:
         return 0, -1
-    with open(last) as file:
-        path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
     try:
-        state = torch.load(path, map_location="cpu")["trainer"]
+        state = torch.load(path, map_location="cpu", weights_only=True)["trainer"]
         return state["iteration"] + 1, state["seed"]
     except Exception as error:  # whatever the bytes look like to torch.load
         raise ValueError(f"{path} is not a checkpoint to resume from: {error!r}") from error

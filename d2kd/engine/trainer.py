@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader
 from ..panel import class_names
+from ..whole_files import last_whole_checkpoint
 from .evaluator import build_evaluator
 from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
@@ -111,8 +112,8 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: a checkpoint that is none, or is of another student, teacher or set of heads
         """
-        if resume and self.checkpointer.has_checkpoint():
-            path = self.checkpointer.get_checkpoint_file()
+        path = last_whole_checkpoint(self.cfg.OUTPUT_DIR) if resume else ""
+        if path:
             self.checkpointer.load(path)
             self.start_iter = self.data_loader.start_iter = self.iter + 1
             logger.info(f"Resuming at iteration {self.start_iter}.")
@@ -129,7 +130,7 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: a checkpoint that is none, or is of another student
         """
-        path = self.checkpointer.get_checkpoint_file()
+        path = last_whole_checkpoint(self.cfg.OUTPUT_DIR)
         state = self.checkpointer.load(path, checkpointables=[])["trainer"]
         self._check_student()
         kept = {k: v for k, v in state["hooks"].items() if k in KEPT_HOOKS}

@@ -12,6 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 from ..checkpoint import load_whole_detector
 from ..config import student_config
+from ..whole_files import last_whole_checkpoint, write_whole
 
 WEIGHTS, CONFIG = "student.pth", "student.yaml"
 
@@ -38,8 +39,9 @@ def export_student(cfg: CfgNode, weights: str, folder: str) -> nn.Module:
     student = build_model(cfg).eval()
     load_whole_detector(student, weights, "--weights")
     os.makedirs(folder, exist_ok=True)
-    torch.save({"model": student.state_dict()}, os.path.join(folder, WEIGHTS))
-    with open(os.path.join(folder, CONFIG), "w") as file:
+    with write_whole(os.path.join(folder, WEIGHTS)) as file:
+        torch.save({"model": student.state_dict()}, file)
+    with write_whole(os.path.join(folder, CONFIG), "w") as file:
         yaml.safe_dump({**values, "VERSION": 2}, file, sort_keys=False)
     return student
 
@@ -109,13 +111,12 @@ def find_weights(cfg: CfgNode) -> str:
     Raises:
         ValueError: there is none
     """
-    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if not os.path.isfile(tag):
+    path = last_whole_checkpoint(cfg.OUTPUT_DIR)
+    if not path:
         raise ValueError(
             f"There is no checkpoint in {cfg.OUTPUT_DIR!r} (OUTPUT_DIR): name one with --weights."
         )
-    with open(tag) as file:
-        return os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    return path
 
 
 def fixed_images(cfg: CfgNode, count: int = 2) -> List[Dict[str, Any]]:

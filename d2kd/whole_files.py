@@ -1,0 +1,108 @@
+"""Files that are there whole or not at all, whenever a run is killed."""
+
+import logging
+import os
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any, Iterator, List
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
+    """
+    Open a file for writing that takes its name only when all of it is on the disk.
+
+    Raises:
+        OSError: it cannot be written; what had that name before is still there
+    """
+    unfinished = f"{path}.unfinished"  # what a killed process leaves, the next save overwrites
+    try:
+        with open(unfinished, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps what a full disk says
+        raise OSError(
+            f"{path} could not be written: {error}. Earlier checkpoints are as they were: make "
+            "room, or give another OUTPUT_DIR, and go on with --resume."
+        ) from error
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def check_writable(folder: str) -> None:
+    """
+    Raises:
+        OSError: OUTPUT_DIR cannot be made, or nothing can be written there
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"OUTPUT_DIR: nothing can be written to {folder!r}: {error}. Name another folder."
+        ) from error
+
+
+class WholeFiles:
+    """A path manager as checkpointers use it, whose `open` writes files whole."""
+
+    def __init__(self, path_manager: Any):
+        self._path_manager = path_manager
+
+    def open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
+        if "w" in mode:
+            return write_whole(path, mode)
+        return self._path_manager.open(path, mode, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._path_manager, name)
+
+
+def last_whole_checkpoint(folder: str) -> str:
+    """
+    The checkpoint to go on from: the last one, or, where that is damaged, the newest that is whole.
+
+    Returns:
+        its path; "" if there never was one
+
+    Raises:
+        ValueError: there are checkpoints, but none of them is whole
+    """
+    tag = Path(folder, "last_checkpoint")
+    if not tag.is_file():
+        return ""
+    last, reasons = Path(folder, tag.read_text(errors="replace").strip() or "?"), []
+    for path in dict.fromkeys([last, *_by_age(folder)]):
+        damage = damage_of(str(path))
+        if not damage:
+            if reasons:
+                logger.error(f"{' '.join(reasons)} Going on from {path}.")
+            return str(path)
+        reasons.append(f"{path} is not a checkpoint that can be read: {damage}.")
+    raise ValueError(" ".join(reasons))
+
+
+def damage_of(path: str) -> str:
+    """What is wrong with a file of torch.save, found without loading it; "" if nothing is."""
+    if not os.path.isfile(path):
+        return "there is no such file"
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()  # a checksum for every tensor
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+    return f"{broken} is corrupt" if broken else ""
+
+
+def _by_age(folder: str) -> List[Path]:
+    """Checkpoints of a run, newest first; not the best one, which is no place to go on from."""
+    found = [x for x in Path(folder).glob("model_*.pth") if x.name != "model_best.pth"]
+    return sorted(found, key=lambda x: x.stat().st_mtime_ns, reverse=True)

@@ -52,6 +52,10 @@ class PlainCheckpointer(DetectionCheckpointer):
         self.loaded_keys = 0
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        address = urlparse(path or "")
+        self._queries = parse_qs(address.query)  # 0.5 does not know them
+        if address.query:
+            path = address._replace(query="").geturl()
         try:
             return super().load(path, *args, **kwargs)
         except _UNREADABLE as error:
@@ -60,12 +64,13 @@ class PlainCheckpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None  # upstream leaves it set after a failure
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
-        queries = parse_qs(self._parsed_url_during_load.query)
         loaded = read_weights_file(filename)
-        if queries.pop("matching_heuristics", None) == ["True"]:
+        if self._queries:
+            if self._queries != {"matching_heuristics": ["True"]}:
+                raise ValueError(
+                    f"of an address, only ?matching_heuristics=True is known, not {self._queries}"
+                )
             loaded["matching_heuristics"] = True
-        if queries:
-            raise ValueError(f"of an address, only ?matching_heuristics=True is known: {queries}")
         return loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:

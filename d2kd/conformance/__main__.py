@@ -1,0 +1,102 @@
+"""
+Put the distillation heads of a Python file through the checks that d2kd's own heads pass.
+
+    python -m d2kd.conformance my_head.py
+"""
+
+import argparse
+import inspect
+import os
+import sys
+import tempfile
+from typing import List
+
+import pytest
+
+from ..heads.build import head_names
+from ..plugin import import_file
+from . import checkpoint, gradients, numerics, processes, terms
+
+SUITE = """
+from d2kd.conformance import conformance
+
+TestHeads = conformance(*{names})
+"""
+EXAMPLES = """
+Between each two of a small RetinaNet, Faster R-CNN and FCOS that the head takes:
+{checks}
+
+The same in a test file of yours:
+    import my_head
+    from d2kd.conformance import conformance
+
+    TestMyHead = conformance("MyHead", opts=["DISTILL.MyHead.EPS", 1e-3])
+
+Examples:
+  python -m d2kd.conformance my_head.py
+  the pair with a two-stage teacher and a dense student, up to the first failure:
+    python -m d2kd.conformance my_head.py -x -k faster_rcnn-to-retinanet
+"""
+CHECKS = (
+    terms.check_names,
+    terms.check_weight,
+    terms.check_zero_at_equal,
+    gradients.check_gradients,
+    gradients.check_without_boxes,
+    numerics.check_mixed_precision,
+    numerics.check_extreme_logits,
+    numerics.check_image_sizes,
+    checkpoint.check_checkpoint,
+    processes.check_processes,
+)
+
+
+def main(argv: List[str]) -> int:
+    """
+    Returns:
+        pytest's exit code: 0 where all heads of the file pass
+    """
+    args = parse_args(argv)
+    before = set(head_names())
+    import_file(args.file)
+    names = sorted(set(head_names()) - before)
+    if not names:
+        print(
+            f"{args.file} registers no head. A head is a class named <Name>Head under "
+            "@DISTILL_HEAD_REGISTRY.register(); see d2kd.DISTILL_HEAD_REGISTRY.__doc__.",
+            file=sys.stderr,
+        )
+        return int(pytest.ExitCode.USAGE_ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "test_heads.py")
+        with open(path, "w") as file:
+            file.write(SUITE.format(names=names))
+        options = ["--rootdir", folder, "-p", "no:cacheprovider", "-q", "-ra"]
+        return int(pytest.main([path, *options, *args.pytest_args]))
+
+
+def parse_args(argv: List[str]) -> argparse.Namespace:
+    checks = "\n".join("* " + _first_sentence(check) for check in CHECKS)
+    parser = argparse.ArgumentParser(
+        prog="python -m d2kd.conformance",
+        description=inspect.getdoc(sys.modules[__name__]).splitlines()[0],
+        epilog=EXAMPLES.format(checks=checks),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", help="Python file that registers heads, as for --plugin")
+    parser.add_argument(
+        "pytest_args",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="what follows the file goes to pytest: -x, -k <name or pair>, --durations=10, ...",
+    )
+    return parser.parse_args(argv)
+
+
+def _first_sentence(check: object) -> str:
+    text = inspect.getdoc(check).split("\n\n")[0]
+    return text.replace("\n", "\n  ")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

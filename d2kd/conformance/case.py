@@ -1,0 +1,173 @@
+"""One distillation head between two toy detectors, ready to be put through checks."""
+
+import copy
+import functools
+import random
+import re
+import tempfile
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import detectron2.modeling
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from ..config import merge_opts
+from ..distiller import Distiller, describe_pair
+from ..heads.build import build_head, head_class
+from ..schedule import WeightSchedule
+from .batches import batch
+from .detectors import distill_config, enliven, write_teacher
+
+
+class Pair(NamedTuple):
+    """Keys of DETECTORS, and the number of channels of the teacher's pyramid."""
+
+    teacher: str
+    student: str
+    teacher_channels: int = 32  # the student's number
+
+    def __str__(self) -> str:
+        return f"{self.teacher}-to-{self.student}"
+
+
+PAIRS: Tuple[Pair, ...] = (
+    Pair("retinanet", "retinanet"),
+    Pair("faster_rcnn", "faster_rcnn"),
+    Pair("faster_rcnn", "retinanet"),
+    Pair("retinanet", "faster_rcnn"),
+)
+if hasattr(detectron2.modeling, "FCOS"):  # since Detectron2 0.6
+    PAIRS += (Pair("fcos", "fcos"),)
+
+
+class Case:
+    """
+    A head, a pair of detectors and a Distiller of the three, of which every check gets a copy.
+
+    Attributes:
+        name: of the head, as in DISTILL.HEADS
+        distiller: as it was built; checks take a copy, :meth:`fresh`
+        refusal: why the head was not built for this pair; "" where it was
+    """
+
+    def __init__(self, name: str, pair: Pair, opts: Sequence[Any] = ()):
+        """
+        Args:
+            opts: KEY, VALUE, ... that override the config
+        """
+        self.name, self.pair = name, pair
+        self.cfg = _config(name, pair, opts)
+        self.refusal = ""
+        try:
+            seed_all(0)
+            self.distiller = build_model(self.cfg).train()
+        except ValueError as error:
+            self.refusal = str(error)
+            return
+        enliven(self.distiller.student)
+        enliven(self.distiller.teacher.model)
+
+    def __str__(self) -> str:
+        wide = self.pair.teacher_channels != Pair("", "").teacher_channels
+        return f"{self.name}, {self.pair}" + (", with a wider teacher" if wide else "")
+
+    def fresh(self, own_teacher: bool = False) -> Distiller:
+        """
+        A copy of the Distiller as it was built: nothing of another check is left.
+
+        Args:
+            own_teacher: copy the teacher, too, which no head may change; a check that it does not
+        """
+        shared = {} if own_teacher else {id(self.distiller.teacher): self.distiller.teacher}
+        return copy.deepcopy(self.distiller, shared)
+
+    def with_new_head(self, cfg: CfgNode, seed: int) -> Distiller:
+        """The same detectors, and a head that is built anew after the config."""
+        distiller = self.fresh()
+        pair = describe_pair(cfg, distiller.student, distiller.teacher.model)
+        seed_all(seed)
+        distiller.heads[self.name] = build_head(self.name, cfg, pair).train()
+        distiller.schedules[self.name] = WeightSchedule.from_config(self.name, cfg)
+        return distiller
+
+    def terms(self, distiller: Distiller, inputs: Sequence[Any] = (), seed: int = 0) -> Dict:
+        """
+        The head's weighted losses of one training step; those of the student are left out.
+
+        Args:
+            inputs: a batch; empty: two images with two boxes each
+            seed: of every generator, before the step
+        """
+        losses = self.losses(distiller, inputs, seed)
+        return {k: losses[k] for k in distiller.latest["terms"]}
+
+    def losses(
+        self, distiller: Distiller, inputs: Sequence[Any] = (), seed: int = 0
+    ) -> Dict[str, Tensor]:
+        """All losses of one training step, see :meth:`terms`."""
+        seed_all(seed)
+        with EventStorage():
+            return distiller(list(inputs) or batch())
+
+
+@functools.lru_cache(maxsize=None)
+def _case(cls: type, name: str, pair: Pair, opts: Tuple[Any, ...]) -> Case:
+    return Case(name, pair, opts)
+
+
+def find_case(name: str, pair: Pair, opts: Tuple[Any, ...] = ()) -> Case:
+    """A Case that is built once, as long as the name stands for the same class."""
+    return _case(head_class(name), name, pair, opts)
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator that a head may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def check_refusal(case: Case) -> None:
+    """A pair that the method does not serve is refused with a message that tells what would fit."""
+    text = case.refusal
+    helps = "Heads that fit" in text or re.search(r"(DISTILL\.(?!HEADS)|MODEL\.)[\w.]*[A-Z]", text)
+    if not (text.startswith("DISTILL.") and re.search(rf"\b{case.name}\b", text) and helps):
+        raise AssertionError(
+            f"{case}: the head refuses the pair with the message {text!r}. It should begin with "
+            "the key, such as 'DISTILL.HEADS:', name the head, and say what would fit. Declare "
+            "`pairs` (d2kd/heads/pairs.py) or `requires` and build_head says all of that; in "
+            "from_config, raise a ValueError that names the key whose value does not fit."
+        )
+
+
+# As deep as usual, for methods that look inside. On 64 pixels P7 is a single cell, which GroupNorm
+# would bring to zero.
+_DENSE_HEAD = {
+    "MODEL__RETINANET__NUM_CONVS": 4,
+    "MODEL__RETINANET__NORM": "",
+    "MODEL__FCOS__NUM_CONVS": 4,
+    "MODEL__FCOS__NORM": "",
+}
+
+
+def _config(name: str, pair: Pair, opts: Sequence[Any]) -> CfgNode:
+    cfg = distill_config(
+        pair.student, _teacher(pair.teacher, pair.teacher_channels), [name], **_DENSE_HEAD
+    )
+    cfg.DISTILL[name].SCHEDULE.WARMUP_ITERS = 0  # its weight in the first iteration is 0
+    merge_opts(cfg, list(opts), "conformance(opts=...)")
+    return cfg
+
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="d2kd_conformance_")  # removed when Python exits
+
+
+@functools.lru_cache(maxsize=None)
+def _teacher(kind: str, channels: int) -> List[Any]:
+    folder = tempfile.mkdtemp(dir=_FOLDER.name)
+    return write_teacher(folder, kind, MODEL__FPN__OUT_CHANNELS=channels, **_DENSE_HEAD)

@@ -1,0 +1,85 @@
+"""A head comes back from a checkpoint as it was, and leaves nothing in the student's."""
+
+import io
+from typing import Any, Dict, List
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from detectron2.utils.events import EventStorage
+
+from ..distiller import Distiller
+from .batches import batch
+from .case import Case, seed_all
+
+
+def check_checkpoint(case: Case) -> None:
+    """
+    After two steps a new head with the saved state gives the very same loss in the next; the
+    student's state has the plain student's keys.
+    """
+    distiller = case.fresh()
+    keys = list(distiller.student.state_dict())
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9)
+    for seed in range(2):
+        step(distiller, optimizer, batch(seed=seed), seed)
+    _check_keys(case, distiller, keys)
+    resumed = case.with_new_head(case.cfg, seed=99)
+    resumed.student.load_state_dict(distiller.student.state_dict())
+    _load(case, resumed, _saved(distiller))
+    expected = case.terms(distiller, seed=2)
+    found = case.terms(resumed, seed=2)
+    for key, x in expected.items():
+        assert torch.equal(x, found[key]), (
+            f"{case}: in the step after a resume {key} is {found[key].item():.9g}, without the "
+            f"interruption {x.item():.9g}. What a head keeps from step to step, and what it draws "
+            "when it is built, belongs in its state_dict: nn.Parameter, register_buffer, or "
+            "get_extra_state and set_extra_state."
+        )
+
+
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: List[Dict[str, Any]], seed: int
+) -> None:
+    """One step of training; `model` may be inside DistributedDataParallel."""
+    seed_all(seed)
+    optimizer.zero_grad()
+    with EventStorage():
+        losses = model(inputs)
+    sum(losses.values()).backward()
+    # Published weights are made for large images and long schedules, and differ a thousandfold.
+    clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def _check_keys(case: Case, distiller: Distiller, keys: List[str]) -> None:
+    more = [k for k in distiller.student.state_dict() if k not in keys]
+    assert not more, (
+        f"{case}: the head leaves {', '.join(more[:3])} in the student's state_dict, and so in the "
+        "product. Parameters of a head are its own."
+    )
+    teacher = {id(x) for x in distiller.teacher.model.state_dict(keep_vars=True).values()}
+    held = [k for k, x in distiller.state_dict(keep_vars=True).items() if id(x) in teacher]
+    assert not held, (
+        f"{case}: {', '.join(held[:3])} is the teacher's, and would be saved and trained with the "
+        "head. Do not make a teacher's module an attribute of the head."
+    )
+
+
+def _saved(distiller: Distiller) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(distiller.heads.state_dict(), file)
+    file.seek(0)
+    return file
+
+
+def _load(case: Case, distiller: Distiller, file: io.BytesIO) -> None:
+    try:
+        distiller.heads.load_state_dict(torch.load(file, weights_only=True))
+    except Exception as error:
+        raise AssertionError(
+            f"{case}: the head's state_dict cannot be saved and loaded again: {error} Extra state "
+            "must be tensors, numbers, strings, lists and dicts; buffers keep their shape, or are "
+            "set in set_extra_state."
+        ) from error

@@ -1,0 +1,126 @@
+"""The checks as a class of pytest tests, for any heads."""
+
+from typing import Any, List, Sequence, Tuple, Type
+
+import pytest
+import torch
+
+from ..heads.build import head_class
+from .case import PAIRS, Case, Pair, check_refusal, find_case
+from .checkpoint import check_checkpoint
+from .gradients import check_gradients, check_without_boxes
+from .numerics import (
+    check_extreme_logits,
+    check_image_sizes,
+    check_mixed_precision,
+    runs_in_bfloat16,
+)
+from .processes import check_processes
+from .terms import check_names, check_weight, check_zero_at_equal
+
+has_gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+
+
+def conformance(*names: str, opts: Sequence[Any] = ()) -> Type["HeadSuite"]:
+    """
+    A test class that puts heads through everything that the contract of a head promises.
+
+    In a test file: `TestCosine = conformance("Cosine")`, after the import of what registers it.
+
+    Args:
+        names: as in DISTILL.HEADS
+        opts: KEY, VALUE, ... that override the config, such as "DISTILL.Cosine.EPS", 1e-3
+
+    Raises:
+        ValueError: no head of that name is registered
+    """
+    for name in names:
+        head_class(name)
+    if not names:
+        raise ValueError('conformance() needs the name of a head, such as conformance("MGD").')
+    return type("Conformance", (HeadSuite,), {"names": names, "opts": tuple(opts)})
+
+
+class HeadSuite:
+    """The tests of :func:`conformance`; `names` and `opts` are its arguments."""
+
+    names: Tuple[str, ...] = ()
+    opts: Tuple[Any, ...] = ()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "pair" in metafunc.fixturenames:
+            metafunc.parametrize("pair", PAIRS, ids=str)
+        metafunc.parametrize("name", self.names)
+
+    @pytest.fixture
+    def case(self, name: str, pair: Pair) -> Case:
+        case = find_case(name, pair, self.opts)
+        if case.refusal:
+            pytest.skip(f"not served: {case.refusal[:80]}...")
+        return case
+
+    def _served(self) -> List[Case]:
+        cases = [find_case(name, pair, self.opts) for name in self.names for pair in PAIRS]
+        return [case for case in cases if not case.refusal]
+
+    def test_head_serves_a_pair(self, name: str) -> None:
+        cases = [find_case(name, pair, self.opts) for pair in PAIRS]
+        assert not all(case.refusal for case in cases), f"{name} refuses every pair:\n" + "\n".join(
+            f"  {case.pair}: {case.refusal}" for case in cases
+        )
+
+    def test_pair_that_is_not_served_is_refused_with_what_would_fit(
+        self, name: str, pair: Pair
+    ) -> None:
+        case = find_case(name, pair, self.opts)
+        if case.refusal:
+            check_refusal(case)
+
+    def test_terms_are_named_finite_scalars_that_depend_on_the_student(self, case: Case) -> None:
+        check_names(case)
+
+    def test_loss_weight_is_applied_once(self, case: Case) -> None:
+        check_weight(case)
+
+    def test_gradient_reaches_student_and_head_but_not_the_teacher(self, case: Case) -> None:
+        check_gradients(case)
+
+    def test_loss_between_equal_detectors_is_zero_where_promised(self, case: Case) -> None:
+        if not getattr(head_class(case.name), "zero_at_equal", False):
+            pytest.skip("the head does not declare zero_at_equal")
+        if case.pair.student != case.pair.teacher:
+            pytest.skip("detectors of two kinds are never equal")
+        check_zero_at_equal(case)
+
+    def test_mixed_precision_leaves_losses_finite_and_close(self, case: Case) -> None:
+        if not runs_in_bfloat16(case):
+            pytest.skip("the student's own losses do not run in bfloat16 on this CPU")
+        check_mixed_precision(case)
+
+    def test_images_without_boxes_leave_no_parameter_without_a_gradient(self, case: Case) -> None:
+        check_without_boxes(case)
+
+    @pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")
+    def test_two_processes_with_unlike_images_stay_equal(self, case: Case) -> None:
+        check_processes(case, together=self._served())
+
+    def test_checkpoint_brings_the_head_back_as_it_was(self, case: Case) -> None:
+        check_checkpoint(case)
+
+    def test_certain_classifiers_leave_losses_and_gradients_finite(self, case: Case) -> None:
+        check_extreme_logits(case)
+
+    def test_images_of_several_sizes_leave_losses_and_gradients_finite(self, case: Case) -> None:
+        check_image_sizes(case)
+
+    def test_teacher_with_other_channels_is_served_or_refused_with_what_would_fit(
+        self, name: str
+    ) -> None:
+        served = [case.pair for case in self._served() if case.name == name]
+        if not served:
+            pytest.skip("the head serves no pair")
+        case = find_case(name, served[0]._replace(teacher_channels=64), self.opts)
+        if case.refusal:
+            check_refusal(case)
+        else:
+            check_gradients(case)

@@ -1,0 +1,113 @@
+"""What a head returns: names, scalars, a loss without its weight, 0 where nothing is to learn."""
+
+from typing import Any, Iterator, Set, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ..distiller import Distiller
+from .case import Case
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+def check_names(case: Case) -> None:
+    """
+    `forward` returns {"loss_...": scalar, or {level: scalar}}, finite, float32, connected to the
+    student, under names that the student's own losses do not have.
+    """
+    distiller = case.fresh()
+    own = set(case.losses(distiller)) - set(distiller.latest["terms"])
+    seen = []
+    distiller.heads[case.name].register_forward_hook(
+        lambda module, inputs, output: seen.append(_check_output(case, output, own))
+    )
+    case.losses(distiller)
+    assert seen, (
+        f"{case}: the head was not called as head(student, teacher), although its weight is "
+        f"{case.cfg.DISTILL[case.name].LOSS_WEIGHT}. A default LOSS_WEIGHT of 0 switches it off."
+    )
+
+
+def _check_output(case: Case, output: Any, own: Set[str]) -> None:
+    assert isinstance(output, dict) and output, (
+        f"{case}: forward returns {type(output).__name__} {output!r:.60}; it must return a dict "
+        'such as {"loss_' + case.name.lower() + '": scalar}, with at least one term.'
+    )
+    for key, value in output.items():
+        assert isinstance(key, str) and key.startswith("loss_"), (
+            f"{case}: forward returns the key {key!r}; Detectron2 sums what is in the dict and "
+            'd2kd tells losses by their names, which must start with "loss_".'
+        )
+        assert key not in own, f"{case}: the student has a loss {key!r} of its own; take another."
+        for label, x in _scalars(case, key, value):
+            _check_scalar(case, label, x)
+
+
+def _scalars(case: Case, key: str, value: Any) -> Iterator[Tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    assert value, f"{case}: {key} is an empty dict; without levels there is nothing to sum."
+    for level, x in value.items():
+        yield f"{key}[{level!r}]", x
+
+
+def _check_scalar(case: Case, label: str, x: Any) -> None:
+    assert isinstance(x, Tensor) and x.shape == (), (
+        f"{case}: {label} is {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}; "
+        "reduce it to a tensor without dimensions (.mean() or .sum())."
+    )
+    assert x.dtype in (torch.float32, torch.float64), (
+        f"{case}: {label} is {x.dtype}, in which sums overflow or lose their small addends; "
+        "compute the loss on x.float()."
+    )
+    assert x.isfinite(), f"{case}: {label} is {x.item()} on images of noise; look for log(0), 0/0."
+    assert x.requires_grad, (
+        f"{case}: {label} is not connected to the student: nothing would learn from it. Look for "
+        ".detach(), .item(), .data or torch.no_grad() on the student's side."
+    )
+
+
+def check_weight(case: Case) -> None:
+    """LOSS_WEIGHT is applied once, by the Distiller: doubled, every term is doubled."""
+    cfg = case.cfg.clone()
+    cfg.defrost()
+    cfg.DISTILL[case.name].LOSS_WEIGHT *= 2
+    once = case.terms(case.with_new_head(case.cfg, seed=1))
+    twice = case.terms(case.with_new_head(cfg, seed=1))
+    for key in once:
+        a, b = once[key].item(), twice[key].item()
+        assert abs(b - 2 * a) <= 1e-4 * abs(2 * a), (
+            f"{case}: {key} is {a:.6g}, and {b:.6g} with DISTILL.{case.name}.LOSS_WEIGHT doubled, "
+            f"{b / a if a else float('nan'):.4g} times as much. The Distiller multiplies by "
+            "LOSS_WEIGHT and the schedule; the head must return the loss without it."
+        )
+
+
+def check_zero_at_equal(case: Case) -> None:
+    """Where `zero_at_equal` is declared: no loss between two detectors that are the same."""
+    distiller = _twins(case)
+    equal = sum(x.item() for x in case.terms(distiller).values())
+    views = distiller.latest
+    for level, x in views["student"].features.items():
+        torch.testing.assert_close(x, views["teacher"].features[level])  # or the test is void
+    with torch.no_grad():
+        for p in distiller.student.parameters():
+            p += 0.1 * p.abs().mean() * torch.randn_like(p)
+    other = sum(x.item() for x in case.terms(distiller).values())
+    assert other > 0 and abs(equal) < 1e-3 * other, (
+        f"{case}: zero_at_equal is declared, but the loss between two equal detectors is "
+        f"{equal:.3g}, and {other:.3g} when the student's weights are disturbed. Either the two "
+        "sides are not treated alike (adapters, dropout, other cells), or zero_at_equal = False."
+    )
+
+
+def _twins(case: Case) -> Distiller:
+    """With the teacher's weights in the student, which normalises as in eval mode, too."""
+    distiller = case.fresh()
+    distiller.student.load_state_dict(distiller.teacher.model.state_dict())
+    for module in distiller.student.modules():
+        if isinstance(module, NORMS):
+            module.eval()
+    return distiller

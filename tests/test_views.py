@@ -24,7 +24,9 @@ needs_fcos = pytest.mark.skipif(
 DENSE = ["retinanet", pytest.param("fcos", marks=needs_fcos)]
 TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn"]
 OF_REGIONS = frozenset({"roi_features", "regions", "region_vectors"})
-ALL = OF_REGIONS | {"features", "dense", "roi_predictions"}
+OF_DENSE = OF_REGIONS | {"features", "dense", "anchor_labels"}
+OF_TWO_STAGE = OF_REGIONS | {"features", "dense", "roi_predictions"}
+ALL = OF_DENSE | OF_TWO_STAGE | {"tower_1"}
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
@@ -109,13 +111,21 @@ def test_view_knows_sizes_strides_and_ground_truth(name: str) -> None:
         assert tuple(view.features[level].shape[-2:]) == (-(-64 // stride),) * 2
 
 
-@pytest.mark.parametrize("name, members", [("retinanet", 5), ("faster_rcnn", 6)])
-def test_members_and_classes_of_a_family(name: str, members: int) -> None:
+@pytest.mark.parametrize("name", [*DENSE, *TWO_STAGE])
+def test_members_and_classes_of_a_family(name: str) -> None:
     detector = build(name)
     cls = find_view(detector, "student")
-    assert cls.members_of(detector) <= cls.members <= ALL
-    assert len(cls.members_of(detector)) == members
+    expected = OF_TWO_STAGE if name in TWO_STAGE else OF_DENSE | {"tower_1"}
+    assert cls.members_of(detector) == expected
     assert cls.num_classes(detector) == 3
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dense_detector_has_a_member_for_each_convolution_of_its_towers(name: str) -> None:
+    key = {"retinanet": "MODEL__RETINANET__NUM_CONVS", "fcos": "MODEL__FCOS__NUM_CONVS"}[name]
+    detector = build(name, **{key: 3})
+    members = find_view(detector, "student").members_of(detector)
+    assert members == OF_DENSE | {"tower_1", "tower_2", "tower_3"}
 
 
 @pytest.mark.parametrize("ratios, per_size", [([[0.5, 1.0, 2.0]], 3), ([[1.0]], 1)])
@@ -138,6 +148,7 @@ def test_detector_without_an_rpn_has_no_dense_predictions() -> None:
     cls = find_view(detector, "student")
     assert cls.members_of(detector) == OF_REGIONS | {"features", "roi_predictions"}
     assert cls.num_anchors(detector) == 0 and cls.two_stage
+    assert cls.info(detector).dense_levels == ()
 
 
 def c4_detector() -> nn.Module:
@@ -178,7 +189,8 @@ def test_info_of_a_two_stage_detector(name: str) -> None:
         MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS=[9.0, 8.0, 7.0, 6.0],
     )
     info = find_view(detector, "student").info(detector)
-    assert info.name == "GeneralizedRCNN" and info.two_stage and info.dense_levels == ()
+    assert info.name == "GeneralizedRCNN" and info.two_stage
+    assert info.dense_levels == ("p2", "p3", "p4", "p5", "p6"), "of its RPN"
     assert info.vector_channels == 48 and info.roi_size == 5 and info.channels == 32
     # Those of a cascade's first stage are keys of their own.
     first = (10.0, 10.0, 5.0, 5.0) if name == "cascade_rcnn" else (9.0, 8.0, 7.0, 6.0)
@@ -297,7 +309,12 @@ def test_recording_changes_neither_losses_nor_hooks(name: str) -> None:
 
 
 def hooked(detector: nn.Module) -> List[str]:
-    return [name for name, module in detector.named_modules() if module._forward_hooks]
+    """Modules with a hook, or a method in place of their class's own."""
+    return [
+        name
+        for name, x in detector.named_modules()
+        if x._forward_hooks or x._forward_pre_hooks or any(hasattr(type(x), k) for k in vars(x))
+    ]
 
 
 @pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])

@@ -134,7 +134,9 @@ class CKDHead(nn.Module):
         # exp(1 / 0.07) is 25 times what half precision holds.
         with torch.autocast(queries.device.type, enabled=False):
             keys = torch.cat([unit_vectors(keys), self.queue])
-            loss = self._info_nce(unit_vectors(queries), keys, regions, same_cell=not teacher.two_stage)
+            loss = self._info_nce(
+                unit_vectors(queries), keys, regions, same_cell=not teacher.two_stage
+            )
         # Not written in place: the loss's backward needs them, so they cost no memory of their own.
         self.queue = keys[: self.queue_size].detach()
         return {"loss_ckd": loss}

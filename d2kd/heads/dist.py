@@ -27,7 +27,6 @@ class DISTHead(nn.Module):
 
     pairs = SAME_KIND
     requires_logits = True
-    zero_at_equal = True
 
     @configurable
     def __init__(
@@ -125,7 +124,12 @@ class DISTHead(nn.Module):
 
 
 def distance(x: Tensor, target: Tensor, dims: Tuple[int, ...]) -> Tensor:
-    """1 - Pearson's correlation over `dims`, which are gone; 1 where one side does not vary."""
+    """
+    1 - Pearson's correlation over `dims`, which are gone; 1 where one side does not vary.
+
+    The authors' epsilon is as large as the norms of a new detector's probabilities, which are all
+    0.01: their gradient would be huge without it, and equal ones are not at 0 with it.
+    """
     x, target = (v - v.mean(dim=dims, keepdim=True) for v in (x, target))
     norms = vector_norm(x, dim=dims) * vector_norm(target, dim=dims)
     return 1 - (x * target).sum(dim=dims) / (norms + 1e-8)

@@ -103,8 +103,8 @@ class FGDHead(nn.Module):
         rois = Regions([x.gt_boxes for x in student.gt_instances]).rois
         for level, x, target in match_levels(self.levels, student.features, teacher.features):
             x, target = self.adapter[level](x), target.detach()
-            scales = self._scales(student, level, target)
-            foreground, background = focal_masks(rois, scales, target)
+            extents = self._extents(student, level, target)
+            foreground, background = focal_masks(rois, extents, target)
             x, target = x.float(), target.float()
             terms = self._focal(x, target, foreground, background)
             terms.append(self._context(level, x, target))
@@ -128,24 +128,24 @@ class FGDHead(nn.Module):
         ours, theirs = self.student_context[level](x), self.teacher_context[level](target)
         return (x - target + (ours - theirs)).square().sum()
 
-    def _scales(self, view: DetectorView, level: str, like: Tensor) -> Tensor:
-        """(N, 2): cells per pixel, along x and y, of each image."""
+    def _extents(self, view: DetectorView, level: str, like: Tensor) -> Tensor:
+        """(N, 2, 2): width and height of what an image's boxes lie on, in pixels and in cells."""
         stride = view.strides[level]
         height, width = like.shape[-2:]
-        scales = [
-            (width / w, height / h) if self.legacy_scale else (1 / stride, 1 / stride)
+        extents = [
+            ((w, h), (width, height)) if self.legacy_scale else ((stride, stride), (1, 1))
             for h, w in view.image_sizes
         ]
-        return torch.tensor(scales).to(like.device, non_blocking=True)
+        return torch.tensor(extents).to(like.device, non_blocking=True)
 
 
-def focal_masks(rois: Tensor, scales: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
+def focal_masks(rois: Tensor, extents: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
     """
     How much each cell counts as foreground and as background.
 
     Args:
         rois: (M, 5), index of the image, then the ground-truth box XYXY in input pixels
-        scales: (N, 2), cells per pixel
+        extents: (N, 2, 2), pixels, then cells that they are, along x and y
         like: a map of the level, (N, C, Hi, Wi)
 
     Returns:
@@ -155,7 +155,9 @@ def focal_masks(rois: Tensor, scales: Tensor, like: Tensor) -> Tuple[Tensor, Ten
     """
     images, _, height, width = like.shape
     image = rois[:, 0].long()
-    boxes = rois[:, 1:].float() * scales[image].repeat(1, 2)
+    # In this order: a box that ends with the image may not be rounded beyond the map.
+    pixels, cells = extents[image].repeat(1, 1, 2).unbind(dim=1)
+    boxes = rois[:, 1:].float() / pixels * cells
     first, last = boxes[:, :2].floor(), boxes[:, 2:].ceil()
     value = 1 / (last - first + 1).prod(dim=1, keepdim=True)
     columns = covered(first[:, 0], last[:, 0], width)

@@ -134,7 +134,9 @@ class MARHead(nn.Module):
         for level, x, target, inside in match_inside(self.levels, student, teacher):
             mask = self.mask(rois, student.strides[level], strides, target.shape)
             mask = mask if inside is None else mask * inside
-            error = (self.adapter[level](x).float() - target.float()).square()
+            # The adapter sees 3x3 cells: what it would see were there no padding.
+            x = self.adapter[level](x if inside is None else x * inside)
+            error = (x.float() - target.float()).square()
             total = (2 * target.shape[1] * mask.sum()).clamp(min=1)
             losses[level] = self.feature_weight / len(self.levels) * (mask * error).sum() / total
             self.maps["mask"][level] = mask

@@ -82,7 +82,7 @@ class DetectorView(Recording):
 
     @classmethod
     def members_of(cls, detector: nn.Module) -> FrozenSet[str]:
-        """What views of this very detector can give; a subset of `members`."""
+        """What views of this very detector can give, out of `members` or depending on its depth."""
         return cls.members
 
     # Whether class logits come from a head on regions, `roi_predictions`, and not from `dense`.

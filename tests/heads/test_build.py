@@ -11,7 +11,10 @@ from detectron2.layers import ShapeSpec
 from d2kd import DISTILL_HEAD_REGISTRY, load_config
 from d2kd.heads import DetectorInfo, DistillPair, MGDHead, PKDHead, build_head, head_class
 from d2kd.heads.build import head_names, required_members
+from d2kd.heads.pairs import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
 from d2kd.pyramid import pair_levels
+
+from logit_references import refusal_of
 
 RETINANET = {
     "name": "RetinaNet",
@@ -103,7 +106,7 @@ def test_head_of_a_user_has_keys_and_is_built_from_them(register: Callable) -> N
     head = build_head("Toy", cfg, make_pair(RETINANET, RETINANET, SAME_CLASSES))
     assert head.colour == "blue"
     pair = make_pair(RETINANET, RETINANET, SAME_CLASSES)
-    assert required_members(head_class("Toy"), pair) == {"features"}, "the default"
+    assert required_members(head_class("Toy"), cfg, pair) == {"features"}, "the default"
 
 
 def test_head_that_needs_what_the_student_cannot_give_is_refused(register: Callable) -> None:
@@ -130,19 +133,32 @@ def test_head_that_needs_what_both_can_give_is_built(register: Callable) -> None
 def test_what_a_head_needs_may_depend_on_the_pair(
     register: Callable, detector: Dict[str, Any], needed: Set[str]
 ) -> None:
-    def requires(pair: DistillPair) -> FrozenSet[str]:
+    def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
         return frozenset({"roi_predictions" if pair.student.two_stage else "dense"})
 
     cls = register(requires=staticmethod(requires))
     pair = make_pair(detector, detector, SAME_CLASSES)
-    assert required_members(cls, pair) == needed
+    assert required_members(cls, load_config(), pair) == needed
     assert type(build_head("Toy", load_config(), pair)) is cls
     with pytest.raises(ValueError, match="Toy needs roi_predictions; the teacher RetinaNet has"):
         build_head("Toy", load_config(), make_pair(FASTER_RCNN, RETINANET, SAME_CLASSES))
 
 
+def test_what_a_head_needs_may_depend_on_its_keys(register: Callable) -> None:
+    def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
+        return frozenset({"features" if cfg.DISTILL.Toy.COLOUR == "red" else "roi_predictions"})
+
+    cls = register(requires=staticmethod(requires))
+    pair = make_pair(RETINANET, RETINANET, SAME_CLASSES)
+    assert type(build_head("Toy", load_config(), pair)) is cls
+    blue = load_config(opts=["DISTILL.Toy.COLOUR", "blue"])
+    assert required_members(cls, blue, pair) == {"roi_predictions"}
+    text = refusal_of("Toy", blue, pair)
+    assert "Toy needs roi_predictions; the student RetinaNet has none." in text
+
+
 def test_head_may_refuse_a_pair_in_words_of_its_own(register: Callable) -> None:
-    def requires(pair: DistillPair) -> FrozenSet[str]:
+    def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
         raise ValueError(f"Toy does not like {pair.teacher.name}")
 
     register(requires=staticmethod(requires))
@@ -154,13 +170,52 @@ def test_head_may_refuse_a_pair_in_words_of_its_own(register: Callable) -> None:
 def test_heads_that_read_features_need_nothing_else_of_any_pair(name: str, needed: Set) -> None:
     for student, teacher in ((RETINANET, FASTER_RCNN), (FASTER_RCNN, FASTER_RCNN)):
         pair = make_pair(student, teacher, SAME_CLASSES)
-        assert required_members(head_class(name), pair) == needed
+        assert required_members(head_class(name), load_config(), pair) == needed
 
 
 def test_masked_logits_need_what_tells_the_classes_apart() -> None:
     for detector, member in ((RETINANET, "dense"), (FASTER_RCNN, "roi_predictions")):
         pair = make_pair(detector, detector, SAME_CLASSES)
-        assert required_members(head_class("MLD"), pair) == {"features", member}
+        assert required_members(head_class("MLD"), load_config(), pair) == {"features", member}
+
+
+OF_KIND = {
+    "dense -> dense": (RETINANET, RETINANET),
+    "dense -> two-stage": (FASTER_RCNN, RETINANET),
+    "two-stage -> dense": (RETINANET, FASTER_RCNN),
+    "two-stage -> two-stage": (FASTER_RCNN, FASTER_RCNN),
+}
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+@pytest.mark.parametrize("pairs", [DENSE, TWO_STAGE, SAME_KIND, ANY_PAIR])
+def test_head_is_built_for_the_kinds_of_pairs_it_takes_and_refused_by_name_for_others(
+    register: Callable, pairs: FrozenSet[str], kind: str
+) -> None:
+    cls = register(pairs=pairs)
+    student, teacher = OF_KIND[kind]
+    pair = make_pair(student, teacher, SAME_CLASSES)
+    assert pair.kind == kind
+    if kind in pairs:
+        assert type(build_head("Toy", load_config(), pair)) is cls
+        return
+    text = refusal_of("Toy", load_config(), pair)
+    names = f"teacher {teacher['name']}, student {student['name']}"
+    assert f"Toy takes {', '.join(sorted(pairs))}; this is {kind} ({names})." in text
+
+
+def test_kinds_of_pairs_are_all_there_are() -> None:
+    assert set(OF_KIND) == ANY_PAIR and DENSE | TWO_STAGE == SAME_KIND < ANY_PAIR
+    assert DENSE == {"dense -> dense"} and TWO_STAGE == {"two-stage -> two-stage"}
+
+
+def test_different_anchors_are_refused_where_cells_are_compared_only(register: Callable) -> None:
+    register(requires_logits=True)
+    other = {**RETINANET, "num_anchors": 1}
+    text = refusal_of("Toy", load_config(), make_pair(RETINANET, other, SAME_CLASSES))
+    assert "student has 9 anchors per cell and the teacher 1 (MODEL.ANCHOR_GENERATOR)" in text
+    for student, teacher in ((FASTER_RCNN, {**FASTER_RCNN, "num_anchors": 15}), (other, other)):
+        assert build_head("Toy", load_config(), make_pair(student, teacher, SAME_CLASSES))
 
 
 def test_different_classes_are_refused_for_a_head_that_compares_logits(register: Callable) -> None:

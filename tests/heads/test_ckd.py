@@ -22,6 +22,7 @@ from d2kd.pyramid import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.regions import Source
 
+from logit_references import refusal_of
 from runs import assert_same_tensors, interrupt, run, run_config, scalars
 from toys import FeatureView, batch, distill_config, noise, write_teacher
 
@@ -610,9 +611,12 @@ def test_region_sampler_is_checked_too() -> None:
         head_for(info(DENSE), info(TWO_STAGE), "DISTILL.REGIONS.PER_IMAGE", 0)
 
 
-def test_two_stage_student_of_a_dense_teacher_is_refused_with_another_head() -> None:
-    with pytest.raises(ValueError, match="CKD of a two-stage .*RetinaNet.* SGFI takes this pair"):
-        head_for(info(TWO_STAGE), info(DENSE))
+def test_two_stage_student_of_a_dense_teacher_is_refused_with_the_heads_that_fit() -> None:
+    sides = info(TWO_STAGE), info(DENSE)
+    levels = pair_levels(sides[0].shapes, sides[1].shapes)
+    text = refusal_of("CKD", load_config(), DistillPair(*sides, levels))
+    assert "CKD takes dense -> dense, two-stage -> dense, two-stage -> two-stage; " in text
+    assert "this is dense -> two-stage (teacher RetinaNet, student GeneralizedRCNN)." in text
 
 
 def test_dense_pair_without_common_strides_is_refused_by_its_levels() -> None:

@@ -20,6 +20,7 @@ from d2kd.heads import DetectorInfo, DistillPair, MLDHead, build_head
 from d2kd.pyramid import LevelPair, pair_levels
 from d2kd.views.parts import DensePredictions, RoIPredictions
 
+from logit_references import refusal_of
 from toys import FeatureView, batch, distill_config, level_pairs, noise, write_teacher
 
 Maps = Dict[str, Tensor]
@@ -275,19 +276,6 @@ def test_levels_that_are_not_paired_do_not_count() -> None:
     expected = mld_in_loops(student, teacher, "p4", "features")
     expected /= positives_in_loops(student, teacher, ["p4"])
     assert list(losses) == ["p4"] and losses["p4"].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_pairs_without_predictions_are_left_out_and_none_at_all_is_refused() -> None:
-    # A pyramid may have levels that the head on it does not read, as p2 here.
-    student, teacher = cell_views()
-    for view in student, teacher:
-        view.features["p2"] = noise(2, 4, 6, 8)
-    head = cell_head(["p2", "p3", "p4"])
-    assert list(head(student, teacher)["loss_mld"]) == ["p3", "p4"]
-    del teacher.logits["p4"]
-    assert list(head(student, teacher)["loss_mld"]) == ["p3"]
-    with pytest.raises(AssertionError, match="no level to compare; the student predicts on p3, p4"):
-        cell_head(["p2"])(student, teacher)
 
 
 # Regions -----------------------------------------------------------------------------------------
@@ -572,6 +560,7 @@ def detector(two_stage: bool = False, **values: Any) -> DetectorInfo:
     values.setdefault("shapes", {"p3": ShapeSpec(channels=4, stride=8)})
     values.setdefault("num_classes", 3)
     values.setdefault("num_anchors", 3 if two_stage else 9)
+    values.setdefault("dense_levels", tuple(values["shapes"]))
     name = "GeneralizedRCNN" if two_stage else "RetinaNet"
     return DetectorInfo(name=name, members=frozenset(members), two_stage=two_stage, **values)
 
@@ -596,12 +585,13 @@ def test_keys_reach_the_head() -> None:
 @pytest.mark.parametrize("two_stage", [False, True])
 def test_unlike_detectors_are_refused_with_heads_that_fit(two_stage: bool) -> None:
     student, teacher = detector(two_stage), detector(not two_stage)
-    names = f"student is {student.name} and the teacher {teacher.name}"
-    with pytest.raises(ValueError, match=rf"DISTILL\.HEADS: MLD .*{names}.* DFMSD or PKD"):
-        build_for(student, teacher)
     pair = DistillPair(student, teacher, pair_levels(student.shapes, teacher.shapes))
-    for name in ("DFMSD", "PKD"):
-        build_head(name, load_config(), pair)
+    text = refusal_of("MLD", load_config(), pair)
+    kind = "dense -> two-stage" if two_stage else "two-stage -> dense"
+    names = f"teacher {teacher.name}, student {student.name}"
+    assert text.startswith("DISTILL.HEADS: MLD takes dense -> dense, two-stage -> two-stage; ")
+    assert f"; this is {kind} ({names})." in text
+    assert {"DFMSD", "PKD"} <= set(text.split("Heads that fit: ")[1][:-1].split(", "))
 
 
 def test_detector_without_a_box_head_is_refused() -> None:
@@ -629,6 +619,19 @@ def test_unequal_anchors_per_cell_are_refused_where_cells_are_compared() -> None
         build_for(detector(), detector(num_anchors=1))
     # Those of an RPN are not.
     assert build_for(detector(two_stage=True), detector(two_stage=True, num_anchors=15))
+
+
+def test_levels_without_predictions_are_left_out_and_none_at_all_is_refused() -> None:
+    # A pyramid may have levels that the head on it does not read, as p2 here.
+    shapes = {k: ShapeSpec(channels=4, stride=2 ** int(k[1])) for k in ("p2", "p3", "p4")}
+    student, teacher, finest = (
+        detector(shapes=shapes, dense_levels=levels)
+        for levels in (("p3", "p4"), ("p2", "p3"), ("p2",))
+    )
+    assert [x.student for x in build_for(student, student).levels] == ["p3", "p4"]
+    assert [x.student for x in build_for(student, teacher).levels] == ["p3"]
+    with pytest.raises(ValueError, match=r"DISTILL\.LEVELS: .* student does on p3, p4, .* on p2\."):
+        build_for(student, finest)
 
 
 @pytest.mark.parametrize("two_stage", [False, True])

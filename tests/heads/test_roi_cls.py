@@ -20,6 +20,7 @@ from d2kd.pyramid import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.parts import RoIPredictions
 
+from logit_references import refusal_of
 from toys import FeatureView, batch, distill_config, noise, write_teacher
 
 MEMBERS = frozenset({"features", "regions", "roi_predictions"})
@@ -204,18 +205,28 @@ DENSE = {
 }
 
 
-def head_for(student: Dict[str, Any], teacher: Dict[str, Any], *opts: Any) -> nn.Module:
+def pair_of(student: Dict[str, Any], teacher: Dict[str, Any]) -> DistillPair:
     shapes = {"p3": ShapeSpec(channels=4, stride=8)}
     infos = [DetectorInfo(shapes=shapes, **x) for x in (student, teacher)]
-    pair = DistillPair(*infos, pair_levels(shapes, shapes))
-    return build_head("RoICls", load_config(opts=list(opts)), pair)
+    return DistillPair(*infos, pair_levels(shapes, shapes))
+
+
+def head_for(student: Dict[str, Any], teacher: Dict[str, Any], *opts: Any) -> nn.Module:
+    return build_head("RoICls", load_config(opts=list(opts)), pair_of(student, teacher))
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_detector_without_a_head_on_regions_is_refused(side: str) -> None:
-    pair = (DENSE, TWO_STAGE) if side == "student" else (TWO_STAGE, DENSE)
-    with pytest.raises(ValueError, match=f"RoICls needs roi_predictions; the {side} RetinaNet"):
-        head_for(*pair)
+    sides = (DENSE, TWO_STAGE) if side == "student" else (TWO_STAGE, DENSE)
+    text = refusal_of("RoICls", load_config(), pair_of(*sides))
+    kind = "two-stage -> dense" if side == "student" else "dense -> two-stage"
+    assert f"RoICls takes two-stage -> two-stage; this is {kind} (" in text
+
+
+def test_two_stage_detector_without_a_box_head_is_refused_by_what_it_lacks() -> None:
+    c4 = {**TWO_STAGE, "members": frozenset({"features", "dense"})}
+    text = refusal_of("RoICls", load_config(), pair_of(TWO_STAGE, c4))
+    assert "RoICls needs regions, roi_predictions; the teacher GeneralizedRCNN has none" in text
 
 
 def test_different_classes_are_refused() -> None:

@@ -20,6 +20,7 @@ from d2kd.pyramid import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.parts import RoIPredictions
 
+from logit_references import refusal_of
 from toys import FeatureView, batch, distill_config, noise, write_teacher
 
 REGIONS, CLASSES = 5, 3
@@ -227,11 +228,14 @@ DENSE = {
 }
 
 
-def head_for(student: Dict[str, Any], teacher: Dict[str, Any]) -> nn.Module:
+def pair_of(student: Dict[str, Any], teacher: Dict[str, Any]) -> DistillPair:
     shapes = {"p3": ShapeSpec(channels=4, stride=8)}
     infos = [DetectorInfo(shapes=shapes, **x) for x in (student, teacher)]
-    pair = DistillPair(*infos, pair_levels(shapes, shapes))
-    return build_head("RoILoc", load_config(), pair)
+    return DistillPair(*infos, pair_levels(shapes, shapes))
+
+
+def head_for(student: Dict[str, Any], teacher: Dict[str, Any]) -> nn.Module:
+    return build_head("RoILoc", load_config(), pair_of(student, teacher))
 
 
 def test_head_has_nothing_to_train() -> None:
@@ -240,9 +244,16 @@ def test_head_has_nothing_to_train() -> None:
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_detector_without_a_head_on_regions_is_refused(side: str) -> None:
-    pair = (DENSE, TWO_STAGE) if side == "student" else (TWO_STAGE, DENSE)
-    with pytest.raises(ValueError, match=f"RoILoc needs roi_predictions; the {side} RetinaNet"):
-        head_for(*pair)
+    sides = (DENSE, TWO_STAGE) if side == "student" else (TWO_STAGE, DENSE)
+    text = refusal_of("RoILoc", load_config(), pair_of(*sides))
+    kind = "two-stage -> dense" if side == "student" else "dense -> two-stage"
+    assert f"RoILoc takes two-stage -> two-stage; this is {kind} (" in text
+
+
+def test_two_stage_detector_without_a_box_head_is_refused_by_what_it_lacks() -> None:
+    c4 = {**TWO_STAGE, "members": frozenset({"features", "dense"})}
+    text = refusal_of("RoILoc", load_config(), pair_of(TWO_STAGE, c4))
+    assert "RoILoc needs regions, roi_predictions; the teacher GeneralizedRCNN has none" in text
 
 
 def test_different_classes_are_refused() -> None:

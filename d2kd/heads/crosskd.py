@@ -92,8 +92,7 @@ class CrossKDHead(nn.Module):
             raise ValueError(
                 "DISTILL.HEADS: CrossKD puts the student's tower into the teacher's head, but the "
                 f"student's has {student.vector_channels} channels and the teacher's "
-                f"{teacher.vector_channels} (MODEL.FPN.OUT_CHANNELS). BCKD compares the predictions "
-                "of such a pair."
+                f"{teacher.vector_channels} (MODEL.FPN.OUT_CHANNELS). BCKD takes such a pair."
             )
         return {
             "levels": pair.dense_levels,

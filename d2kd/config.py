@@ -66,6 +66,19 @@ def add_distill_config(cfg: CfgNode) -> None:
     node.REGIONS = CfgNode()
     add_region_config(node.REGIONS)
 
+    # What each loss does to the student's pyramid, as a table in the log and in TensorBoard. False:
+    # neither, and nothing stops a run in which a term does nothing
+    node.LIVENESS = CfgNode()
+    node.LIVENESS.ENABLED = True
+    # Steps in which each head is watched, from the first in which its weight is not 0. A term that
+    # is constant, or has no gradient, in all of them stops the run
+    node.LIVENESS.FIRST_STEPS = 3
+    # Iterations between two looks after that; 0: none. A look costs, for each term, a backward from
+    # it to the pyramid; the log says how long it took
+    node.LIVENESS.PERIOD = 1000
+    # Share of the gradient, in (0, 1), for which loss weights are suggested; nothing is changed
+    node.LIVENESS.WANTED_SHARE = 0.5
+
     for name, head in DISTILL_HEAD_REGISTRY:
         head_node = node[name[: -len("Head")]] = CfgNode()
         head.add_config(head_node)

@@ -66,7 +66,8 @@ class Distiller(nn.Module):
         self.members = members
         # The run's iteration from which the schedules count: where its stage began.
         self.start_iter = 0
-        # Views, unweighted terms and the heads' maps of the latest batch, to explain and draw it.
+        # Of the latest batch, to explain and draw it: views, unweighted terms, which head each of
+        # them is of ("keys"), and the heads' maps.
         self.latest: Dict[str, Any] = {}
 
     @classmethod
@@ -125,7 +126,7 @@ class Distiller(nn.Module):
             teacher.features
         with student.record(self.members):
             losses = dict(self.student(batched_inputs))
-        self.latest = {"student": student, "teacher": teacher, "terms": {}, "maps": {}}
+        self.latest = {"student": student, "teacher": teacher, "terms": {}, "keys": {}, "maps": {}}
         for name, weight in weights.items():
             for key, loss in self._distill(name, weight, student, teacher).items():
                 assert key not in losses, f"{name} returns {key!r}, a name that is taken"
@@ -145,6 +146,7 @@ class Distiller(nn.Module):
             return {f"loss_{name.lower()}": sum(zeros)} if zeros else {}
         terms = head(student, teacher)
         self.latest["terms"].update(terms)
+        self.latest["keys"][name] = list(terms)
         self.latest["maps"][name] = getattr(head, "maps", {})
         totals = {k: sum(v.values()) if isinstance(v, dict) else v for k, v in terms.items()}
         return {key: total * weight for key, total in totals.items()}

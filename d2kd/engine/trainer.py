@@ -20,6 +20,7 @@ from ..whole_files import last_whole_checkpoint
 from .evaluator import build_evaluator
 from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
+from .liveness import liveness_hooks
 from .optimizer import build_optimizer
 from .parallel import data_parallel
 from .show_panel import ShowPanel
@@ -87,7 +88,8 @@ class Trainer(DefaultTrainer):
         keep = KeepLossNormalizer(student, self.cfg.SOLVER.CHECKPOINT_PERIOD)
         # Before the evaluation, which leaves nothing of the step to draw.
         show = ShowPanel(self._module, self.cfg.VIS_PERIOD, class_names(self.cfg.DATASETS.TRAIN))
-        hooks = [SeedEachIteration(self.seed), keep, show, *super().build_hooks()]
+        watch = liveness_hooks(self._module, self._trainer.optimizer, self.cfg)
+        hooks = [SeedEachIteration(self.seed), keep, show, *watch, *super().build_hooks()]
         for hook in hooks:
             if isinstance(hook, PeriodicCheckpointer):
                 hook.file_prefix = self.stage.file_prefix

@@ -1,0 +1,116 @@
+"""What each loss of a step does to the student's pyramid."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+TASK = "student's own"
+
+
+@dataclass
+class LossGradient:
+    """
+    Of one loss: its value, weighted; the norm of its gradient at each level and at all together;
+    and the cosine with the gradient of the student's own losses.
+    """
+
+    value: float
+    levels: Dict[str, float]
+    norm: float
+    cosine: float
+
+
+@dataclass
+class LossGradients:
+    """`losses`: by name, the student's own as one; `heads`: name of a head to its losses."""
+
+    losses: Dict[str, LossGradient]
+    heads: Dict[str, List[str]]
+
+    @classmethod
+    def measure(cls, losses: Mapping[str, Tensor], latest: Mapping[str, Any]) -> "LossGradients":
+        """
+        Args:
+            losses: of a step, as the Distiller returns them, before their backward
+            latest: `Distiller.latest` of that step
+        """
+        features = {k: v for k, v in latest["student"].features.items() if v.requires_grad}
+        heads = latest["keys"]
+        distilled = [key for keys in heads.values() for key in keys]
+        own = sum(v for k, v in losses.items() if k not in distilled)
+        task = _gradient(own, features)
+        found = {TASK: _summary(own, task, task)}
+        for key in distilled:
+            found[key] = _summary(losses[key], _gradient(losses[key], features), task)
+        return cls(found, {name: list(keys) for name, keys in heads.items()})
+
+    def share(self, key: str) -> float:
+        """Of the sum of all losses' norms."""
+        total = sum(x.norm for x in self.losses.values())
+        return self.losses[key].norm / total if total else 0.0
+
+    def scalars(self) -> Dict[str, float]:
+        """For TensorBoard. Detectron2 prints every name that has "loss" in it: these have not."""
+        scalars = {}
+        for key in (key for keys in self.heads.values() for key in keys):
+            name = key[len("loss_") :]
+            scalars[f"gradient_share/{name}"] = self.share(key)
+            scalars[f"gradient_cosine/{name}"] = self.losses[key].cosine
+            for level, norm in self.losses[key].levels.items():
+                scalars[f"gradient_{level}/{name}"] = norm
+        return scalars
+
+
+def describe(found: LossGradients) -> str:
+    """A table: the norm of each loss's gradient, by level, and how it stands to the task's."""
+    levels = list(found.losses[TASK].levels)
+    rows = [
+        [key, x.value, *(x.levels[k] for k in levels), found.share(key), x.cosine]
+        for key, x in found.losses.items()
+    ]
+    headers = ["loss", "value", *(f"gradient {k}" for k in levels), "share", "cosine"]
+    return tabulate(rows, headers, floatfmt=".3g")
+
+
+def suggest_weights(found: LossGradients, loss_weights: Mapping[str, float], share: float) -> str:
+    """
+    For each head the LOSS_WEIGHT with which all heads together, in equal parts, would have the
+    wanted share of the gradient of this step.
+
+    Args:
+        loss_weights: of each head now
+        share: in (0, 1)
+    """
+    wanted = share / (1 - share) * found.losses[TASK].norm / max(len(found.heads), 1)
+    words = []
+    for name, keys in found.heads.items():
+        norm = sum(found.losses[key].norm for key in keys)
+        weight = loss_weights[name] * wanted / norm if norm else math.nan
+        words.append(f"DISTILL.{name}.LOSS_WEIGHT {weight:.3g} (now {loss_weights[name]:g})")
+    return f"For a share of {share:g} in a step like this one: {', '.join(words)}."
+
+
+def _gradient(loss: Any, features: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Level name to the gradient there, flat and float32; zeros where the loss does not reach."""
+    inputs = list(features.values())
+    found: Any = [None] * len(inputs)
+    if torch.is_tensor(loss) and loss.requires_grad and inputs:
+        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    return {
+        k: torch.zeros_like(x, dtype=torch.float32).flatten() if g is None else g.float().flatten()
+        for (k, x), g in zip(features.items(), found)
+    }
+
+
+def _summary(loss: Any, ours: Dict[str, Tensor], task: Dict[str, Tensor]) -> LossGradient:
+    levels = {k: float(g.norm()) for k, g in ours.items()}
+    norm, whole = math.hypot(*levels.values()), math.hypot(
+        *(float(g.norm()) for g in task.values())
+    )
+    dot = sum(float((ours[k] * task[k]).sum()) for k in ours)
+    cosine = dot / (norm * whole) if norm and whole else 0.0
+    return LossGradient(float(loss), levels, norm, cosine)

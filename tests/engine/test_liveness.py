@@ -184,6 +184,7 @@ def test_first_steps_and_then_every_period_are_watched(folder: Path, teacher: Li
 def test_head_that_is_switched_off_is_not_watched(
     folder: Path, teacher: List[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="d2kd")
     cfg = run_config(folder, teacher, ["PKD"], SOLVER__MAX_ITER=6, DISTILL__LIVENESS__PERIOD=0)
     assert looks(cfg) == [0, 1, 2]
     assert "What each loss does to the student" in caplog.text and "loss_pkd" in caplog.text

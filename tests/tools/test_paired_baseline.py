@@ -1,0 +1,133 @@
+"""A gain is told with its interval, and that there is none is told plainly."""
+
+import csv
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Dict, List
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from runs import run_config
+from toys import write_teacher
+
+
+@pytest.fixture
+def paired(tool: Callable[[str], ModuleType]) -> ModuleType:
+    return tool("paired_baseline")
+
+
+@pytest.fixture
+def ap(tool: Callable[[str], ModuleType]) -> ModuleType:
+    return tool("paired_ap")
+
+
+def truth(num_images: int) -> COCO:
+    """Images with one to three boxes of two classes."""
+    random, coco = np.random.default_rng(0), COCO()
+    annotations: List[Dict[str, Any]] = []
+    for image in range(num_images):
+        for _ in range(random.integers(1, 4)):
+            x, y, w, h = (float(v) for v in random.integers(10, 60, size=4))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": int(random.integers(1, 3)),
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+    coco.dataset = {
+        "images": [{"id": i, "width": 128, "height": 128} for i in range(num_images)],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+    }
+    coco.createIndex()
+    return coco
+
+
+def detections(coco: COCO, noise: float, seed: int = 1) -> List[Dict[str, Any]]:
+    """The ground truth, each side moved by so many pixels, and as many false ones."""
+    random, found = np.random.default_rng(seed), []
+    for x in coco.dataset["annotations"]:
+        bbox = [float(v + noise * random.standard_normal()) for v in x["bbox"]]
+        score = float(random.random())
+        found.append(
+            {**{k: x[k] for k in ("image_id", "category_id")}, "bbox": bbox, "score": score}
+        )
+        wrong = [5.0, 5.0, 8.0, 8.0]
+        found.append({**found[-1], "bbox": wrong, "score": float(random.random())})
+    return found
+
+
+def of_pycocotools(coco: COCO, found: List[Dict[str, Any]], images: List[int]) -> float:
+    evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
+    evaluation.params.imgIds = images
+    with redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return 100 * evaluation.stats[0]
+
+
+@pytest.mark.parametrize("images", [list(range(12)), [0, 3, 7]])
+def test_ap_of_some_images_is_that_of_pycocotools(ap: ModuleType, images: List[int]) -> None:
+    coco = truth(12)
+    found = detections(coco, noise=4.0)
+    expected = of_pycocotools(coco, found, images)
+    assert ap.ImageAP(coco, found)(images) == pytest.approx(expected) and 5 < expected < 95
+
+
+def test_image_that_is_drawn_twice_counts_twice(ap: ModuleType) -> None:
+    coco = truth(4)
+    measure = ap.ImageAP(coco, detections(coco, noise=4.0))
+    assert measure([0, 1, 2, 3] * 2) == pytest.approx(measure([0, 1, 2, 3]), abs=3.0)
+    assert measure([0, 0, 0, 1]) != measure([0, 1])
+
+
+def test_detector_that_finds_nothing_has_0_on_any_images(ap: ModuleType) -> None:
+    assert ap.ImageAP(truth(4), [])([0, 2]) == 0.0
+
+
+def test_equal_detectors_gain_nothing_and_a_better_one_more_than_its_interval(
+    ap: ModuleType, paired: ModuleType
+) -> None:
+    coco = truth(30)
+    good, bad = (ap.ImageAP(coco, detections(coco, noise)) for noise in (1.0, 8.0))
+    assert ap.gain_interval([bad], [bad], samples=20) == (0.0, 0.0, 0.0)
+    assert paired.verdict(0.0, 0.0, 0.0).startswith("No measurable gain")
+    gain, low, high = ap.gain_interval([bad, bad], [good, good], samples=50)
+    assert 0 < low < gain < high
+    assert paired.verdict(gain, low, high).startswith(f"The teacher is worth +{gain:.1f} AP")
+    assert paired.verdict(-3.0, -4.0, -1.0).startswith("The teacher does harm: -3.0 AP")
+
+
+def test_two_runs_give_table_csv_and_picture(
+    paired: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cfg = run_config(tmp_path, write_teacher(tmp_path, "retinanet"), ["PKD"], SOLVER__MAX_ITER=2)
+    cfg.DATASETS.TEST = ("d2kd_shapes_val",)
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    words = ["--config-file", str(tmp_path / "run.yaml"), "--seeds", "5", "--samples", "3"]
+    paired.main([*words, "SOLVER.BASE_LR", "0.001"])
+    folder = Path(cfg.OUTPUT_DIR + "_paired")
+    with open(folder / "results.csv") as file:
+        rows = list(csv.reader(file))
+    assert [x[:2] for x in rows] == [["arm", "seed"], ["alone", "5"], ["distilled", "5"]]
+    assert "seed 5:" in (folder / "table.md").read_text()
+    assert (folder / "gain.png").stat().st_size > 1000
+    config = (folder / "alone_seed_5" / "config.yaml").read_text()
+    assert "ENABLED: false" in config and "SEED: 5" in config and "BASE_LR: 0.001" in config
+    assert "No measurable gain" in capsys.readouterr().out, "after two iterations"
+
+
+@pytest.mark.parametrize("words", [["--seeds", "1", "1"], ["--seeds", "-1"], ["--samples", "1"]])
+def test_senseless_arguments_are_refused(paired: ModuleType, words: List[str]) -> None:
+    with pytest.raises(SystemExit):
+        paired.parse_args(["--config-file", "x.yaml", "--output", "x", *words])

@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""
+Is the teacher worth it? Train a student with its teacher and, from the same YAML, without: same
+seed, same batches in the same order, same schedule. Over several seeds, on the same images.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import os
+from typing import Dict, List, Sequence
+
+import numpy as np
+from paired_ap import ImageAP, gain_interval, read_detections
+from pycocotools.coco import COCO
+from quickstart import METRICS, run_step
+from tabulate import tabulate
+
+from detectron2.data import MetadataCatalog
+
+from d2kd import load_config
+from d2kd.data import register_datasets
+
+ARMS = ("alone", "distilled")
+EPILOG = """
+The folder receives a run for each arm and seed (one that was finished is not repeated, one that was
+interrupted goes on), table.md, results.csv and gain.png. The interval is a bootstrap over the
+images of the first test set: how much the gain would change with other images of the same kind. It
+says nothing about other seeds; their spread is in the table.
+
+examples:
+  python tools/paired_baseline.py --config-file configs/quickstart/cwd.yaml --seeds 1 2 3
+  python tools/paired_baseline.py --config-file run.yaml --seeds 1 SOLVER.MAX_ITER 1000
+"""
+
+Results = Dict[str, Dict[int, Dict[str, float]]]
+
+
+def main(argv: Sequence[str] = None) -> None:
+    args = parse_args(argv)
+    results: Results = {arm: {} for arm in ARMS}
+    for seed in args.seeds:
+        for arm in ARMS:
+            print(f"\n{arm}, seed {seed}", flush=True)
+            opts = opts_of(arm, seed, args)
+            results[arm][seed] = run_step(args.config_file, "", opts, args.fresh)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+        interval = interval_of(args)
+    report = make_report(results, interval, args.samples)
+    print("\n" + report)
+    with open(os.path.join(args.output, "table.md"), "w") as file:
+        file.write(report + "\n")
+    write_csv(results, os.path.join(args.output, "results.csv"))
+    draw(results, interval, os.path.join(args.output, "gain.png"))
+    print(f"\nIn {args.output}: table.md, results.csv, gain.png and the runs.")
+
+
+def opts_of(arm: str, seed: int, args: argparse.Namespace) -> List[str]:
+    alone = ["DISTILL.ENABLED", "False"] if arm == "alone" else []
+    folder = os.path.join(args.output, f"{arm}_seed_{seed}")
+    return [*args.opts, *alone, "SEED", str(seed), "OUTPUT_DIR", folder]
+
+
+def interval_of(args: argparse.Namespace) -> Sequence[float]:
+    """Gain, and its interval over images, low and high."""
+    cfg = load_config(args.config_file, args.opts)
+    register_datasets(cfg, "", parts=("TEST",))
+    truth = COCO(MetadataCatalog.get(cfg.DATASETS.TEST[0]).json_file)
+    found: Dict[str, List[ImageAP]] = {arm: [] for arm in ARMS}
+    for arm in ARMS:
+        for seed in args.seeds:
+            folder = load_config(args.config_file, opts_of(arm, seed, args)).OUTPUT_DIR
+            path = os.path.join(folder, "inference", "coco_instances_results.json")
+            found[arm].append(ImageAP(truth, read_detections(path)))
+    return gain_interval(found["alone"], found["distilled"], args.samples)
+
+
+def make_report(results: Results, interval: Sequence[float], samples: int) -> str:
+    """A table of both arms and the gain, a line for each seed, and a plain sentence."""
+    rows = []
+    means = {arm: mean_of(results[arm]) for arm in ARMS}
+    for arm in ARMS:
+        rows.append([arm] + [f"{means[arm][k]:.1f}" for k in METRICS])
+    gains = {k: means["distilled"][k] - means["alone"][k] for k in METRICS}
+    rows.append(["gain"] + [f"{gains[k]:+.1f}" for k in METRICS])
+    table = tabulate(rows, ["", *METRICS], tablefmt="github", disable_numparse=True)
+    seeds = [
+        f"  seed {seed}: {results['alone'][seed]['AP']:.1f} alone, {x['AP']:.1f} distilled, "
+        f"{x['AP'] - results['alone'][seed]['AP']:+.1f}"
+        for seed, x in results["distilled"].items()
+    ]
+    gain, low, high = interval
+    lines = [table, "", f"AP, mean of {len(seeds)} seeds:", *seeds, "", verdict(gain, low, high)]
+    lines.append(f"(95 % bootstrap interval over images, {samples} samples.)")
+    return "\n".join(lines)
+
+
+def verdict(gain: float, low: float, high: float) -> str:
+    """Says plainly when there is no gain."""
+    numbers = f"{gain:+.1f} AP, between {low:+.1f} and {high:+.1f}"
+    if low > 0:
+        return f"The teacher is worth {numbers}."
+    if high < 0:
+        return f"The teacher does harm: {numbers}."
+    return f"No measurable gain: {numbers}, an interval with 0 in it."
+
+
+def mean_of(runs: Dict[int, Dict[str, float]]) -> Dict[str, float]:
+    return {k: float(np.mean([x[k] for x in runs.values()])) for k in METRICS}
+
+
+def write_csv(results: Results, path: str) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "seed", *METRICS])
+        for arm, runs in results.items():
+            for seed, values in runs.items():
+                writer.writerow([arm, seed, *(f"{values[k]:.4f}" for k in METRICS)])
+
+
+def draw(results: Results, interval: Sequence[float], path: str) -> None:
+    """AP of every seed, a line from alone to distilled, and the gain with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 4), width_ratios=(3, 1))
+    for seed in results["alone"]:
+        values = [results[arm][seed]["AP"] for arm in ARMS]
+        left.plot(ARMS, values, marker="o", label=f"seed {seed}")
+    left.set(ylabel="AP", title="the same student", ylim=(0, None))
+    left.legend()
+    gain, low, high = interval
+    right.errorbar([0], [gain], [[gain - low], [high - gain]], fmt="o", capsize=6, color="black")
+    right.axhline(0, color="grey", linewidth=1)
+    right.set(title="gain in AP", xticks=[], xlim=(-1, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="YAML of the distillation")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
+    add("--output", default="", metavar="FOLDER", help="default: OUTPUT_DIR of the YAML + _paired")
+    add("--samples", type=int, default=200, help="of the bootstrap; default %(default)s")
+    add("--fresh", action="store_true", help="train anew what was trained before")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for both arms")
+    args = parser.parse_args(argv)
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        parser.error(f"--seeds must be different and not negative, got {args.seeds}")
+    if args.samples < 2:
+        parser.error(f"--samples must be 2 or more, got {args.samples}")
+    if not args.output:
+        folder = load_config(args.config_file, args.opts).OUTPUT_DIR
+        args.output = folder.rstrip("/") + "_paired"
+    return args
+
+
+if __name__ == "__main__":
+    main()

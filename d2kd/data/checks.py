@@ -1,8 +1,9 @@
 import json
 import logging
+import math
 import os
 from functools import lru_cache, reduce
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import Metadata
@@ -69,6 +70,12 @@ def _summary(path: str, modified: float) -> Tuple[Tuple[str, ...], Tuple[str, ..
     _check_keys(content["images"], "images", ("id", "file_name", "width", "height"))
     _check_keys(content["annotations"], "annotations", ("id", "image_id", "category_id", "bbox"))
     _check_keys(content["categories"], "categories", ("id", "name"))
+    for part in ("images", "annotations", "categories"):
+        _check_unique(content[part], part)
+    for image in content["images"]:
+        _check_inside(image["file_name"])
+    for annotation in content["annotations"]:
+        _check_box(annotation)
     names = {c["id"]: c["name"] for c in content["categories"]}
     used = {a["category_id"] for a in content["annotations"]}
     if not used <= set(names):
@@ -82,6 +89,29 @@ def _check_keys(entries: List[Any], part: str, keys: Tuple[str, ...]) -> None:
         for k in keys:
             if k not in entry:
                 raise ValueError(f'{part}[{i}] has no "{k}"')
+
+
+def _check_unique(entries: List[Any], part: str) -> None:
+    seen = set()
+    for entry in entries:
+        if entry["id"] in seen:
+            raise ValueError(f"{part} has the id {entry['id']!r} twice")
+        seen.add(entry["id"])
+
+
+def _check_inside(file_name: str) -> None:
+    """A file from elsewhere may name any path; what is read stays in the image folder."""
+    if os.path.isabs(file_name) or os.path.normpath(file_name).split(os.sep)[0] == os.pardir:
+        raise ValueError(f"the file_name {file_name!r} leads out of the image folder")
+
+
+def _check_box(annotation: Dict[str, Any]) -> None:
+    box = annotation["bbox"]
+    if len(box) != 4 or not all(math.isfinite(x) for x in box) or min(box[2:]) < 0:
+        raise ValueError(
+            f"annotation {annotation['id']!r} has the bbox {box}; it must be [x, y, width, height] "
+            "in pixels"
+        )
 
 
 def check_num_classes(cfg: CfgNode, meta_architecture: str, name: str, classes: List[str]) -> None:

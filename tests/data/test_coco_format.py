@@ -125,16 +125,38 @@ class TestRegisterDatasets(unittest.TestCase):
             ("annotations", None, 'no list "annotations"'),
             ("categories", [{"id": 5}], 'categories[0] has no "name"'),
             ("categories", [{"id": 4, "name": "cat"}], "category_id 5"),
+            ("images", 2 * self.content["images"], "images has the id 7 twice"),
+            ("annotations", 2 * self.content["annotations"], "annotations has the id 1 twice"),
+            ("images", [self._image("../secret.png")], "leads out of the image folder"),
+            ("images", [self._image("a/../../secret.png")], "leads out of the image folder"),
+            ("images", [self._image("/etc/secret.png")], "leads out of the image folder"),
+            ("annotations", [self._annotation([1, 1, -4, 3])], "the bbox [1, 1, -4, 3]"),
+            ("annotations", [self._annotation([1, 1, 4])], "the bbox [1, 1, 4]"),
+            ("annotations", [self._annotation([1, 1, float("nan"), 3])], "the bbox [1, 1, nan, 3]"),
         ]:
             good = self.content[part]
             self.content[part] = value
-            self._check_error(self._cfg(JSON=self._write(f"{message}.json")), message, ".json")
+            self._check_error(
+                self._cfg(JSON=self._write(f"{abs(hash(message))}.json")), message, ".json"
+            )
             self.content[part] = good
             self._forget("toy_train")
         path = self._write("text.json")
         with open(path, "w") as f:
             f.write("not json")
         self._check_error(self._cfg(JSON=path), path)
+
+    def _image(self, file_name: str) -> dict:
+        return {**self.content["images"][0], "file_name": file_name}
+
+    def _annotation(self, bbox: list) -> dict:
+        return {**self.content["annotations"][0], "bbox": bbox}
+
+    def test_image_in_a_folder_inside_is_found(self):
+        os.mkdir(os.path.join(self.images, "inner"))
+        os.rename(os.path.join(self.images, "a.png"), os.path.join(self.images, "inner", "a.png"))
+        self.content["images"] = [self._image("inner/../inner/a.png")]
+        register_datasets(self._cfg(), meta_architecture="")
 
     def test_number_of_classes(self):
         cfg = self._cfg()

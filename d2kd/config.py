@@ -60,6 +60,10 @@ def add_distill_config(cfg: CfgNode) -> None:
     node.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config, as on the command line: ["MODEL.RETINANET.NUM_CLASSES", 4]
     node.TEACHER.OPTS = []
+    # Images of the first test set on which the teacher is evaluated before training; 0: it is not
+    node.TEACHER.EVAL_IMAGES = 100
+    # COCO's box AP in percent below which the run is refused then
+    node.TEACHER.MIN_AP = 1.0
     # Only for tests and benchmarks: go on with a teacher that knows nothing
     node.TEACHER.ALLOW_RANDOM_WEIGHTS = False
 

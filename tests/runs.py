@@ -54,6 +54,7 @@ def run_config(
     }
     if not teacher_opts:
         return detector_config(student, **values)
+    values.setdefault("DISTILL__TEACHER__EVAL_IMAGES", 0)  # toy teachers know nothing
     return distill_config(student, teacher_opts, heads, **values)
 
 

@@ -17,6 +17,7 @@ from ..data import register_datasets
 from ..whole_files import last_whole_checkpoint
 from .preflight import check_config
 from .stages import Stage, plan_stages
+from .teacher_check import check_teacher
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def _train_stage(stage: Stage, done: int, resume: bool) -> Dict[str, Any]:
         trainer.begin_stage()
     else:
         trainer.resume_or_load(resume)
+    if trainer.start_iter == stage.start and trainer.teacher is not None:
+        check_teacher(stage.cfg, trainer.teacher)
     trainer.train()
     comm.synchronize()  # the next stage reads the checkpoint that the main process has written
     return getattr(trainer, "_last_eval_results", None) or {}

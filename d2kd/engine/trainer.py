@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader
 from ..panel import class_names
+from ..teacher import Teacher
 from ..whole_files import last_whole_checkpoint
 from .evaluator import build_evaluator
 from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
@@ -178,6 +179,10 @@ class Trainer(DefaultTrainer):
     @property
     def _module(self) -> nn.Module:
         return unwrap(self._trainer.model)
+
+    @property
+    def teacher(self) -> Optional[Teacher]:
+        return getattr(self._module, "teacher", None)
 
     @property
     def _head_names(self) -> List[str]:

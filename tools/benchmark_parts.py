@@ -18,9 +18,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
-from detectron2.structures import Boxes, Instances, PolygonMasks
 
 from d2kd import DetectorView, Distiller, load_config, student_config
+from d2kd.data.noise import noise_batch
 from d2kd.distiller import describe_pair
 from d2kd.engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from d2kd.engine.optimizer import build_optimizer
@@ -91,19 +91,9 @@ def calm(distiller: Distiller) -> None:
 
 
 def random_batch(student: nn.Module, args: argparse.Namespace) -> Batch:
-    """Images of noise with random boxes, on the host, as a data loader gives them."""
-    num_classes, batch = find_view(student, "student").num_classes(student), []
-    (height, width), n = args.size, args.boxes
-    for _ in range(args.images):
-        corner = torch.rand(n, 2) * torch.tensor([width, height]) / 2
-        boxes = torch.cat([corner, corner + (0.1 + torch.rand(n, 2) * 0.4) * min(height, width)], 1)
-        outlines = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()
-        instances = Instances((height, width), gt_boxes=Boxes(boxes))
-        instances.gt_masks = PolygonMasks([[x] for x in outlines])  # read by Mask R-CNN alone
-        instances.gt_classes = torch.randint(num_classes, (n,))
-        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances})
-    return batch
+    return noise_batch(
+        args.images, *args.size, args.boxes, find_view(student, "student").num_classes(student)
+    )
 
 
 # The arms -----------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from ..layers import (
     log_iou_distance,
     standardise,
 )
-from ..processes import mean_over_processes
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from ..views.towers import Towers
@@ -109,10 +108,11 @@ class CrossKDHead(nn.Module):
                 (N, A*4, Hi, Wi)
 
         Returns:
-            {"loss_crosskd_cls", "loss_crosskd_box": {level: scalar}}. cls: |p_t - p| BCE(p, p_t),
-            summed over the anchors that the student's own loss counts, and classes, divided by its
-            positive anchors. box: the distance of the decoded boxes, a mean weighted by the
-            teacher's largest class probability, times box_weight.
+            {"loss_crosskd_cls", "loss_crosskd_box": {level: scalar}}, summed over the anchors that
+            the student's own loss counts and divided by the number of its positive ones, a mean
+            over processes. cls: |p_t - p| BCE(p, p_t), summed over classes; box: box_weight times
+            the teacher's largest class probability times the distance of the decoded boxes. (The
+            authors' FCOS divides both by the sum of the positives' centerness.)
         """
         ours, theirs, labels = student.dense(), teacher.dense(), student.anchor_labels()
         crossed = teacher.predict_from(self.depth, self._aligned(student, teacher))
@@ -124,21 +124,16 @@ class CrossKDHead(nn.Module):
         matched = zip(
             *(match_levels(self.levels, ours.by_level(x), theirs.by_level(y)) for x, y in pairs)
         )
-        cls, box, total = {}, {}, 0.0
+        cls, box, positives = {}, {}, labels.mean_positives
         for (level, x, target), (_, boxes, target_boxes), (_, label, _) in matched:
             inside = student.inside_image(level, like=x)
             counted = label >= 0 if inside is None else (label >= 0) & inside  # (N, A, H, W)
             classes = difference_weighted(x, target).unflatten(1, (self.num_anchors, -1))
-            cls[level] = (classes.sum(dim=2) * counted).sum() / labels.mean_positives
+            cls[level] = (classes.sum(dim=2) * counted).sum() / positives
             weight = largest_probability(target, self.num_anchors) * counted
             distance = BOX_LOSSES[self.box_loss](boxes, target_boxes, self.num_anchors)
-            box[level] = self.box_weight * (distance * weight).sum()
-            total = total + weight.sum()
-        total = mean_over_processes(total).clamp(min=1)
-        return {
-            "loss_crosskd_cls": cls,
-            "loss_crosskd_box": {level: x / total for level, x in box.items()},
-        }
+            box[level] = self.box_weight * (distance * weight).sum() / positives
+        return {"loss_crosskd_cls": cls, "loss_crosskd_box": box}
 
     def _aligned(self, student: DetectorView, teacher: DetectorView) -> Towers:
         """The student's towers, with the mean and deviation of the teacher's in every channel."""

@@ -1,0 +1,26 @@
+from typing import Any, Dict, List
+
+import torch
+
+from detectron2.structures import Boxes, Instances, PolygonMasks
+
+
+def noise_batch(
+    num_images: int, height: int, width: int, boxes: int, num_classes: int
+) -> List[Dict[str, Any]]:
+    """
+    Images of noise with random boxes, on the host, as a data loader gives them in training. Every
+    box is its own mask, which Mask R-CNN alone reads.
+    """
+    batch = []
+    for _ in range(num_images):
+        corner = torch.rand(boxes, 2) * torch.tensor([width, height]) / 2
+        size = (0.1 + torch.rand(boxes, 2) * 0.4) * min(height, width)
+        corners = torch.cat([corner, corner + size], dim=1)
+        outlines = corners[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()
+        instances = Instances((height, width), gt_boxes=Boxes(corners))
+        instances.gt_masks = PolygonMasks([[x] for x in outlines])
+        instances.gt_classes = torch.randint(num_classes, (boxes,))
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch

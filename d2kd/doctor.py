@@ -1,0 +1,192 @@
+"""
+Look at a distillation before it is run: python -m d2kd.doctor --config-file run.yaml
+
+Builds student, teacher and heads, takes a few steps on two images of noise, and prints what was
+built, which heads fit this pair and why the others do not, what each loss does, and what a run will
+cost. Nothing is written and no data set is read.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Dict, List, Sequence
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from .config import load_config
+from .data.noise import noise_batch
+from .distiller import Distiller, describe_pair
+from .engine.loss_gradients import LossGradients, describe, suggest_weights
+from .engine.optimizer import build_optimizer
+from .engine.preflight import check_config
+from .engine.stages import plan_stages
+from .heads.build import head_names, misfit
+from .plugin import import_file
+from .pyramid import describe_plan
+from .views import find_view
+
+STEPS = 3
+EPILOG = """
+Exit code 0: it can be run; 1: it cannot, and the last line says why.
+
+examples:
+  python -m d2kd.doctor --config-file configs/quickstart/cwd.yaml
+  python -m d2kd.doctor --config-file run.yaml --plugin my_head.py SOLVER.IMS_PER_BATCH 8
+"""
+
+
+@dataclass
+class Cost:
+    """`seconds` of a step and `peak_mib` of memory, with `images` images of `size` pixels."""
+
+    seconds: float
+    peak_mib: float
+    images: int
+    size: Sequence[int]
+
+
+def main(argv: Sequence[str] = None) -> int:
+    args = parse_args(argv)
+    try:
+        for path in args.plugin:
+            import_file(path)
+        cfg = load_config(args.config_file, args.opts)
+        check_config(cfg)
+        if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.ENABLED:
+            print("A student alone: there is no distillation to look at.")
+            return 0
+        for stage in plan_stages(cfg):
+            if not stage.is_whole_run:
+                print(f"\n{stage}")
+            with stage.in_errors():
+                examine(stage.cfg, args.images)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"\nThis cannot be run: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def examine(cfg: CfgNode, num_images: int) -> None:
+    """
+    Build and try out one stage, and print what was found.
+
+    Raises:
+        ValueError, OSError: what is wrong with the config
+        RuntimeError: a loss that is not finite
+    """
+    torch.manual_seed(0)
+    distiller = build_model(cfg).train()
+    distiller.inherit_from_teacher()
+    pair = describe_pair(cfg, distiller.student, distiller.teacher.model)
+    print("\n" + _modules(distiller))
+    print("\nLevels:\n" + describe_plan(pair.levels, pair.student.shapes, pair.teacher.shapes))
+    print("\nHeads for this pair:\n" + _fits(cfg, pair))
+    found, cost = try_out(cfg, distiller, num_images)
+    weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
+    print("\nLosses on noise, in the first step:\n" + describe(found))
+    print(suggest_weights(found, weights, cfg.DISTILL.LIVENESS.WANTED_SHARE))
+    print("\n" + _estimate(cfg, cost))
+
+
+def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
+    """
+    Returns:
+        LossGradients of the first step, and the Cost of the steps after it
+    """
+    device = torch.device(cfg.MODEL.DEVICE)
+    optimizer = build_optimizer(cfg, distiller)
+    classes = find_view(distiller.student, "student").num_classes(distiller.student)
+    height = cfg.INPUT.MIN_SIZE_TRAIN[0]
+    size = height, min(4 * height // 3, cfg.INPUT.MAX_SIZE_TRAIN)
+    seconds: List[float] = []
+    with EventStorage():
+        for step in range(STEPS):
+            batch = noise_batch(num_images, *size, boxes=4, num_classes=classes)
+            start = time.perf_counter()
+            losses = distiller(batch)
+            _check_finite(losses)
+            if step == 0:
+                found = LossGradients.measure(losses, distiller.latest)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    return found, Cost(min(seconds[1:]), _peak_mib(device), num_images, size)
+
+
+def _check_finite(losses: Dict[str, torch.Tensor]) -> None:
+    bad = [k for k, v in losses.items() if not torch.isfinite(v)]
+    if bad:
+        raise RuntimeError(f"{', '.join(bad)} is not finite on images of noise")
+
+
+def _peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _modules(distiller: Distiller) -> str:
+    rows = [
+        ("student", type(distiller.student).__name__, _millions(distiller.student), "trained"),
+        ("teacher", type(distiller.teacher.model).__name__, _millions(distiller.teacher.model), ""),
+    ]
+    rows += [(f"head {k}", type(v).__name__, _millions(v), "") for k, v in distiller.heads.items()]
+    notes = {"student": "is the product", "teacher": "frozen, in no checkpoint"}
+    rows = [(n, c, m, notes.get(n, "trained, not delivered")) for n, c, m, _ in rows]
+    return tabulate(rows, ["", "class", "million parameters", ""], floatfmt=".2f")
+
+
+def _millions(module: nn.Module) -> float:
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+def _fits(cfg: CfgNode, pair: Any) -> str:
+    rows = []
+    for name in head_names():
+        reason = misfit(name, cfg, pair)
+        used = "used" if name in cfg.DISTILL.HEADS else "fits"
+        rows.append((name, used if reason is None else "no", reason or ""))
+    return tabulate(rows, maxcolwidths=[None, None, 80], tablefmt="plain")
+
+
+def _estimate(cfg: CfgNode, cost: Cost) -> str:
+    batch, iterations = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER
+    step = cost.seconds * batch / cost.images
+    height, width = cost.size
+    return (
+        f"{cost.seconds:.2f} s a step of {cost.images} images of {height}x{width} on "
+        f"{cfg.MODEL.DEVICE}, at most {cost.peak_mib:.0f} MiB. In proportion, {step:.2f} s for a "
+        f"batch of {batch} in one process, and {timedelta(seconds=round(step * iterations))} for "
+        f"{iterations} iterations, without reading images and evaluating."
+    )
+
+
+def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m d2kd.doctor",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="YAML of a distillation")
+    add("--images", type=int, default=2, help="in a step; default %(default)s")
+    add("--plugin", action="append", default=[], metavar="FILE", help="as for train_net.py")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""One command tells whether a distillation can be run, what it does and what it costs."""
+
+import re
+from pathlib import Path
+from typing import Any, Callable, List
+
+import pytest
+
+from d2kd import doctor
+from d2kd.heads.build import head_names
+
+from toys import distill_config, write_teacher
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Callable[..., str]:
+    """Writes the YAML of a toy distillation."""
+
+    def write(student: str, teacher: str, heads: List[str], **overrides: Any) -> str:
+        cfg = distill_config(student, write_teacher(tmp_path, teacher), heads, **overrides)
+        path = tmp_path / "run.yaml"
+        path.write_text(cfg.dump())
+        return str(path)
+
+    return write
+
+
+def test_run_that_works_is_described(
+    config_file: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    path = config_file("retinanet", "faster_rcnn", ["PKD", "MGD"])
+    before = sorted(x.name for x in tmp_path.iterdir())
+    assert doctor.main(["--config-file", path, "SOLVER.MAX_ITER", "3600"]) == 0
+    text = capsys.readouterr().out
+    for words in ("head PKD", "p3 (stride 8, 32 channels) <- p3", "loss_mgd", "3600 iterations"):
+        assert words in text
+    assert re.search(r"DISTILL\.PKD\.LOSS_WEIGHT [\d.e+-]+ \(now 6\)", text)
+    assert re.search(r"[\d.]+ s a step of 2 images of 64x85 on cpu", text)
+    assert sorted(x.name for x in tmp_path.iterdir()) == before, "nothing is written"
+
+
+def test_every_head_is_listed_with_its_reason(
+    config_file: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    assert doctor.main(["--config-file", config_file("retinanet", "faster_rcnn", ["PKD"])]) == 0
+    table = capsys.readouterr().out.split("Heads for this pair:")[1].split("Losses")[0]
+    found = dict(re.findall(r"^(\w+)\s+(used|fits|no)\b", table, re.MULTILINE))
+    assert sorted(found) == head_names()
+    assert found["PKD"] == "used" and found["MGD"] == "fits" and found["DKD"] == "no"
+    assert "DKD takes two-stage -> two-stage" in table
+
+
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        (["DISTILL.TEACHER.WEIGHTS", "gone.pth"], "DISTILL.TEACHER.WEIGHTS: there is no file"),
+        (["DISTILL.HEADS", "['DKD']"], "DKD takes two-stage -> two-stage.*Heads that fit"),
+        (["DISTILL.HAEDS", "['PKD']"], "did you mean DISTILL.HEADS"),
+        (["MODEL.FPN.OUT_CHANELS", "3"], "did you mean MODEL.FPN.OUT_CHANNELS"),
+    ],
+)
+def test_what_is_wrong_is_the_last_line_and_the_exit_code(
+    opts: List[str], words: str, config_file: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    assert (
+        doctor.main(["--config-file", config_file("retinanet", "retinanet", ["PKD"]), *opts]) == 1
+    )
+    assert re.search(f"(?s)This cannot be run: .*{words}", capsys.readouterr().err)
+
+
+def test_each_stage_is_tried_out(config_file: Callable, capsys: pytest.CaptureFixture) -> None:
+    stages = [{"ITERATIONS": 3}, {"ITERATIONS": 1, "HEADS": ["MGD"]}]
+    path = config_file("retinanet", "retinanet", ["PKD"], SOLVER__MAX_ITER=4, SOLVER__STEPS=(2,))
+    assert doctor.main(["--config-file", path, "DISTILL.STAGES", str(stages)]) == 0
+    first, second = capsys.readouterr().out.split("Stage 2")
+    assert "loss_pkd" in first and "loss_mgd" in second
+
+
+def test_student_alone_is_nothing_to_look_at(
+    config_file: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = config_file("retinanet", "retinanet", ["PKD"])
+    assert doctor.main(["--config-file", path, "DISTILL.ENABLED", "False"]) == 0
+    assert "no distillation to look at" in capsys.readouterr().out
+
+
+def test_mask_rcnn_gets_masks(config_file: Callable, capsys: pytest.CaptureFixture) -> None:
+    path = config_file("mask_rcnn", "mask_rcnn", ["DKD"])
+    assert doctor.main(["--config-file", path]) == 0
+    assert "loss_dkd_target" in capsys.readouterr().out

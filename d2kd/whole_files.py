@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Iterator, List
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,10 +28,14 @@ def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps what a full disk says
+    except (OSError, RuntimeError) as error:
+        # torch.save may wrap what a full disk says; other RuntimeErrors are not about the disk.
+        reasons = (error, error.__cause__, error.__context__)
+        if not any(isinstance(x, OSError) for x in reasons):
+            raise
         raise OSError(
-            f"{path} could not be written: {error}. Earlier checkpoints are as they were: make "
-            "room, or give another OUTPUT_DIR, and go on with --resume."
+            f"{path} could not be written: {error}. What had that name before is as it was. Make "
+            "room, or name another folder; a run goes on with --resume."
         ) from error
     finally:
         if os.path.exists(unfinished):
@@ -91,15 +97,18 @@ def last_whole_checkpoint(folder: str) -> str:
 
 
 def damage_of(path: str) -> str:
-    """What is wrong with a file of torch.save, found without loading it; "" if nothing is."""
+    """What is wrong with a file of torch.save; "" if nothing is."""
     if not os.path.isfile(path):
         return "there is no such file"
     try:
         with zipfile.ZipFile(path) as file:
-            broken = file.testzip()  # a checksum for every tensor
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+            broken = file.testzip()  # a checksum for every tensor, which PyTorch does not look at
+        if broken:
+            return f"{broken} is corrupt"
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes look like to the two readers
         return str(error) or type(error).__name__
-    return f"{broken} is corrupt" if broken else ""
+    return ""
 
 
 def _by_age(folder: str) -> List[Path]:

@@ -229,12 +229,12 @@ def crosskd_sums(
     labels: Tensor,
     box_loss: str,
     *where: Any,
-) -> Tuple[float, float, float]:
+) -> Tuple[float, float]:
     """
-    sum |sigmoid(x) - p_t| BCE(x, p_t), sum w D(box) and sum w, w = max_c p_t, over the anchors of
-    one level whose label (N, A, H, W) is not -1; each pair is of the crossed and the teacher's own.
+    sum |sigmoid(x) - p_t| BCE(x, p_t) and sum w D(box), w = max_c p_t, over the anchors of one
+    level whose label (N, A, H, W) is not -1; each pair is of the crossed and the teacher's own.
     """
-    cls, box, weights = 0.0, 0.0, 0.0
+    cls, box = 0.0, 0.0
     num_anchors = labels.shape[1]
     for index in anchors_of(logits[0], num_anchors, *where):
         if labels[index] == -1:
@@ -243,8 +243,7 @@ def crosskd_sums(
         cls += class_term(x, t)
         weight = max(sigmoid(z) for z in t)
         box += weight * BOX_LOSSES[box_loss](*(entries(b, num_anchors, index) for b in boxes))
-        weights += weight
-    return cls, box, weights
+    return cls, box
 
 
 def align(x: Tensor, like: Tensor) -> Tensor:

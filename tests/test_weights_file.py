@@ -101,3 +101,11 @@ def test_unknown_query_of_an_address_is_refused(tmp_path: Path) -> None:
     PlainCheckpointer(model).load(f"{path}?matching_heuristics=True")
     with pytest.raises(ValueError, match="only .matching_heuristics=True is known"):
         PlainCheckpointer(model).load(f"{path}?mode=fast")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_of_every_pickle_protocol_are_read(protocol: int, tmp_path: Path) -> None:
+    data = {"model": {"x": np.arange(6.0).reshape(2, 3)}, "__author__": "x"}
+    path = tmp_path / "arrays.pkl"
+    path.write_bytes(pickle.dumps(data, protocol=protocol))
+    np.testing.assert_array_equal(read_weights_file(str(path))["model"]["x"], data["model"]["x"])

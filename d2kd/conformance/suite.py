@@ -38,7 +38,8 @@ def conformance(*names: str, opts: Sequence[Any] = ()) -> Type["HeadSuite"]:
         head_class(name)
     if not names:
         raise ValueError('conformance() needs the name of a head, such as conformance("MGD").')
-    return type("Conformance", (HeadSuite,), {"names": names, "opts": tuple(opts)})
+    hashable = tuple(tuple(x) if isinstance(x, list) else x for x in opts)
+    return type("Conformance", (HeadSuite,), {"names": names, "opts": hashable})
 
 
 class HeadSuite:

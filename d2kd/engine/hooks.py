@@ -15,6 +15,8 @@ from torch import nn
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..whole_files import damage_of
+
 logger = logging.getLogger(__name__)
 
 
@@ -132,7 +134,12 @@ class BestCheckpointer(HookBase):
         # The checkpoint was written before the evaluation of its own iteration.
         path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
         if os.path.isfile(path):
+            damage = damage_of(path)
+            if damage:
+                logger.error(f"{path} is damaged ({damage}); the next evaluation replaces it.")
+                self.best = -math.inf
+                return
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            saved = saved["trainer"].get("hooks", {}).get(type(self).__qualname__, {})
+            saved = saved.get("trainer", {}).get("hooks", {}).get(type(self).__qualname__, {})
             if saved.get("run") == self.run:
                 self.best = saved["best"]

@@ -8,14 +8,15 @@ import sys
 from ..config import load_config
 from ..plugin import import_file
 from .graph import FORMATS, export_graph
-from .student import export_student, find_weights
+from .student import export_student, find_weights, why_no_yaml
 from .verify import verify
 
 EPILOG = """
 The folder receives student.pth (weights), student.yaml (for stock Detectron2) and report.json. The
 proof is a fresh process in which d2kd cannot be imported: it builds the YAML, loads the weights
 without a missing or unexpected key, and must detect in fixed images, to the bit, what the run's
-student detects. Exit code 0: verified; 1: not.
+student detects. Exit code 0: verified, and each of --formats was written; 1: not. A student that
+Detectron2 cannot build from YAML (FCOS, Swin, a plug-in) has weights and a TorchScript graph alone.
 
 examples:
   python -m d2kd.export --config-file configs/quickstart/pkd.yaml --output exported
@@ -30,15 +31,20 @@ def main() -> None:
         import_file(path)
     cfg = load_config(args.config_file, args.opts)
     weights = args.weights or find_weights(cfg)
+    reason = why_no_yaml(cfg)
+    if reason and "torchscript" not in args.formats:
+        sys.exit(f"There is no stock YAML of this student: {reason}. Add --formats torchscript.")
     report = {"config_file": args.config_file, "weights": weights}
-    student = export_student(cfg, weights, args.output)
-    report.update(verify(cfg, weights, args.output))
+    export_student(cfg, weights, args.output)
+    report.update({"no_yaml": reason} if reason else verify(cfg, weights, args.output))
     for name in args.formats:
-        report[name] = export_graph(student, cfg, name, args.output)
+        report[name] = export_graph(cfg, weights, name, args.output)
     with open(os.path.join(args.output, "report.json"), "w") as file:
         json.dump(report, file, indent=2)
     print(json.dumps(report, indent=2))
-    sys.exit(0 if report["verified"] else 1)
+    graphs = [report[name] for name in args.formats]
+    failed = any("error" in x or x.get("verified") is False for x in graphs)
+    sys.exit(0 if not failed and (reason or report["verified"]) else 1)
 
 
 def parse_args() -> argparse.Namespace:

@@ -32,7 +32,9 @@ def main(folder: str, images: str, result: str) -> None:
     torch.set_num_threads(given["threads"])
     cfg = get_cfg()
     cfg.merge_from_file(os.path.join(folder, "student.yaml"))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *given["opts"]])
+    config = {key: plain(cfg[key]) for key in ("MODEL", "INPUT", "TEST")}
+    any_score = [x for key in given["score_keys"] for x in (key, 0.0)]
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *any_score])
     model = build_model(cfg).eval()
     weights = os.path.join(folder, cfg.MODEL.WEIGHTS)
     state = torch.load(weights, weights_only=True)["model"]
@@ -43,8 +45,15 @@ def main(folder: str, images: str, result: str) -> None:
         instances = [x["instances"] for x in model(given["inputs"])]
     outputs = [{k: getattr(v, "tensor", v) for k, v in x.get_fields().items()} for x in instances]
     imported = sorted(x for x in sys.modules if x.split(".")[0] == "d2kd")
-    found = {"keys": keys, "loaded": model.state_dict(), "outputs": outputs, "imported": imported}
-    torch.save(found, result)
+    found = {"keys": keys, "config": config, "outputs": outputs, "imported": imported}
+    torch.save({**found, "loaded": model.state_dict()}, result)
+
+
+def plain(value):
+    """A config as dicts and lists, which can be written down."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 if __name__ == "__main__":

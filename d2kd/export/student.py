@@ -8,7 +8,7 @@ import yaml
 from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 
 from ..checkpoint import load_whole_detector
 from ..config import student_config
@@ -17,70 +17,73 @@ from ..whole_files import last_whole_checkpoint, write_whole
 WEIGHTS, CONFIG = "student.pth", "student.yaml"
 
 
-def export_student(cfg: CfgNode, weights: str, folder: str) -> nn.Module:
+# Detections of any score, so that there is something to compare on images of noise.
+SCORE_KEYS = ("MODEL.RETINANET.SCORE_THRESH_TEST", "MODEL.ROI_HEADS.SCORE_THRESH_TEST")
+
+
+def export_student(cfg: CfgNode, weights: str, folder: str) -> None:
     """
-    Write the student's weights and its stock YAML.
+    Write the student's weights and, where there is one, its stock YAML.
 
     Args:
         cfg: of a distillation run, or of a plain detector
         weights: any checkpoint of the run, also one from the middle of it
         folder: receives student.pth and student.yaml
 
-    Returns:
-        the student, in eval mode, on the CPU
-
     Raises:
-        ValueError: a checkpoint that is none or does not cover the student, or a student that
-            Detectron2 cannot build from YAML
+        ValueError: a checkpoint that is none, or does not cover the student
     """
-    cfg = student_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    values = stock_config(cfg)
-    student = build_model(cfg).eval()
-    load_whole_detector(student, weights, "--weights")
+    student = load_student(cfg, weights)
     os.makedirs(folder, exist_ok=True)
     with write_whole(os.path.join(folder, WEIGHTS)) as file:
         torch.save({"model": student.state_dict()}, file)
-    with write_whole(os.path.join(folder, CONFIG), "w") as file:
-        yaml.safe_dump({**values, "VERSION": 2}, file, sort_keys=False)
+    if not why_no_yaml(cfg):
+        with write_whole(os.path.join(folder, CONFIG), "w") as file:
+            yaml.safe_dump({**stock_config(cfg), "VERSION": 2}, file, sort_keys=False)
+
+
+def load_student(cfg: CfgNode, weights: str, any_score: bool = False) -> nn.Module:
+    """
+    The student of a checkpoint, in eval mode, on the CPU.
+
+    Args:
+        any_score: let it detect at any score
+    """
+    cfg = student_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    if any_score:
+        keys = [*SCORE_KEYS, "MODEL.FCOS.SCORE_THRESH_TEST"]
+        cfg.merge_from_list([x for key in keys for x in (key, 0.0)])
+    student = build_model(cfg).eval()
+    load_whole_detector(student, weights, "--weights")
     return student
 
 
-def stock_config(cfg: CfgNode) -> Dict[str, Any]:
-    """
-    What a student's config says beyond Detectron2's defaults, without d2kd's keys.
+def why_no_yaml(cfg: CfgNode) -> str:
+    """A reason why stock Detectron2 has no YAML of the student; "" if it has."""
+    cfg = student_config(cfg)
+    names = {
+        "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
+        "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
+    }
+    ours = {k: r.get(v).__module__ for k, (r, v) in names.items()}
+    ours = {k: v for k, v in ours.items() if not v.startswith("detectron2.")}
+    if not ours:
+        return ""
+    listed = ", ".join(f"{k} {names[k][1]}" for k in ours)
+    if all(v.startswith("d2kd.") for v in ours.values()):
+        return f"{listed}: Detectron2 builds this from LazyConfig only"
+    return f"{listed}: a plug-in of yours builds this, not Detectron2"
 
-    Raises:
-        ValueError: the detector is one that Detectron2 itself cannot build from YAML
-    """
-    _check_stock(cfg)
-    values = _differences(cfg, get_cfg())
+
+def stock_config(cfg: CfgNode) -> Dict[str, Any]:
+    """What a student's config says beyond Detectron2's defaults, without d2kd's keys."""
+    values = _differences(student_config(cfg), get_cfg())
     values.setdefault("MODEL", {})["WEIGHTS"] = WEIGHTS
     values["MODEL"].pop("DEVICE", None)  # where it is to run is for its user to say
     for key in ("OUTPUT_DIR", "SEED", "DATASETS", "DATALOADER", "SOLVER", "VIS_PERIOD"):
         values.pop(key, None)  # of how it was trained
     return values
-
-
-def _check_stock(cfg: CfgNode) -> None:
-    names = {
-        "MODEL.META_ARCHITECTURE": cfg.MODEL.META_ARCHITECTURE,
-        "MODEL.BACKBONE.NAME": cfg.MODEL.BACKBONE.NAME,
-    }
-    ours = [f"{k}: {v}" for k, v in names.items() if not _is_stock(v)]
-    if ours:
-        raise ValueError(
-            f"{', '.join(ours)}: Detectron2 builds this from LazyConfig only, so there is no stock "
-            "YAML of the student. Its checkpoint is plain, and --formats torchscript alone runs "
-            "without d2kd."
-        )
-
-
-def _is_stock(name: str) -> bool:
-    from detectron2.modeling import BACKBONE_REGISTRY
-
-    registry = META_ARCH_REGISTRY if name in META_ARCH_REGISTRY else BACKBONE_REGISTRY
-    return registry.get(name).__module__.startswith("detectron2.")
 
 
 def _differences(cfg: CfgNode, defaults: CfgNode) -> Dict[str, Any]:
@@ -93,14 +96,14 @@ def _differences(cfg: CfgNode, defaults: CfgNode) -> Dict[str, Any]:
             if inner:
                 found[key] = inner
         elif value != default:
-            found[key] = _plain(value)
+            found[key] = plain(value)
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """YAML without Python's own types: tuples as lists."""
     if isinstance(value, (list, tuple)):
-        return [_plain(x) for x in value]
+        return [plain(x) for x in value]
     return value
 
 

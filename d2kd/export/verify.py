@@ -11,14 +11,9 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
-from ..checkpoint import load_whole_detector
 from ..config import student_config
-from .student import fixed_images
-
-# Detections of any score, so that there is something to compare on images of noise.
-ALL_SCORES = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+from .student import SCORE_KEYS, fixed_images, load_student, plain
 
 
 def verify(cfg: CfgNode, weights: str, folder: str) -> Dict[str, Any]:
@@ -31,58 +26,55 @@ def verify(cfg: CfgNode, weights: str, folder: str) -> Dict[str, Any]:
         folder: of the export
 
     Returns:
-        "verified": nothing is wrong; "missing_keys", "unexpected_keys": of the export;
-        "different_weights", "different_outputs": entries, and fields of detections, that are not
-        equal to the bit; "imported_d2kd": modules that were; "detections": how many were compared;
-        "error": of the fresh process, "" without
+        "verified": nothing is wrong; "missing_keys", "unexpected_keys": of the weights;
+        "different_weights", "different_config", "different_outputs": entries, keys and fields of
+        detections that are not equal, to the bit; "imported_d2kd": modules that were;
+        "detections": how many were compared; "error": of the fresh process, "" without
     """
     inputs = fixed_images(cfg)
-    with TemporaryDirectory() as scratch:
-        images, result = os.path.join(scratch, "images.pth"), os.path.join(scratch, "result.pth")
-        threads = torch.get_num_threads()
-        torch.save({"inputs": inputs, "opts": ALL_SCORES, "threads": threads}, images)
-        script = Path(__file__).with_name("fresh_process.py")
-        words = [sys.executable, str(script), os.path.abspath(folder), images, result]
-        process = subprocess.run(words, capture_output=True, text=True, cwd=scratch)
-        if process.returncode:
-            return {"verified": False, "error": process.stderr[-2000:]}
-        found = torch.load(result, weights_only=True)
-    student = _student_at_any_score(cfg, weights)
-    expected = _detect(student, inputs)
-    exported, trained = found["loaded"], student.state_dict()
+    found = _in_fresh_process(folder, inputs)
+    if isinstance(found, str):
+        return {"verified": False, "error": found}
+    student = load_student(cfg, weights, any_score=True)
+    expected = detect(student, inputs)
+    count = sum(len(x["scores"]) for x in expected)
+    trained = student.state_dict()
     report = {
         "missing_keys": found["keys"]["missing"],
         "unexpected_keys": found["keys"]["unexpected"],
         "different_weights": [
-            k for k, v in exported.items() if k in trained and not torch.equal(v, trained[k])
+            k for k, v in found["loaded"].items() if k in trained and not v.equal(trained[k])
         ],
-        "different_outputs": _different(found["outputs"], expected),
+        "different_config": _other_values(found["config"], student_config(cfg)),
+        "different_outputs": different_fields(found["outputs"], expected),
         "imported_d2kd": found["imported"],
     }
-    return {
-        "verified": not any(report.values()),
-        **report,
-        "detections": sum(len(x["scores"]) for x in expected),
-        "error": "",
-    }
+    verified = not any(report.values()) and count > 0
+    return {"verified": verified, **report, "detections": count, "error": ""}
 
 
-def _student_at_any_score(cfg: CfgNode, weights: str) -> nn.Module:
-    cfg = student_config(cfg)
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *ALL_SCORES])
-    student = build_model(cfg).eval()
-    load_whole_detector(student, weights, "--weights")
-    return student
+def _in_fresh_process(folder: str, inputs: List[Dict[str, Any]]) -> Any:
+    """What fresh_process.py found; what it said, a string, if it failed."""
+    with TemporaryDirectory() as scratch:
+        images, result = os.path.join(scratch, "images.pth"), os.path.join(scratch, "result.pth")
+        given = {"inputs": inputs, "score_keys": SCORE_KEYS, "threads": torch.get_num_threads()}
+        torch.save(given, images)
+        script = Path(__file__).with_name("fresh_process.py")
+        words = [sys.executable, str(script), os.path.abspath(folder), images, result]
+        process = subprocess.run(words, capture_output=True, text=True)
+        if process.returncode:
+            return process.stderr[-2000:]
+        return torch.load(result, weights_only=True)
 
 
-def _detect(student: nn.Module, inputs: List[Dict[str, Any]]) -> List[Dict[str, torch.Tensor]]:
+def detect(student: nn.Module, inputs: List[Dict[str, Any]]) -> List[Dict[str, torch.Tensor]]:
     """Fields of the detections in each image."""
     with torch.no_grad():
         instances = [x["instances"] for x in student(inputs)]
     return [{k: getattr(v, "tensor", v) for k, v in x.get_fields().items()} for x in instances]
 
 
-def _different(
+def different_fields(
     found: List[Dict[str, torch.Tensor]], expected: List[Dict[str, torch.Tensor]]
 ) -> List[str]:
     names = []
@@ -90,4 +82,16 @@ def _different(
         for key in sorted({*ours, *theirs}):
             if key not in ours or key not in theirs or not torch.equal(ours[key], theirs[key]):
                 names.append(f"image {i}: {key}")
+    return names
+
+
+def _other_values(found: Dict[str, Any], expected: Dict[str, Any], prefix: str = "") -> List[str]:
+    """Keys of the stock config whose values are not those of the run."""
+    names = []
+    for key, value in found.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            names += _other_values(value, expected[key], f"{name}.")
+        elif value != plain(expected[key]) and name not in ("MODEL.WEIGHTS", "MODEL.DEVICE"):
+            names.append(name)
     return names

@@ -125,7 +125,7 @@ def fitting(cfg: CfgNode, pair: DistillPair) -> List[str]:
             if misfit(name, cfg, pair) is None:
                 head_class(name).from_config(cfg, pair)
                 names.append(name)
-        except ValueError:  # what from_config has to say against the pair
+        except Exception:  # what from_config has to say against the pair, or a head of a user's
             pass
     return names
 
@@ -133,7 +133,15 @@ def fitting(cfg: CfgNode, pair: DistillPair) -> List[str]:
 def required_members(head: Type[nn.Module], cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
     """What the head reads of both views of this pair."""
     requires = getattr(head, "requires", {"features"})
-    return frozenset(requires(cfg, pair) if callable(requires) else requires)
+    if not callable(requires):
+        return frozenset(requires)
+    try:
+        return frozenset(requires(cfg, pair))
+    except TypeError as error:
+        raise ValueError(
+            f"{head.__name__}.requires must be a frozenset of names, or a static method of (cfg, "
+            f"pair) that returns one: {error}"
+        ) from error
 
 
 def _listed(names: Iterable[str]) -> str:

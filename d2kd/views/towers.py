@@ -18,8 +18,8 @@ class Towers:
 
 
 def depth_of(head: nn.Module) -> int:
-    """Convolutions in each tower of a RetinaNetHead or FCOSHead."""
-    return len(_activations(head.cls_subnet))
+    """Convolutions in each tower of a RetinaNetHead or FCOSHead; 0 of a head without towers."""
+    return len(_activations(head.cls_subnet)) if hasattr(head, "cls_subnet") else 0
 
 
 def hook_towers(head: nn.Module, depth: int, towers: Towers) -> List[Any]:

@@ -138,6 +138,13 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def flip_a_byte_of_the_directory(path: Path) -> None:
+    """In the flags of the last entry of the zip file's directory, which then seems encrypted."""
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 8] ^= 0x01
+    path.write_bytes(bytes(data))
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -146,7 +153,9 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_byte, empty, remove])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_byte, flip_a_byte_of_the_directory, empty, remove]
+)
 def test_damaged_last_checkpoint_is_told_and_the_one_before_is_used(
     damage: Callable[[Path], None],
     folder: Path,
@@ -184,12 +193,29 @@ def test_no_whole_checkpoint_stops_the_run_with_all_their_names(
         train(cfg, resume=True)
 
 
-def test_damage_is_found_without_loading(tmp_path: Path) -> None:
+def test_damaged_best_checkpoint_does_not_stop_a_run(
+    folder: Path, teacher: List[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = run_config(folder, teacher, SOLVER__CHECKPOINT_PERIOD=1, TEST__EVAL_PERIOD=1)
+    cfg.DATASETS.TEST = ("d2kd_shapes_val",)
+    cfg = at(cfg, tmp_path, "run")
+    interrupt(cfg, 2)
+    best = Path(cfg.OUTPUT_DIR, "model_best.pth")
+    best.write_bytes(b"half of it")
+    run(cfg, resume=True)
+    assert f"{best} is damaged" in caplog.text
+    assert Path(cfg.OUTPUT_DIR, "model_final.pth").exists()
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save({"x": torch.arange(1000)}, path)
     assert damage_of(str(path)) == ""
     flip_a_byte(path)
     assert "corrupt" in damage_of(str(path))
+    torch.save({"x": torch.arange(1000)}, path)
+    flip_a_byte_of_the_directory(path)
+    assert damage_of(str(path))
     assert damage_of(str(tmp_path / "none.pth")) == "there is no such file"
 
 
@@ -234,3 +260,10 @@ def test_output_folder_that_cannot_be_made_is_told_by_its_key(tmp_path: Path) ->
         check_writable(str(tmp_path / "file" / "run"))
     check_writable(str(tmp_path / "new" / "run"))
     assert os.listdir(tmp_path / "new" / "run") == []
+
+
+def test_error_that_has_nothing_to_do_with_the_disk_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="^device-side assert$"):
+        with write_whole(str(tmp_path / "model.pth")):
+            raise RuntimeError("device-side assert")
+    assert os.listdir(tmp_path) == []

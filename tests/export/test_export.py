@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from d2kd.config import flatten
-from d2kd.export import export_student, stock_config, verify
+from d2kd.export import export_student, verify, why_no_yaml
 from d2kd.export.graph import export_graph
 from d2kd.export.student import find_weights
 
@@ -136,11 +137,9 @@ def test_command_exports_the_last_checkpoint_and_reports(
 def test_torchscript_detects_what_the_student_does(name: str, saved: Any, tmp_path: Path) -> None:
     norm = {"MODEL__RETINANET__NORM": ""}  # GN with one channel a group takes no map of one cell
     cfg, weights = saved(name, **norm)
-    student = export_student(cfg, weights, str(tmp_path / "exported"))
-    found = export_graph(student, cfg, "torchscript", str(tmp_path / "exported"))
-    if "error" in found:
-        pytest.fail(found["error"])
-    assert found["verified"] and os.path.isfile(found["file"])
+    found = export_graph(cfg, weights, "torchscript", str(tmp_path))
+    assert found.get("verified"), found
+    assert os.path.isfile(found["file"]) and found["detections"] > 0
 
 
 def test_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
@@ -148,9 +147,33 @@ def test_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
         find_weights(detector_config("retinanet", OUTPUT_DIR=str(tmp_path)))
 
 
-def test_detector_that_stock_yaml_cannot_build_is_refused() -> None:
-    with pytest.raises(ValueError, match="FCOS.*LazyConfig only"):
-        stock_config(detector_config("fcos"))
+def test_detector_that_stock_yaml_cannot_build_is_told() -> None:
+    assert re.search("FCOS.*LazyConfig only", why_no_yaml(detector_config("fcos")))
+    assert why_no_yaml(detector_config("faster_rcnn")) == ""
+
+
+def change_format(config: dict) -> str:
+    config.setdefault("INPUT", {})["FORMAT"] = "RGB"
+    return "INPUT.FORMAT"
+
+
+def change_threshold(config: dict) -> str:
+    config["MODEL"]["RETINANET"]["SCORE_THRESH_TEST"] = 0.99
+    return "MODEL.RETINANET.SCORE_THRESH_TEST"
+
+
+@pytest.mark.parametrize("change", [change_format, change_threshold])
+def test_yaml_with_another_value_is_told_by_its_key(
+    change: Any, saved: Any, tmp_path: Path
+) -> None:
+    cfg, weights = saved("retinanet", MODEL__RETINANET__NORM="")
+    folder = tmp_path / "exported"
+    export_student(cfg, weights, str(folder))
+    config = yaml.safe_load((folder / "student.yaml").read_text())
+    key = change(config)
+    (folder / "student.yaml").write_text(yaml.safe_dump(config))
+    report = verify(cfg, weights, str(folder))
+    assert not report["verified"] and report["different_config"] == [key]
 
 
 def test_optimizer_and_heads_stay_behind(finished: Tuple[CfgNode, str], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, configurable
 
 from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.conformance import conformance
-from d2kd.conformance.case import PAIRS, Case, check_refusal
+from d2kd.conformance.case import PAIRS, Case, check_refusal, find_case
 from d2kd.conformance.checkpoint import check_checkpoint
 from d2kd.conformance.gradients import check_gradients, check_without_boxes
 from d2kd.conformance.numerics import check_extreme_logits, check_mixed_precision
@@ -210,6 +210,12 @@ def test_unknown_head_is_refused_when_the_suite_is_made() -> None:
         conformance("Xyz")
     with pytest.raises(ValueError, match="needs the name of a head"):
         conformance()
+
+
+def test_opts_may_hold_lists() -> None:
+    suite = conformance("PKD", opts=["DISTILL.LEVELS", [["p3", "p3"]]])
+    case = find_case("PKD", RETINANET, suite.opts)
+    assert not case.refusal and list(case.cfg.DISTILL.LEVELS[0]) == ["p3", "p3"]
 
 
 def command(*words: str) -> "subprocess.CompletedProcess[str]":

@@ -307,3 +307,12 @@ def test_tower_that_was_not_recorded_of_a_student_is_refused() -> None:
     assert len(view.towers(1).classes) == 5 and len(view.dense().logits) == 5
     with pytest.raises(RuntimeError, match="student's 'tower_2' was not recorded .*`requires`"):
         view.towers(2)
+
+
+def test_head_without_towers_has_none_and_its_detector_can_still_be_distilled() -> None:
+    student = build_model(detector_config("retinanet"))
+    student.head = torch.nn.Module()
+    student.head.cls_score = torch.nn.Conv2d(32, 9, 1)
+    assert depth_of(student.head) == 0
+    members = find_view(student, "student").members_of(student)
+    assert "features" in members and not any(x.startswith("tower") for x in members)

@@ -69,12 +69,12 @@ def test_what_is_wrong_is_the_last_line_and_the_exit_code(
 
 
 def test_each_stage_is_tried_out(config_file: Callable, capsys: pytest.CaptureFixture) -> None:
-    stages = [{"ITERATIONS": 3}, {"ITERATIONS": 1, "HEADS": ["MGD"]}]
+    stages = [{"ITERATIONS": 3}, {"ITERATIONS": 3, "HEADS": ["MGD"]}]
     path = config_file(
         "retinanet",
         "retinanet",
         ["PKD"],
-        SOLVER__MAX_ITER=4,
+        SOLVER__MAX_ITER=6,
         SOLVER__STEPS=(2,),
         SOLVER__WARMUP_ITERS=1,
     )

@@ -115,14 +115,15 @@ class Case:
             return distiller(list(inputs) or batch())
 
 
-@functools.lru_cache(maxsize=None)
-def _case(cls: type, name: str, pair: Pair, opts: Tuple[Any, ...]) -> Case:
-    return Case(name, pair, opts)
+_CASES: Dict[Any, Case] = {}
 
 
-def find_case(name: str, pair: Pair, opts: Tuple[Any, ...] = ()) -> Case:
+def find_case(name: str, pair: Pair, opts: Sequence[Any] = ()) -> Case:
     """A Case that is built once, as long as the name stands for the same class."""
-    return _case(head_class(name), name, pair, opts)
+    key = head_class(name), pair, repr(opts)
+    if key not in _CASES:
+        _CASES[key] = Case(name, pair, opts)
+    return _CASES[key]
 
 
 def seed_all(seed: int) -> None:

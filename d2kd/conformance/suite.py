@@ -38,8 +38,7 @@ def conformance(*names: str, opts: Sequence[Any] = ()) -> Type["HeadSuite"]:
         head_class(name)
     if not names:
         raise ValueError('conformance() needs the name of a head, such as conformance("MGD").')
-    hashable = tuple(tuple(x) if isinstance(x, list) else x for x in opts)
-    return type("Conformance", (HeadSuite,), {"names": names, "opts": hashable})
+    return type("Conformance", (HeadSuite,), {"names": names, "opts": tuple(opts)})
 
 
 class HeadSuite:

@@ -243,3 +243,22 @@ def test_mask_ratio_outside_its_range_is_refused_by_its_key(mask_ratio: float) -
     cfg = load_config(opts=["DISTILL.MGD.MASK_RATIO", mask_ratio])
     with pytest.raises(ValueError, match=rf"DISTILL\.MGD\.MASK_RATIO .* got {mask_ratio}"):
         build_head("MGD", cfg, make_pair(RETINANET, RETINANET, SAME_CLASSES))
+
+
+def test_head_of_a_user_that_cannot_be_asked_does_not_hide_why_another_is_refused(
+    register: Callable,
+) -> None:
+    # A plain constructor, without from_config: it can be built, but not be listed as fitting.
+    register(from_config=property(lambda self: None))
+    pair = make_pair(RETINANET, RETINANET, SAME_CLASSES)
+    with pytest.raises(ValueError, match="DKD takes two-stage -> two-stage.*Heads that fit: .*PKD"):
+        build_head("DKD", load_config(), pair)
+
+
+def test_requires_of_another_signature_is_told(register: Callable) -> None:
+    register(requires=staticmethod(lambda pair: frozenset({"features"})))
+    pair = make_pair(RETINANET, RETINANET, SAME_CLASSES)
+    with pytest.raises(
+        ValueError, match=r"ToyHead.requires must be .* static method of \(cfg, pair"
+    ):
+        build_head("Toy", load_config(), pair)

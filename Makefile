@@ -14,8 +14,9 @@ setup:
 quickstart: setup
 	dev/python tools/quickstart.py $(ARGS)
 
+# A process per core; the tests of a file share what they build, so they stay in one process.
 test: setup
-	dev/python -m pytest $(ARGS)
+	dev/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: setup
 	dev/lint.sh

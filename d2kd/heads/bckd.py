@@ -77,8 +77,7 @@ class BCKDHead(nn.Module):
         for (level, x, target), (_, box, target_box) in matched:
             inside = student.inside_image(level, like=x)
             inside = 1.0 if inside is None else inside
-            classes = difference_weighted(x, target)
-            differ = (x.detach().float().sigmoid() - target.detach().float().sigmoid()).abs()
+            classes, differ = difference_weighted(x, target)
             differ = differ.unflatten(1, (self.num_anchors, -1)).amax(dim=2)
             distance = giou_distance(box, target_box, self.num_anchors)
             losses["loss_bckd_cls"][level] = (classes * inside).sum() / positives

@@ -128,7 +128,8 @@ class CrossKDHead(nn.Module):
         for (level, x, target), (_, boxes, target_boxes), (_, label, _) in matched:
             inside = student.inside_image(level, like=x)
             counted = label >= 0 if inside is None else (label >= 0) & inside  # (N, A, H, W)
-            classes = difference_weighted(x, target).unflatten(1, (self.num_anchors, -1))
+            classes, _ = difference_weighted(x, target)
+            classes = classes.unflatten(1, (self.num_anchors, -1))
             cls[level] = (classes.sum(dim=2) * counted).sum() / positives
             weight = largest_probability(target, self.num_anchors) * counted
             distance = BOX_LOSSES[self.box_loss](boxes, target_boxes, self.num_anchors)

@@ -1,12 +1,14 @@
 """Imitating what a teacher says of each anchor: a probability for every class, and a box."""
 
+from typing import Tuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
 
-def difference_weighted(logits: Tensor, target_logits: Tensor) -> Tensor:
+def difference_weighted(logits: Tensor, target_logits: Tensor) -> Tuple[Tensor, Tensor]:
     """
     Binary cross entropy with the teacher's probabilities, weighted by how far the student's are
     from them: |sigmoid(x) - sigmoid(t)| BCE(x, sigmoid(t)). The weight has a gradient too.
@@ -18,11 +20,12 @@ def difference_weighted(logits: Tensor, target_logits: Tensor) -> Tensor:
         logits, target_logits: of equal shape; the target gets no gradient
 
     Returns:
-        of the same shape, float32
+        the loss and the weight, the latter without gradient; both of the same shape, float32
     """
     logits, target = logits.float(), target_logits.detach().float().sigmoid()
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (logits.sigmoid() - target).abs() * cross_entropy
+    weight = (logits.sigmoid() - target).abs()
+    return weight * cross_entropy, weight.detach()
 
 
 def largest_probability(logits: Tensor, num_anchors: int) -> Tensor:

@@ -38,14 +38,15 @@ def as_map(*boxes: List[float]) -> Tensor:
 
 def test_a_class_counts_as_much_as_the_two_disagree_on_it() -> None:
     # sigmoid(0) = 1/2, target 1/4: |1/4| * -(1/4 log 1/2 + 3/4 log 1/2) = log(2) / 4.
-    found = difference_weighted(torch.tensor([0.0]), torch.tensor([0.25]).logit())
+    found, weight = difference_weighted(torch.tensor([0.0]), torch.tensor([0.25]).logit())
+    assert weight.item() == pytest.approx(0.25) and not weight.requires_grad
     assert found.item() == pytest.approx(math.log(2) / 4, rel=1e-6)
 
 
 @pytest.mark.parametrize("z, t", itertools.product([-120.0, -3.0, 0.0, 2.0, 120.0], repeat=2))
 def test_loss_and_gradient_are_those_of_float64_at_any_logits(z: float, t: float) -> None:
     x, target = torch.tensor([z], requires_grad=True), torch.tensor([t], requires_grad=True)
-    found = difference_weighted(x, target)
+    found, _ = difference_weighted(x, target)
     found.backward()
     assert found.item() == pytest.approx(class_term([z], [t]), rel=1e-5, abs=1e-30)
     p, q = sigmoid(z), sigmoid(t)
@@ -58,9 +59,9 @@ def test_loss_and_gradient_are_those_of_float64_at_any_logits(z: float, t: float
 
 def test_equal_logits_give_zero_and_half_precision_is_compared_in_float32() -> None:
     x = noise(2, 6, 3, 4) * 5
-    assert difference_weighted(x, x).abs().sum() == 0
+    assert difference_weighted(x, x)[0].abs().sum() == 0
     large = torch.tensor([6e4, -6e4], dtype=torch.float16)
-    found = difference_weighted(large, -large)
+    found, _ = difference_weighted(large, -large)
     assert found.dtype == torch.float32 and found.tolist() == pytest.approx([large[0].item()] * 2)
 
 

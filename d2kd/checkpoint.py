@@ -138,6 +138,9 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
             "Missing or of another shape:\n"
             f"{shown}{more}\nThe config file and the weights must belong to the same detector."
         )
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{key}: {path!r} has values in {name} that are not finite.")
 
 
 def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:

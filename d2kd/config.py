@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 import yaml
@@ -110,8 +110,12 @@ def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
         loaded = _SafeCfgNode.load_yaml_with_base(config_file)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{config_file} holds {type(loaded).__name__}, not keys with values.")
         check_keys(cfg, list(flatten(loaded)), config_file)
+        before = dict(_leaves(cfg))
         cfg.merge_from_other_cfg(CfgNode(loaded))
+        _refuse_none(cfg, before, config_file)
     merge_opts(cfg, opts, "the command line")
     return cfg
 
@@ -126,7 +130,9 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
     if len(opts) % 2:
         raise ValueError(f"{source}: overrides come as KEY VALUE pairs, got {list(opts)}.")
     check_keys(cfg, list(opts[0::2]), source)
+    before = dict(_leaves(cfg))
     cfg.merge_from_list(list(opts))
+    _refuse_none(cfg, before, source)
 
 
 def check_keys(cfg: CfgNode, keys: List[str], source: str) -> None:
@@ -166,6 +172,8 @@ class _SafeCfgNode(CfgNode):
                 "let a YAML do. Write the values out; for a detector of Detectron2's model zoo, "
                 "give its name instead of a path."
             ) from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"{filename} is not YAML: {error}") from None
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
@@ -177,13 +185,25 @@ def student_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def _refuse_none(cfg: CfgNode, before: Dict[str, Any], source: str) -> None:
+    """yacs lets None take the place of a number, of which somebody else would then complain."""
+    for key, value in _leaves(cfg):
+        if value is None and before.get(key) is not None:
+            raise ValueError(f"{source}: {key} is None. Give it a value, or leave the key out.")
+
+
 def flatten(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted names of all leaves."""
+    return (key for key, _ in _leaves(node, prefix))
+
+
+def _leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """Dotted names and values."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def _inner(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:

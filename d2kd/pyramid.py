@@ -147,7 +147,7 @@ def _by_stride(shapes: Mapping[str, ShapeSpec]) -> Dict[int, str]:
 def _named_pair(
     pair: Sequence[str], student: Mapping[str, ShapeSpec], teacher: Mapping[str, ShapeSpec]
 ) -> Tuple[str, str]:
-    if isinstance(pair, str) or len(pair) != 2:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         raise ValueError(
             f"DISTILL.LEVELS has the entry {pair!r}; each must be [student level, teacher level]."
         )

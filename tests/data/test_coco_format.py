@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
 from d2kd.data import add_data_config, register_datasets
+from d2kd.data.shapes import SPLITS
 
 
 class TestRegisterDatasets(unittest.TestCase):
@@ -17,6 +18,8 @@ class TestRegisterDatasets(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.root = temporary.name
+        for name in set(SPLITS) & set(DatasetCatalog.list()):  # other tests may have left them
+            self._forget(name)
         before = set(DatasetCatalog.list())
         self.addCleanup(lambda: [self._forget(n) for n in set(DatasetCatalog.list()) - before])
         self.content = {

@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.data import register_datasets
 from d2kd.heads.build import head_class, head_names
-from d2kd.heads.pairs import ANY_PAIR
+from d2kd.pairs import ANY_PAIR
 
 from runs import build_trainer, run_config
 from toys import distill_config, write_teacher

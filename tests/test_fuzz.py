@@ -9,7 +9,7 @@ import pytest
 from d2kd import doctor, load_config
 from d2kd.config import flatten
 from d2kd.heads.build import head_class, head_names
-from d2kd.heads.pairs import ANY_PAIR
+from d2kd.pairs import ANY_PAIR
 
 from toys import distill_config, write_teacher
 

@@ -1,3 +1,4 @@
+from ..pairs import DistillPair
 from .amd import AMDHead
 from .bckd import BCKDHead
 from .build import DISTILL_HEAD_REGISTRY, DetectorInfo, build_head, head_class
@@ -12,7 +13,6 @@ from .fgd import FGDHead
 from .mar import MARHead
 from .mgd import MGDHead
 from .mld import MLDHead
-from .pairs import DistillPair
 from .pkd import PKDHead
 from .reviewkd import ReviewKDHead
 from .roi_cls import RoIClsHead

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode, configurable
 
 from ..layers import difference_weighted, giou_distance
+from ..pairs import DENSE, DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DENSE, DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

@@ -10,9 +10,9 @@ from detectron2.utils import comm
 
 from ..checks import check_choice, check_temperature
 from ..layers import PerAnchorLinear, gather_rows, unit_vectors
+from ..pairs import ANY_PAIR, DistillPair
 from ..views import DetectorView, Regions, RegionSampler
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import ANY_PAIR, DistillPair
 
 PROJECTIONS = ("student", "shared")
 

@@ -12,11 +12,11 @@ from ..layers import (
     log_iou_distance,
     standardise,
 )
+from ..pairs import DENSE, DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from ..views.towers import Towers
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DENSE, DistillPair
 
 BOX_LOSSES = {"giou": giou_distance, "log_iou": log_iou_distance}
 

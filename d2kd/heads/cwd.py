@@ -7,10 +7,10 @@ from detectron2.config import CfgNode, configurable
 
 from ..checks import check_temperature
 from ..layers import build_adapters
+from ..pairs import DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

@@ -15,10 +15,10 @@ from ..layers import (
     read_dual_mask,
     standardise,
 )
+from ..pairs import DistillPair
 from ..pyramid import LevelPair, match_inside
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

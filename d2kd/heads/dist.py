@@ -6,10 +6,10 @@ from torch.linalg import vector_norm
 from detectron2.config import CfgNode, configurable
 
 from ..checks import check_temperature
+from ..pairs import SAME_KIND, DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import SAME_KIND, DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

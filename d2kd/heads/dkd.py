@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from detectron2.config import CfgNode, configurable
 
 from ..checks import check_temperature
+from ..pairs import TWO_STAGE, DistillPair
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import TWO_STAGE, DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

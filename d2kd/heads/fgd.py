@@ -14,10 +14,10 @@ from ..layers import (
     paint,
     spatial_attention,
 )
+from ..pairs import DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView, Regions
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

@@ -6,10 +6,10 @@ from detectron2.config import CfgNode, configurable
 
 from ..checks import check_choice
 from ..layers import ObjectMask, add_object_mask_config, average_cells, relation_error
+from ..pairs import DistillPair
 from ..pyramid import LevelPair, match_inside, match_levels
 from ..views import DetectorView, Regions, RegionSampler
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DistillPair
 
 RELATIONS = ("dense", "regions")
 

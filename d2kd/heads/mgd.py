@@ -13,10 +13,10 @@ from ..layers import (
     read_reference_pixels,
     squared_error,
 )
+from ..pairs import DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

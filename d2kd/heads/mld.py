@@ -7,10 +7,10 @@ from detectron2.config import CfgNode, configurable
 
 from ..checks import check_choice, check_temperature
 from ..layers import mean_one_softmax
+from ..pairs import SAME_KIND, DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import SAME_KIND, DistillPair
 
 GUIDES = ("features", "logits")
 

@@ -6,10 +6,10 @@ from torch.nn import functional as F
 from detectron2.config import CfgNode, configurable
 
 from ..layers import build_adapters, standardise
+from ..pairs import DistillPair
 from ..pyramid import LevelPair, make_pair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

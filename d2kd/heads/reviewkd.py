@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode, configurable
 
 from ..layers import ReviewFusion, pyramid_error
+from ..pairs import DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

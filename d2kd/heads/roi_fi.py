@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode, configurable
 
 from ..layers import build_adapter
+from ..pairs import DistillPair
 from ..views import DetectorView, RegionSampler
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

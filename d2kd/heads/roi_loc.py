@@ -4,9 +4,9 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
+from ..pairs import TWO_STAGE, DistillPair
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import TWO_STAGE, DistillPair
 
 
 @DISTILL_HEAD_REGISTRY.register()

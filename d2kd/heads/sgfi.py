@@ -10,9 +10,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes
 
 from ..layers import build_adapter
+from ..pairs import DistillPair
 from ..views import DetectorView, RegionSampler, roi_align_levels
 from .build import DISTILL_HEAD_REGISTRY
-from .pairs import DistillPair
 
 # A learned temperature below this would make the softmax a hard choice that nothing can undo.
 MIN_TEMPERATURE = 0.01

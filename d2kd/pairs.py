@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Tuple
 
-from ..pyramid import LevelPair
-from ..views import DetectorInfo
+from .pyramid import LevelPair
+from .views import DetectorInfo
 
 # "teacher -> student". A dense detector predicts at every cell of its pyramid, a two-stage one in
 # regions.

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from d2kd.distiller import describe_pair
 from d2kd.heads import DetectorInfo, DistillPair, build_head, head_class
 from d2kd.heads.build import fitting, head_names, misfit
-from d2kd.heads.pairs import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
+from d2kd.pairs import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
 from d2kd.pyramid import pair_levels
 
 from logit_references import buildable, refusal_of

@@ -173,7 +173,7 @@ def parse_args() -> argparse.Namespace:
         "--student", default=f"{folder}/student.yaml", metavar="FILE", help="the student alone"
     )
     parser.add_argument(
-        "--distilled", default=f"{folder}/pkd.yaml", metavar="FILE", help="with its teacher"
+        "--distilled", default=f"{folder}/cwd.yaml", metavar="FILE", help="with its teacher"
     )
     parser.add_argument("--fresh", action="store_true", help="train anew what was trained before")
     parser.add_argument(

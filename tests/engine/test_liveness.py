@@ -135,7 +135,8 @@ def test_term_that_does_nothing_stops_the_run_in_its_first_steps(
     kind: str, problem: str, odd: Callable, folder: Path, teacher: List[Any]
 ) -> None:
     odd(kind)
-    cfg = run_config(folder, teacher, ["PKD", "Odd"], SOLVER__WEIGHT_DECAY=0.0)
+    no_decay = {"SOLVER__WEIGHT_DECAY": 0.0, "SOLVER__WEIGHT_DECAY_BIAS": 0.0}
+    cfg = run_config(folder, teacher, ["PKD", "Odd"], **no_decay)
     trainer = build_trainer(cfg)
     with pytest.raises(RuntimeError, match=f"in the first 3 steps of Odd, {problem}"):
         trainer.train()

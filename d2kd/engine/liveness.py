@@ -13,6 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..distiller import Distiller
+from ..views import DetectorView
 from .loss_gradients import LossGradients, describe, suggest_weights
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class Liveness(HookBase):
         for name, value in self.found.scalars().items():
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
         due = [name for name in self.found.heads if len(self.seen.get(name, ())) < self.first_steps]
+        if due and not has_boxes(self.distiller.latest["student"]):
+            return  # where a loss on objects is rightly 0
         for name in due:
             self.seen.setdefault(name, []).append(self.found)
             if len(self.seen[name]) == self.first_steps:
@@ -98,10 +101,13 @@ class Liveness(HookBase):
         Raises:
             RuntimeError: a term of the head does nothing, or its parameters do not train
         """
-        problems = []
-        for key in self.seen[name][0].heads[name]:
-            steps = [found.losses[key] for found in self.seen[name]]
-            if not any(x.norm > 0 for x in steps):
+        problems, keys = [], self.seen[name][0].heads[name]
+        terms = {key: [found.losses[key] for found in self.seen[name]] for key in keys}
+        some_work = any(x.norm > 0 for steps in terms.values() for x in steps)
+        for key, steps in terms.items():
+            if some_work and all(x.value == 0 for x in steps):
+                logger.warning(f"{key} is 0: it has no weight, or nothing to learn from.")
+            elif not any(x.norm > 0 for x in steps):
                 problems.append(f"{key} has no gradient at the student's pyramid")
             elif len({x.value for x in steps}) == 1:
                 problems.append(f"{key} is constant, {steps[0].value:g}")
@@ -123,6 +129,11 @@ class Liveness(HookBase):
                 "learn from the teacher that DISTILL.TEACHER names. Look for code of your own that "
                 "writes to it or trains it."
             )
+
+
+def has_boxes(student: DetectorView) -> bool:
+    """Whether any image of the batch has an object."""
+    return any(len(x) for x in student.gt_instances)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -193,6 +193,29 @@ def test_head_that_is_switched_off_is_not_watched(
     assert looks(cfg) == [0, 1]
 
 
+def test_steps_without_any_object_prove_nothing(
+    folder: Path, teacher: List[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([False, True, False, True, True])
+    monkeypatch.setattr("d2kd.engine.liveness.has_boxes", lambda student: next(answers))
+    cfg = run_config(folder, teacher, ["PKD"], SOLVER__MAX_ITER=7, DISTILL__LIVENESS__PERIOD=0)
+    assert looks(cfg) == [0, 1, 2, 3, 4]
+
+
+def test_part_without_weight_is_said_and_does_not_stop_a_head_that_works(
+    folder: Path, teacher: List[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="d2kd")
+    cfg = run_config(folder, teacher, ["FGD"])
+    cfg.DISTILL.FGD.GLOBAL_WEIGHT = 0.0
+    run(cfg)
+    assert "loss_fgd_global is 0: it has no weight" in caplog.text
+    for part in ("FOREGROUND", "BACKGROUND", "ATTENTION"):
+        cfg.DISTILL.FGD[f"{part}_WEIGHT"] = 0.0
+    with pytest.raises(RuntimeError, match="loss_fgd_foreground has no gradient"):
+        run(cfg)
+
+
 class TouchTheTeacher(HookBase):
     def after_step(self) -> None:
         with torch.no_grad():

@@ -27,7 +27,8 @@ setup(
         "torchvision>=0.15",
     ],
     extras_require={
-        "dev": ["pytest>=7", "pytest-xdist>=3"] + [f"{linter}; python_version >= '3.11'" for linter in LINTERS],
+        "dev": ["pytest>=7", "pytest-xdist>=3"]
+        + [f"{linter}; python_version >= '3.11'" for linter in LINTERS],
         # Detectron2 draws with cv2, which opencv-python provides as well. The two overwrite each
         # other's files, so ask for this one only where `import cv2` fails; it needs no libGL.
         "opencv": ["opencv-python-headless"],

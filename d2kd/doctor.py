@@ -138,13 +138,13 @@ def _peak_mib(device: torch.device) -> float:
 
 
 def _modules(distiller: Distiller) -> str:
-    rows = [
-        ("student", type(distiller.student).__name__, _millions(distiller.student), "trained"),
-        ("teacher", type(distiller.teacher.model).__name__, _millions(distiller.teacher.model), ""),
-    ]
-    rows += [(f"head {k}", type(v).__name__, _millions(v), "") for k, v in distiller.heads.items()]
-    notes = {"student": "is the product", "teacher": "frozen, in no checkpoint"}
-    rows = [(n, c, m, notes.get(n, "trained, not delivered")) for n, c, m, _ in rows]
+    modules = {
+        "student": (distiller.student, "is the product"),
+        "teacher": (distiller.teacher.model, "frozen, in no checkpoint"),
+    }
+    for name, head in distiller.heads.items():
+        modules[f"head {name}"] = head, "trained, not delivered"
+    rows = [(k, type(x).__name__, _millions(x), note) for k, (x, note) in modules.items()]
     return tabulate(rows, ["", "class", "million parameters", ""], floatfmt=".2f")
 
 

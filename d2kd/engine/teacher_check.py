@@ -33,11 +33,13 @@ def check_teacher(cfg: CfgNode, teacher: Teacher) -> None:
     if not node.EVAL_IMAGES or not comm.is_main_process():
         return
     reason = _why_not(cfg, teacher)
+    # Read before the classes are compared: it tells Detectron2 their names.
+    images = [] if reason else _some(DatasetCatalog.get(cfg.DATASETS.TEST[0]), node.EVAL_IMAGES)
+    reason = reason or _other_classes(cfg, teacher)
     if reason:
         logger.warning(f"The teacher is not evaluated: {reason}.")
         return
     name = cfg.DATASETS.TEST[0]
-    images = _some(DatasetCatalog.get(name), node.EVAL_IMAGES)
     ap = _evaluate(cfg, teacher, name, images)
     logger.info(f"The teacher has {ap:.1f} AP on {len(images)} images of {name}.")
     if not ap >= node.MIN_AP:
@@ -58,7 +60,11 @@ def _why_not(cfg: CfgNode, teacher: Teacher) -> str:
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     if metadata.evaluator_type != "coco":
         return f"{metadata.name} is not in COCO's format"
-    DatasetCatalog.get(metadata.name)  # which tells Detectron2 the names of the classes
+    return ""
+
+
+def _other_classes(cfg: CfgNode, teacher: Teacher) -> str:
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     classes = find_view(teacher.model, "teacher").num_classes(teacher.model)
     if classes != len(metadata.thing_classes):
         return f"it has {classes} classes, {metadata.name} {len(metadata.thing_classes)}"

@@ -60,6 +60,14 @@ def add_distill_config(cfg: CfgNode) -> None:
     node.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config, as on the command line: ["MODEL.RETINANET.NUM_CLASSES", 4]
     node.TEACHER.OPTS = []
+    # Names of its classes, in order; []: those of the first data set in its config. Of classes that
+    # are not the student's, heads that compare logits compare the common ones
+    node.TEACHER.CLASSES = []
+    # [[student's class, teacher's class], ...] that are the same, of other names; several of one
+    # side are joined. "" on one side: the other class has no equal, whatever its name
+    node.TEACHER.ALIASES = []
+    # Go on where no class is in both, with heads that compare features
+    node.TEACHER.ALLOW_OTHER_CLASSES = False
     # Images of the first test set on which the teacher is evaluated before training; 0: it is not
     node.TEACHER.EVAL_IMAGES = 100
     # COCO's box AP in percent below which the run is refused then

@@ -1,7 +1,7 @@
 """The meta-architecture that trains a student with a frozen teacher beside it."""
 
 import logging
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Union
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,16 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 
+from .classes import common_classes
 from .compat import current_iteration
 from .config import student_config
 from .heads import DistillPair, build_head, head_class
-from .heads.build import required_members
+from .heads.build import compares_logits, required_members
 from .inherit import inherit
-from .pyramid import describe_plan, pair_levels
+from .pyramid import pair_levels
 from .schedule import WeightSchedule
 from .teacher import Teacher, build_teacher
-from .views import DetectorView, find_view
+from .views import CommonClassesView, DetectorView, MergeClasses, find_view
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Distiller(nn.Module):
         image_format: str,
         inherit_parts: List[str],
         members: FrozenSet[str] = frozenset({"features"}),
+        pair: Optional[DistillPair] = None,
     ):
         """
         Args:
@@ -54,6 +56,7 @@ class Distiller(nn.Module):
             image_format: channel order of the batches, the student's INPUT.FORMAT
             inherit_parts: parts of the student that :meth:`inherit_from_teacher` initialises
             members: what the heads read of the student's view
+            pair: student and teacher as the heads were told of them
         """
         super().__init__()
         self.student = student
@@ -64,6 +67,8 @@ class Distiller(nn.Module):
         self.image_format = image_format
         self.inherit_parts = inherit_parts
         self.members = members
+        self.pair = pair
+        self.merges = _merges(pair)
         # The run's iteration from which the schedules count: where its stage began.
         self.start_iter = 0
         # Of the latest batch, to explain and draw it: views, unweighted terms, which head each of
@@ -87,13 +92,14 @@ class Distiller(nn.Module):
             return ret
         names = list(cfg.DISTILL.HEADS)
         teacher = build_teacher(cfg)
-        pair = describe_pair(cfg, student, teacher.model)
+        pair = describe_pair(cfg, student, teacher.model, teacher.class_names)
         ret["teacher"] = teacher
         ret["heads"] = {name: build_head(name, cfg, pair) for name in names}
         ret["schedules"] = {name: WeightSchedule.from_config(name, cfg) for name in names}
         ret["inherit_parts"] = list(cfg.DISTILL.INHERIT)
         needed = [required_members(head_class(name), cfg, pair) for name in names]
         ret["members"] = frozenset().union(*needed)
+        ret["pair"] = pair
         return ret
 
     @property
@@ -127,8 +133,12 @@ class Distiller(nn.Module):
         with student.record(self.members):
             losses = dict(self.student(batched_inputs))
         self.latest = {"student": student, "teacher": teacher, "terms": {}, "keys": {}, "maps": {}}
+        views = student, teacher
+        in_common = [CommonClassesView(*x) for x in zip(views, self.merges)]
         for name, weight in weights.items():
-            for key, loss in self._distill(name, weight, student, teacher).items():
+            logits = compares_logits(self.heads[name])
+            seen = in_common if in_common and logits else views
+            for key, loss in self._distill(name, weight, *seen).items():
                 assert key not in losses, f"{name} returns {key!r}, a name that is taken"
                 losses[key] = loss
         return losses
@@ -154,7 +164,8 @@ class Distiller(nn.Module):
     def inherit_from_teacher(self) -> None:
         """Initialise the parts of the student in DISTILL.INHERIT from the teacher; say which."""
         if self.inherit_parts:
-            inherit(self.student, self.teacher.model, self.inherit_parts)
+            same_classes = self.pair.same_classes
+            inherit(self.student, self.teacher.model, self.inherit_parts, same_classes)
 
     def train(self, mode: bool = True) -> "Distiller":
         super().train(mode)
@@ -168,17 +179,32 @@ class Distiller(nn.Module):
         return super()._apply(fn, *args)
 
 
-def describe_pair(cfg: CfgNode, student: nn.Module, teacher: nn.Module) -> DistillPair:
+def describe_pair(
+    cfg: CfgNode, student: nn.Module, teacher: nn.Module, teacher_classes: Sequence[str] = ()
+) -> DistillPair:
+    """
+    Match the two detectors' levels and classes.
+
+    Args:
+        teacher_classes: names that the teacher's config tells; () where it does not
+    """
     infos = [
         find_view(detector, role).info(detector)
         for role, detector in (("student", student), ("teacher", teacher))
     ]
     shapes = infos[0].shapes, infos[1].shapes
     levels = pair_levels(*shapes, named=cfg.DISTILL.LEVELS)
-    logger.info(
-        f"Distilling {infos[1].name} -> {infos[0].name} on:\n" + describe_plan(levels, *shapes)
-    )
-    return DistillPair(infos[0], infos[1], levels)
+    counts = infos[0].num_classes, infos[1].num_classes
+    classes = common_classes(cfg, *counts, teacher_classes)
+    return DistillPair(infos[0], infos[1], levels, classes)
+
+
+def _merges(pair: Optional[DistillPair]) -> nn.ModuleList:
+    """For the student and for the teacher; empty where they have the same classes, or none."""
+    if pair is None or pair.same_classes or not pair.classes.student:
+        return nn.ModuleList()
+    student = MergeClasses(pair.classes.student, pair.student.num_classes)
+    return nn.ModuleList([student, MergeClasses(pair.classes.teacher, pair.teacher.num_classes)])
 
 
 def _to_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:

@@ -16,7 +16,6 @@ from typing import Any, Dict, List, Sequence
 
 import torch
 from tabulate import tabulate
-from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -24,14 +23,14 @@ from detectron2.utils.events import EventStorage
 
 from .config import load_config
 from .data.noise import noise_batch
-from .distiller import Distiller, describe_pair
+from .distiller import Distiller
 from .engine.loss_gradients import LossGradients, describe, suggest_weights
 from .engine.optimizer import build_optimizer
 from .engine.preflight import check_config
 from .engine.stages import plan_stages
+from .engine.summary import summary
 from .heads.build import head_names, misfit
 from .plugin import import_file
-from .pyramid import describe_plan
 from .views import find_view
 
 STEPS = 3
@@ -86,10 +85,8 @@ def examine(cfg: CfgNode, num_images: int) -> None:
     torch.manual_seed(0)
     distiller = build_model(cfg).train()
     distiller.inherit_from_teacher()
-    pair = describe_pair(cfg, distiller.student, distiller.teacher.model)
-    print("\n" + _modules(distiller))
-    print("\nLevels:\n" + describe_plan(pair.levels, pair.student.shapes, pair.teacher.shapes))
-    print("\nHeads for this pair:\n" + _fits(cfg, pair))
+    print("\n" + summary(distiller))
+    print("\nHeads for this pair:\n" + _fits(cfg, distiller.pair))
     found, cost = try_out(cfg, distiller, num_images)
     weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
     print("\nLosses on noise, in the first step:\n" + describe(found))
@@ -135,21 +132,6 @@ def _peak_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def _modules(distiller: Distiller) -> str:
-    modules = {
-        "student": (distiller.student, "is the product"),
-        "teacher": (distiller.teacher.model, "frozen, in no checkpoint"),
-    }
-    for name, head in distiller.heads.items():
-        modules[f"head {name}"] = head, "trained, not delivered"
-    rows = [(k, type(x).__name__, _millions(x), note) for k, (x, note) in modules.items()]
-    return tabulate(rows, ["", "class", "million parameters", ""], floatfmt=".2f")
-
-
-def _millions(module: nn.Module) -> float:
-    return sum(p.numel() for p in module.parameters()) / 1e6
 
 
 def _fits(cfg: CfgNode, pair: Any) -> str:

@@ -1,15 +1,21 @@
 """Initialise parts of the student from the teacher ("inheriting strategy" of FGD and MGD)."""
 
 import logging
-from typing import List
+import re
+from typing import List, Mapping
 
 import torch
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+Tensors = Mapping[str, Tensor]
+
 PARTS = ("neck", "head")
+
+# Layers with rows of their own for each class, in Detectron2's detectors.
+PER_CLASS = re.compile(r"cls_score|box_predictor.*bbox_pred|mask_head\.predictor")
 
 
 def part_of(key: str) -> str:
@@ -20,12 +26,16 @@ def part_of(key: str) -> str:
 
 
 @torch.no_grad()
-def inherit(student: nn.Module, teacher: nn.Module, parts: List[str]) -> List[str]:
+def inherit(
+    student: nn.Module, teacher: nn.Module, parts: List[str], same_classes: bool = True
+) -> List[str]:
     """
     Copy the teacher's entries into the student's of the same name and shape; log what was copied.
 
     Args:
         parts: "neck" (pyramid), "head" (all that predicts)
+        same_classes: class i of one is class i of the other; else layers that have rows for each
+            class are left as they are, whatever their shapes
 
     Returns:
         names of the copied entries
@@ -37,7 +47,7 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: List[str]) -> List[st
     rows, copied = [], []
     for part in parts:
         keys = [k for k in target if part_of(k) == part]
-        fits = [k for k in keys if k in source and source[k].shape == target[k].shape]
+        fits = [k for k in keys if not _why(k, source, target, same_classes)]
         if not fits:
             raise ValueError(
                 f"DISTILL.INHERIT: nothing of the student's {part!r} has the name and shape of the "
@@ -46,14 +56,17 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: List[str]) -> List[st
         for k in fits:
             target[k].copy_(source[k])
         copied += fits
-        skipped = [f"{k} {_why(k, source, target)}" for k in keys if k not in fits]
+        skipped = [f"{k} ({_why(k, source, target, same_classes)})" for k in keys if k not in fits]
         rows.append([part, f"{len(fits)} of {len(keys)}", "\n".join(skipped) or "-"])
     table = tabulate(rows, headers=["part", "entries copied", "skipped"], tablefmt="simple")
     logger.info(f"The student inherits from the teacher:\n{table}")
     return copied
 
 
-def _why(key: str, source, target) -> str:
+def _why(key: str, source: Tensors, target: Tensors, same_classes: bool) -> str:
+    """A reason why an entry cannot be copied; "" if it can."""
     if key not in source:
-        return "(not in the teacher)"
-    return f"(teacher {tuple(source[key].shape)}, student {tuple(target[key].shape)})"
+        return "not in the teacher"
+    if source[key].shape != target[key].shape:
+        return f"teacher {tuple(source[key].shape)}, student {tuple(target[key].shape)}"
+    return "" if same_classes or not PER_CLASS.search(key) else "the classes are others"

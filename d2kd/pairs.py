@@ -1,8 +1,9 @@
 """Student, teacher, and which kinds of them a method takes."""
 
-from dataclasses import dataclass
-from typing import Tuple
+from dataclasses import dataclass, replace
+from typing import Optional, Tuple
 
+from .classes import CommonClasses
 from .pyramid import LevelPair
 from .views import DetectorInfo
 
@@ -16,17 +17,37 @@ ANY_PAIR = SAME_KIND | {"two-stage -> dense", "dense -> two-stage"}
 
 @dataclass(frozen=True)
 class DistillPair:
-    """A student, a teacher, and the levels on which the one learns from the other."""
+    """
+    A student, a teacher, and the levels on which the one learns from the other.
+
+    `classes`: those that both know; None: their names are not known, and class i of one is taken
+    for class i of the other.
+    """
 
     student: DetectorInfo
     teacher: DetectorInfo
     levels: Tuple[LevelPair, ...]
+    classes: Optional[CommonClasses] = None
 
     @property
     def kind(self) -> str:
         """One of ANY_PAIR."""
         sides = self.teacher, self.student
         return " -> ".join("two-stage" if x.two_stage else "dense" for x in sides)
+
+    @property
+    def same_classes(self) -> bool:
+        """Class i of one is class i of the other, as far as is known."""
+        return self.classes is None or self.classes.same
+
+    @property
+    def in_common_classes(self) -> "DistillPair":
+        """The pair as a head sees it that compares class logits: with the classes of both."""
+        if self.same_classes:
+            return self
+        count = len(self.classes.student)
+        student, teacher = (replace(x, num_classes=count) for x in (self.student, self.teacher))
+        return replace(self, student=student, teacher=teacher)
 
     @property
     def dense_levels(self) -> Tuple[LevelPair, ...]:

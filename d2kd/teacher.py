@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Dict, List, Tuple
 
+from omegaconf import OmegaConf
 from torch import nn
 
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -14,8 +15,12 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from .checkpoint import load_whole_detector
+from .data.class_names import class_names, names_in_sets
 
 logger = logging.getLogger(__name__)
+
+# The model, its channel order, its config as text, the names of its classes.
+Built = Tuple[nn.Module, str, str, Tuple[str, ...]]
 
 
 @dataclass
@@ -24,12 +29,14 @@ class Teacher:
     A frozen detector with what is needed to feed it and to recognise it again.
 
     `image_format`: channel order of its input, "BGR" or "RGB"; `manifest`: its config as text and
-    the sha256 of its weights, saved with every checkpoint of the student.
+    the sha256 of its weights, saved with every checkpoint of the student; `class_names`: those that
+    its config tells, () where it does not.
     """
 
     model: nn.Module
     image_format: str
     manifest: Dict[str, str]
+    class_names: Tuple[str, ...] = ()
 
     def batch(self, batched_inputs: List[Dict[str, Any]], image_format: str) -> List[Dict]:
         """
@@ -59,14 +66,15 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     config_file, weights = resolve_teacher(cfg)
     opts = list(cfg.DISTILL.TEACHER.OPTS)
     build = _from_lazy_config if config_file.endswith(".py") else _from_yaml
-    model, image_format, text = build(config_file, opts, cfg.MODEL.DEVICE)
+    model, image_format, text, names = build(config_file, opts, cfg.MODEL.DEVICE)
     _check_format(image_format, cfg.INPUT.FORMAT)
     if weights:
         load_whole_detector(model, weights, "DISTILL.TEACHER.WEIGHTS")
     else:
         logger.warning("DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS: this teacher knows nothing.")
     model.eval().requires_grad_(False)
-    return Teacher(model, image_format, {"config": text, "weights_sha256": _sha256(weights)})
+    manifest = {"config": text, "weights_sha256": _sha256(weights)}
+    return Teacher(model, image_format, manifest, names)
 
 
 def resolve_teacher(cfg: CfgNode) -> Tuple[str, str]:
@@ -117,7 +125,7 @@ def _from_model_zoo(name: str) -> Tuple[str, str]:
         return config_file, ""
 
 
-def _from_yaml(path: str, opts: List[Any], device: str) -> Tuple[nn.Module, str, str]:
+def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
     from .config import load_config, merge_opts
 
     cfg = load_config(path)
@@ -128,10 +136,10 @@ def _from_yaml(path: str, opts: List[Any], device: str) -> Tuple[nn.Module, str,
             "a plain detector."
         )
     cfg.MODEL.DEVICE = device
-    return build_model(cfg), cfg.INPUT.FORMAT, _identity(cfg)
+    return build_model(cfg), cfg.INPUT.FORMAT, _identity(cfg), class_names(cfg)
 
 
-def _from_lazy_config(path: str, opts: List[Any], device: str) -> Tuple[nn.Module, str, str]:
+def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
     cfg = LazyConfig.apply_overrides(LazyConfig.load(path), [str(x) for x in opts])
     model = instantiate(cfg.model).to(device)
     image_format = "BGR"  # Detectron2's default, also for the model's `input_format`
@@ -139,7 +147,9 @@ def _from_lazy_config(path: str, opts: List[Any], device: str) -> Tuple[nn.Modul
         image_format = cfg.dataloader.train.mapper.get("image_format", image_format)
     # A function in it is printed with its address in memory, which no two processes share.
     text = re.sub(r" at 0x[0-9a-f]+", "", str(cfg.model))
-    return model, cfg.model.get("input_format") or image_format, text
+    datasets = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
+    names = names_in_sets([datasets] if isinstance(datasets, str) else datasets)
+    return model, cfg.model.get("input_format") or image_format, text, names
 
 
 def _identity(cfg: CfgNode) -> str:

@@ -21,7 +21,6 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
 from d2kd import DetectorView, Distiller, load_config, student_config
 from d2kd.data.noise import noise_batch
-from d2kd.distiller import describe_pair
 from d2kd.engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight import check_config
@@ -147,8 +146,7 @@ def with_heads(cfg: CfgNode, whole: Distiller, names: Sequence[str]) -> Distille
 
 def members_of(cfg: CfgNode, whole: Distiller, names: Sequence[str]) -> FrozenSet[str]:
     """What these heads read of both views, where `whole.members` is what all of them read."""
-    pair = describe_pair(cfg, whole.student, whole.teacher.model)
-    needed = [required_members(type(whole.heads[name]), cfg, pair) for name in names]
+    needed = [required_members(type(whole.heads[name]), cfg, whole.pair) for name in names]
     return frozenset().union(*needed)
 
 

@@ -28,7 +28,7 @@ from detectron2.utils.logger import setup_logger
 
 from d2kd import Distiller, load_config, panel, student_config
 from d2kd.checkpoint import PlainCheckpointer
-from d2kd.data import register_datasets
+from d2kd.data import class_names, register_datasets
 from d2kd.engine.hooks import seed_everything
 from d2kd.engine.preflight import check_config
 from d2kd.engine.stages import plan_stages
@@ -102,7 +102,7 @@ def draw_distillation(distiller: Distiller, cfg: CfgNode, args: argparse.Namespa
     output.mkdir(parents=True, exist_ok=True)
     tables = panel.level_tables(distiller) if args.level_images else {}
     chosen = islice(samples(cfg), max(args.images, args.level_images if tables else 0))
-    names = panel.class_names(cfg.DATASETS.TEST)  # known once the data set is read
+    names = class_names(cfg)
     for i, sample in enumerate(chosen):
         with EventStorage():  # of iteration 0: heads that STOP_ITER has ended are drawn too
             distiller([sample])

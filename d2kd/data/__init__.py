@@ -1,3 +1,4 @@
+from .class_names import class_names
 from .coco_format import register_datasets
 from .config import add_data_config
 from .loader import ResumableLoader, build_train_loader
@@ -7,6 +8,7 @@ __all__ = [
     "ResumableLoader",
     "add_data_config",
     "build_train_loader",
+    "class_names",
     "make_shapes",
     "register_datasets",
 ]

@@ -42,11 +42,8 @@ def check_json(json_file: str, image_root: str, key: str) -> List[str]:
     Returns:
         the class names in the order of their ids, which is Detectron2's class order
     """
-    path = PathManager.get_local_path(json_file)
-    try:
-        file_names, classes = _summary(path, os.path.getmtime(path))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{key}: {path} is not in COCO's format: {error}") from error
+    file_names, classes = read_summary(json_file, key)
+    path = json_file
     for file_name in file_names:
         image = os.path.join(image_root, file_name)
         if not PathManager.exists(image):
@@ -54,6 +51,21 @@ def check_json(json_file: str, image_root: str, key: str) -> List[str]:
                 f"{key}: {path} names the image {file_name}, missing at {os.path.abspath(image)}"
             )
     return list(classes)
+
+
+def read_summary(json_file: str, key: str) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
+    """
+    Returns:
+        the names of a few images, and the class names in the order of their ids
+
+    Raises:
+        ValueError: not COCO's format as far as training needs it; `key` is blamed
+    """
+    path = PathManager.get_local_path(json_file)
+    try:
+        return _summary(path, os.path.getmtime(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{key}: {path} is not in COCO's format: {error}") from error
 
 
 @lru_cache(maxsize=16)  # a large file takes seconds, and the test set is often checked again

@@ -38,7 +38,7 @@ def register_datasets(
     owned = {}  # name -> the config key to blame, for the sets that are registered here
     for i, entry in enumerate(cfg.DATASETS.COCO_FORMAT):
         key = f"DATASETS.COCO_FORMAT[{i}]"
-        name, json_file, image_root = _parse_entry(entry, key)
+        name, json_file, image_root = parse_entry(entry, key)
         _register(name, json_file, image_root, key)
         owned[name] = key
     names = [(name, f"DATASETS.{part}") for part in parts for name in cfg.DATASETS[part]]
@@ -64,7 +64,7 @@ def register_datasets(
             check_class_names(name, classes, *known)
 
 
-def _parse_entry(entry: Dict[str, Any], key: str) -> Tuple[str, str, str]:
+def parse_entry(entry: Dict[str, Any], key: str) -> Tuple[str, str, str]:
     """Returns: NAME, JSON and IMAGES of one entry of DATASETS.COCO_FORMAT."""
     if not isinstance(entry, dict):
         raise ValueError(f"{key}: must be a mapping with {', '.join(ENTRY_KEYS)}, got {entry!r}")

@@ -91,7 +91,7 @@ def _train_stage(stage: Stage, done: int, resume: bool) -> Dict[str, Any]:
     else:
         trainer.resume_or_load(resume)
     if trainer.start_iter == stage.start and trainer.teacher is not None:
-        check_teacher(stage.cfg, trainer.teacher)
+        check_teacher(stage.cfg, trainer.teacher, trainer.pair)
     trainer.train()
     comm.synchronize()  # the next stage reads the checkpoint that the main process has written
     return getattr(trainer, "_last_eval_results", None) or {}

@@ -49,13 +49,14 @@ def read_stage(cfg: CfgNode, index: int) -> CfgNode:
     entry, distill = cfg.DISTILL.STAGES[index - 1], cfg.DISTILL
     if not isinstance(entry, dict):
         raise ValueError(f"must be a mapping of ITERATIONS and other keys, got {entry!r}.")
-    # Another teacher: weights and overrides of the run's would not fit it.
+    # Another teacher: weights, overrides and class names of the run's would not fit it.
     another = "CONFIG_FILE" in (entry.get("TEACHER") or {})
     teacher = {
         "CONFIG_FILE": distill.TEACHER.CONFIG_FILE,
         "WEIGHTS": "" if another else distill.TEACHER.WEIGHTS,
-        "OPTS": [] if another else list(distill.TEACHER.OPTS),
     }
+    for key in ("OPTS", "CLASSES", "ALIASES"):
+        teacher[key] = [] if another else list(distill.TEACHER[key])
     # The student of a later stage has learnt already; inheriting would throw that away.
     inherit = list(distill.INHERIT) if index == 1 else []
     heads = list(distill.HEADS)

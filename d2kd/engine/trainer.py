@@ -14,8 +14,8 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
-from ..data import ResumableLoader, build_train_loader
-from ..panel import class_names
+from ..data import ResumableLoader, build_train_loader, class_names
+from ..pairs import DistillPair
 from ..teacher import Teacher
 from ..whole_files import last_whole_checkpoint
 from .evaluator import build_evaluator
@@ -26,6 +26,7 @@ from .optimizer import build_optimizer
 from .parallel import data_parallel
 from .show_panel import ShowPanel
 from .stages import LogStage, Stage, move_to, only_stage
+from .summary import summary
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Trainer(DefaultTrainer):
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)  # 0.5's writers want it to be there
         seed_everything(self.seed)
         model = self.build_model(cfg)
+        if getattr(model, "teacher", None):
+            logger.info(summary(model))
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         inner = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
@@ -88,7 +91,7 @@ class Trainer(DefaultTrainer):
         student = getattr(self._module, "student", self._module)
         keep = KeepLossNormalizer(student, self.cfg.SOLVER.CHECKPOINT_PERIOD)
         # Before the evaluation, which leaves nothing of the step to draw.
-        show = ShowPanel(self._module, self.cfg.VIS_PERIOD, class_names(self.cfg.DATASETS.TRAIN))
+        show = ShowPanel(self._module, self.cfg.VIS_PERIOD, class_names(self.cfg))
         watch = liveness_hooks(self._module, self._trainer.optimizer, self.cfg)
         hooks = [SeedEachIteration(self.seed), keep, show, *watch, *super().build_hooks()]
         for hook in hooks:
@@ -183,6 +186,10 @@ class Trainer(DefaultTrainer):
     @property
     def teacher(self) -> Optional[Teacher]:
         return getattr(self._module, "teacher", None)
+
+    @property
+    def pair(self) -> Optional[DistillPair]:
+        return getattr(self._module, "pair", None)
 
     @property
     def _head_names(self) -> List[str]:

@@ -1,7 +1,8 @@
 from ..pairs import DistillPair
+from ..views import DetectorInfo
 from .amd import AMDHead
 from .bckd import BCKDHead
-from .build import DISTILL_HEAD_REGISTRY, DetectorInfo, build_head, head_class
+from .build import DISTILL_HEAD_REGISTRY, build_head, head_class
 from .ckd import CKDHead
 from .crosskd import CrossKDHead
 from .cwd import CWDHead

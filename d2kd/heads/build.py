@@ -1,7 +1,7 @@
 """The contract of a distillation head, and how YAML names one."""
 
 import difflib
-from typing import FrozenSet, Iterable, List, Optional, Type
+from typing import Any, FrozenSet, Iterable, List, Optional, Type
 
 from fvcore.common.registry import Registry
 from torch import nn
@@ -9,7 +9,6 @@ from torch import nn
 from detectron2.config import CfgNode
 
 from ..pairs import ANY_PAIR, DistillPair
-from ..views import DetectorInfo
 
 DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
 DISTILL_HEAD_REGISTRY.__doc__ = """
@@ -24,8 +23,9 @@ A head is an nn.Module with
 * `requires`, a frozenset of what it reads of both detectors' views: "features", "dense",
   "roi_features", "roi_predictions", "regions", "region_vectors", "anchor_labels", "tower_<depth>"
   (default: "features"), or a static method that tells it from the config and the
-  :class:`DistillPair`; `requires_logits = True` where class logits are compared one by one, so that
-  the two detectors' classes, and a dense pair's anchors, must be the same;
+  :class:`DistillPair`; `requires_logits = True` where class logits are compared one by one: a dense
+  pair's anchors must be the same then, and of detectors with other classes the head is given
+  those in common, in logits, labels and `num_classes` alike;
 * `__init__`, made @configurable, with `from_config(cls, cfg, pair)`: `pair` is a
   :class:`DistillPair`;
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with
@@ -79,7 +79,16 @@ def build_head(name: str, cfg: CfgNode, pair: DistillPair) -> nn.Module:
     problem = misfit(name, cfg, pair)
     if problem:
         raise ValueError(f"DISTILL.HEADS: {problem} Heads that fit: {_listed(fitting(cfg, pair))}.")
-    return head_class(name)(cfg, pair)
+    return head_class(name)(cfg, _as_seen(name, pair))
+
+
+def compares_logits(head: Any) -> bool:
+    """Whether a head, or its class, compares class logits one by one."""
+    return getattr(head, "requires_logits", False)
+
+
+def _as_seen(name: str, pair: DistillPair) -> DistillPair:
+    return pair.in_common_classes if compares_logits(head_class(name)) else pair
 
 
 def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
@@ -96,20 +105,20 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
                 f"{name} needs {_listed(missing)}; the {side} {detector.name} has none. It has "
                 f"{_listed(detector.members)}."
             )
-    if getattr(cls, "requires_logits", False):
-        return _other_logits(name, student, teacher, dense=pair.kind == "dense -> dense")
-    return None
+    return _other_logits(name, pair) if compares_logits(cls) else None
 
 
-def _other_logits(
-    name: str, student: DetectorInfo, teacher: DetectorInfo, dense: bool
-) -> Optional[str]:
+def _other_logits(name: str, pair: DistillPair) -> Optional[str]:
+    student, teacher = pair.in_common_classes.student, pair.in_common_classes.teacher
     if student.num_classes != teacher.num_classes:
         return (
             f"{name} compares class logits, but the student has {student.num_classes} classes and "
-            f"the teacher {teacher.num_classes}."
+            f"the teacher {teacher.num_classes}, and their names are not known of both. Name the "
+            "teacher's in DISTILL.TEACHER.CLASSES: those that are equal are compared."
         )
-    if dense and student.num_anchors != teacher.num_anchors:
+    if not student.num_classes:
+        return f"{name} compares class logits, but the detectors have no class in common."
+    if pair.kind == "dense -> dense" and student.num_anchors != teacher.num_anchors:
         return (
             f"{name} compares logits cell by cell, but the student has {student.num_anchors} "
             f"anchors per cell and the teacher {teacher.num_anchors} (MODEL.ANCHOR_GENERATOR)."
@@ -123,7 +132,7 @@ def fitting(cfg: CfgNode, pair: DistillPair) -> List[str]:
     for name in head_names():
         try:
             if misfit(name, cfg, pair) is None:
-                head_class(name).from_config(cfg, pair)
+                head_class(name).from_config(cfg, _as_seen(name, pair))
                 names.append(name)
         except Exception:  # what from_config has to say against the pair, or a head of a user's
             pass

@@ -1,13 +1,12 @@
 """What a student learns from its teacher, as one picture."""
 
 import os
-from typing import List, Sequence
+from typing import Sequence
 
 import cv2
 import numpy as np
 import torch
 
-from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 
 from ..data.preview import annotate
@@ -56,17 +55,6 @@ def draw_panel(distiller: Distiller, index: int = 0, class_names: Sequence[str] 
     head = join([picture, _legend(distiller, index)], axis=1, gap=2 * GAP)
     panel = join([head, *rows], axis=0)
     return cv2.copyMakeBorder(panel, *[GAP] * 4, cv2.BORDER_CONSTANT, value=(255,) * 3)
-
-
-def class_names(datasets: Sequence[str]) -> List[str]:
-    """
-    Args:
-        datasets: DATASETS.TRAIN or DATASETS.TEST
-
-    Returns:
-        names of their classes; none where Detectron2 knows none
-    """
-    return list(MetadataCatalog.get(datasets[0]).get("thing_classes", ())) if datasets else []
 
 
 def _ground_truth(

@@ -1,0 +1,36 @@
+"""What was built, in a few lines: the end of what can be said before the first step."""
+
+from tabulate import tabulate
+from torch import nn
+
+from ..distiller import Distiller
+from ..pyramid import describe_plan
+
+
+def summary(distiller: Distiller) -> str:
+    """Modules with their sizes, which level learns from which, which class is which."""
+    pair = distiller.pair
+    plan = describe_plan(pair.levels, pair.student.shapes, pair.teacher.shapes)
+    classes = pair.classes or "  their names are not known of both: class i is taken for class i"
+    return (
+        f"Distilling {pair.teacher.name} -> {pair.student.name}\n\n"
+        f"{_modules(distiller)}\n\nLevels, student's <- teacher's:\n{plan}\n\n"
+        f"Classes, student's <- teacher's:\n{classes}"
+    )
+
+
+def _modules(distiller: Distiller) -> str:
+    modules = {
+        "student": (distiller.student, "the product"),
+        "teacher": (distiller.teacher.model, "frozen, in no checkpoint"),
+    }
+    for name, head in distiller.heads.items():
+        parts = ", ".join(f"{k} {_size(x)}" for k, x in head.named_children())
+        modules[f"head {name}"] = head, parts or "nothing to train"
+    rows = [(k, type(x).__name__, _size(x), note) for k, (x, note) in modules.items()]
+    aligned = ("left", "left", "right", "left")
+    return tabulate(rows, ["", "class", "parameters", "of which"], colalign=aligned)
+
+
+def _size(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()):,}"

@@ -1,0 +1,158 @@
+"""A view whose class logits are of the classes that student and teacher have in common."""
+
+from dataclasses import replace
+from typing import Any, List, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detectron2.structures import Boxes, Instances
+
+from .anchor_labels import AnchorLabels
+from .base import DetectorView
+from .parts import DensePredictions, RoIPredictions
+from .towers import Towers
+
+
+class MergeClasses(nn.Module):
+    """
+    From the K classes of one detector to the C groups of them that it shares with another.
+
+    Sigmoids ask of each class by itself: a group is as likely as its likeliest class, and the
+    classes in no group are left out. A softmax is one distribution over all classes: a group has
+    the sum of its probabilities, and background that of everything in no group. (So "background"
+    is "none of the common classes" for both detectors, as in https://arxiv.org/abs/2002.00718.)
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], num_classes: int):
+        """
+        Args:
+            groups: C groups of class indices, no index twice
+            num_classes: K
+        """
+        super().__init__()
+        size = max(map(len, groups))
+        filled = [[*group, *group[:1] * (size - len(group))] for group in groups]
+        filler = [[i >= len(group) for i in range(size)] for group in groups]
+        rest = set(range(num_classes + 1)).difference(*groups)
+        labels = torch.full((num_classes + 1,), len(groups))
+        for i, group in enumerate(groups):
+            labels[list(group)] = i
+        self._keep("groups", torch.tensor(filled))  # (C, size), the first again where fewer
+        self._keep("filler", torch.tensor(filler))  # (C, size)
+        self._keep("rest", torch.tensor(sorted(rest)))  # classes in no group, and background
+        self._keep("new_labels", labels)  # (K+1,)
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """C"""
+        return len(self.groups)
+
+    def sigmoids(self, logits: Tensor) -> Tensor:
+        """(N, A*K, H, W) -> (N, A*C, H, W)"""
+        by_class = logits.unflatten(1, (-1, len(self.new_labels) - 1))
+        members = by_class.index_select(2, self.groups.flatten())
+        members = members.unflatten(2, self.groups.shape)  # (N, A, C, size, H, W)
+        # Most often each has one class: nothing to compare, nor to remember for the backward.
+        merged = members.squeeze(3) if members.shape[3] == 1 else members.amax(dim=3)
+        return merged.flatten(1, 2)
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """(R, K+1) -> (R, C+1), background last, float32; log-probabilities up to a constant."""
+        logits = logits.float()
+        merged = self._members(logits).logsumexp(dim=2)
+        background = logits[:, self.rest].logsumexp(dim=1, keepdim=True)
+        return torch.cat([merged, background], dim=1)
+
+    def deltas(self, deltas: Tensor, logits: Tensor) -> Tensor:
+        """
+        (R, K*4) -> (R, C*4): the mean over the classes of a group, weighted by how likely they are.
+
+        Args:
+            logits: (R, K+1), which get no gradient
+        """
+        if deltas.shape[1] == 4 < 4 * (len(self.new_labels) - 1):  # class-agnostic
+            return deltas
+        share = self._members(logits.detach().float()).softmax(dim=2)[..., None]
+        by_class = deltas.unflatten(1, (-1, 4))
+        return (by_class[:, self.groups] * share).sum(dim=2).flatten(1)
+
+    def labels(self, classes: Tensor) -> Tensor:
+        """0 to K, where K is background, to 0 to C; negative ones are left as they are."""
+        return torch.where(classes < 0, classes, self.new_labels[classes.clamp(min=0)])
+
+    def _members(self, logits: Tensor) -> Tensor:
+        """(R, K+1) -> (R, C, size), -inf where a group has fewer."""
+        return logits[:, self.groups].masked_fill(self.filler, -torch.inf)
+
+
+class CommonClassesView:
+    """
+    A DetectorView with C common classes in place of its K: class logits, the boxes that depend on
+    the class, and labels, in which C is background or a class that only this detector knows.
+    Everything else is the view's own.
+    """
+
+    def __init__(self, view: DetectorView, merge: MergeClasses):
+        self._view = view
+        self._merge = merge
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view, name)
+
+    def num_classes(self, detector: nn.Module) -> int:
+        return self._merge.num_classes
+
+    def dense(self) -> DensePredictions:
+        return self._view._once("common dense", lambda: self._merged(self._view.dense()))
+
+    def predict_from(self, depth: int, towers: Towers) -> DensePredictions:
+        return self._merged(self._view.predict_from(depth, towers))
+
+    def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
+        answer = self._view.roi_predictions(boxes)
+        if boxes is None:
+            return self._view._once("common roi_predictions", lambda: self._merged_rois(answer))
+        return self._view._of_boxes(
+            "common roi_predictions", boxes, lambda: self._merged_rois(answer)
+        )
+
+    def anchor_labels(self) -> AnchorLabels:
+        return self._view._once("common anchor_labels", self._anchor_labels)
+
+    @property
+    def sampled_proposals(self) -> List[Instances]:
+        return self._relabelled("sampled_proposals")
+
+    @property
+    def gt_instances(self) -> List[Instances]:
+        return self._relabelled("gt_instances")
+
+    def _merged(self, dense: DensePredictions) -> DensePredictions:
+        if self._view.two_stage:  # the RPN knows no classes
+            return dense
+        return replace(dense, logits=[self._merge.sigmoids(x) for x in dense.logits])
+
+    def _merged_rois(self, answer: RoIPredictions) -> RoIPredictions:
+        logits = self._merge.softmax(answer.logits)
+        return replace(
+            answer, logits=logits, deltas=self._merge.deltas(answer.deltas, answer.logits)
+        )
+
+    def _anchor_labels(self) -> AnchorLabels:
+        maps = [self._merge.labels(x) for x in self._view.anchor_labels().maps]
+        return AnchorLabels(maps, self._merge.num_classes)
+
+    def _relabelled(self, name: str) -> List[Instances]:
+        return self._view._once(f"common {name}", lambda: self._relabel(getattr(self._view, name)))
+
+    def _relabel(self, instances: List[Instances]) -> List[Instances]:
+        return [
+            Instances(
+                x.image_size, **{**x.get_fields(), "gt_classes": self._merge.labels(x.gt_classes)}
+            )
+            for x in instances
+        ]

@@ -25,7 +25,8 @@ def _modules(distiller: Distiller) -> str:
         "teacher": (distiller.teacher.model, "frozen, in no checkpoint"),
     }
     for name, head in distiller.heads.items():
-        parts = ", ".join(f"{k} {_size(x)}" for k, x in head.named_children())
+        trained = {k: x for k, x in head.named_children() if any(True for _ in x.parameters())}
+        parts = ", ".join(f"{k} {_size(x)}" for k, x in trained.items())
         modules[f"head {name}"] = head, parts or "nothing to train"
     rows = [(k, type(x).__name__, _size(x), note) for k, (x, note) in modules.items()]
     aligned = ("left", "left", "right", "left")

@@ -8,6 +8,8 @@ README = Path(__file__).parent / "README.md"
 
 # The linters' newest versions ask for Python 3.11; older Pythons can still run everything else.
 LINTERS = ["black==26.10.1", "flake8==7.5.0", "isort==9.0.2"]
+# To prove an exported ONNX graph; without them it is not run.
+ONNX = ["onnx", "onnxruntime"]
 
 setup(
     name="d2kd",
@@ -28,7 +30,8 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=7", "pytest-xdist>=3"]
-        + [f"{linter}; python_version >= '3.11'" for linter in LINTERS],
+        + [f"{package}; python_version >= '3.11'" for package in LINTERS + ONNX],
+        "onnx": ONNX,
         # Detectron2 draws with cv2, which opencv-python provides as well. The two overwrite each
         # other's files, so ask for this one only where `import cv2` fails; it needs no libGL.
         "opencv": ["opencv-python-headless"],

@@ -15,7 +15,7 @@ EPILOG = """
 The folder receives student.pth (weights), student.yaml (for stock Detectron2) and report.json. The
 proof is a fresh process in which d2kd cannot be imported: it builds the YAML, loads the weights
 without a missing or unexpected key, and must detect in fixed images, to the bit, what the run's
-student detects. Exit code 0: verified, and each of --formats was written; 1: not. A student that
+student detects. Exit code 0: verified, and no graph of --formats failed; 1: not. A student that
 Detectron2 cannot build from YAML (FCOS, Swin, a plug-in) has weights and a TorchScript graph alone.
 
 examples:

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
 from d2kd.config import flatten
 from d2kd.export import export_student, verify, why_no_yaml
-from d2kd.export.graph import export_graph
+from d2kd.export.graph import count_equal, export_graph
 from d2kd.export.student import find_weights
 
 from runs import run, run_config
@@ -140,6 +141,35 @@ def test_torchscript_detects_what_the_student_does(name: str, saved: Any, tmp_pa
     found = export_graph(cfg, weights, "torchscript", str(tmp_path))
     assert found.get("verified"), found
     assert os.path.isfile(found["file"]) and found["detections"] > 0
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
+def test_onnx_detects_what_the_student_does(name: str, saved: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    cfg, weights = saved(name, MODEL__RETINANET__NORM="")
+    found = export_graph(cfg, weights, "onnx", str(tmp_path))
+    assert found.get("verified"), found
+    assert os.path.isfile(found["file"]) and found["equal"] > 50
+
+
+def detections(boxes: List[List[float]], scores: List[float], classes: List[int]) -> Instances:
+    found = Instances((64, 64))
+    found.pred_boxes = Boxes(torch.tensor(boxes))
+    found.scores, found.pred_classes = torch.tensor(scores), torch.tensor(classes)
+    return found
+
+
+def test_detections_are_equal_in_any_order_but_not_of_another_box_score_or_class() -> None:
+    boxes = [[0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 30.0, 20.0], [5.0, 5.0, 30.0, 20.0]]
+    expected = detections(boxes, [0.9, 0.8, 0.7], [0, 1, 2])
+    order = torch.tensor([2, 0, 1])
+    assert count_equal(expected[order], expected) == 3
+    moved = detections([[0.0, 0.0, 9.0, 9.1], *boxes[1:]], [0.9, 0.8, 0.7], [0, 1, 2])
+    assert count_equal(moved, expected) == 2
+    assert count_equal(detections(boxes, [0.9, 0.802, 0.7], [0, 1, 2]), expected) == 2
+    assert count_equal(detections(boxes, [0.9, 0.8, 0.7], [0, 1, 1]), expected) == 2
+    assert count_equal(expected[:0], expected) == count_equal(expected, expected[:0]) == 0
 
 
 def test_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:

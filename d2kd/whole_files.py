@@ -12,6 +12,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+BEST = "model_best"  # name of the checkpoint with the best evaluation
+
 
 @contextmanager
 def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
@@ -113,5 +115,5 @@ def damage_of(path: str) -> str:
 
 def _by_age(folder: str) -> List[Path]:
     """Checkpoints of a run, newest first; not the best one, which is no place to go on from."""
-    found = [x for x in Path(folder).glob("model_*.pth") if x.name != "model_best.pth"]
+    found = [x for x in Path(folder).glob("model_*.pth") if x.stem != BEST]
     return sorted(found, key=lambda x: x.stat().st_mtime_ns, reverse=True)

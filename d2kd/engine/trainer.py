@@ -120,6 +120,10 @@ class Trainer(DefaultTrainer):
             self.checkpointer.load(path)
             self.start_iter = self.data_loader.start_iter = self.iter + 1
             logger.info(f"Resuming at iteration {self.start_iter}.")
+            final = f"{self.stage.file_prefix}_final"
+            if self.start_iter == self.max_iter and not path.endswith(f"{final}.pth"):
+                # It was killed between its last two saves; there is no step that would make this.
+                self.checkpointer.save(final, iteration=self.iter)
             return
         load_initial_weights(self.checkpointer, self.cfg.MODEL.WEIGHTS)
         if hasattr(self._module, "inherit_from_teacher"):

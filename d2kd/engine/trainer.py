@@ -17,7 +17,7 @@ from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader
 from ..panel import class_names
 from ..teacher import Teacher
-from ..whole_files import last_whole_checkpoint
+from ..whole_files import last_whole_checkpoint, named_when_full
 from .evaluator import build_evaluator
 from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
@@ -74,8 +74,18 @@ class Trainer(DefaultTrainer):
     def train(self) -> Any:
         # TorchScript's focal loss rounds otherwise in the first iteration of a process, where it is
         # not optimised yet: a resumed run would differ. GPUs are not exact to the bit anyway.
-        with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
+        exact = torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu")
+        with exact, named_when_full(self.cfg.OUTPUT_DIR):
             return super().train()
+
+    def after_train(self) -> None:
+        try:
+            super().after_train()
+        except Exception:
+            if self.iter >= self.max_iter:
+                raise
+            # Raised, it would hide why the run stopped: on a full disk, by the logs' own failure.
+            logger.exception("Also, after the run had stopped:")
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from forks import fork, in_clean_process
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -27,6 +26,7 @@ from d2kd.whole_files import (
     write_whole,
 )
 
+from forks import fork, in_clean_process
 from runs import assert_same_tensors, interrupt, run, run_config, tensors_in
 from toys import ROOT
 

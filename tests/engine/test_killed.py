@@ -9,7 +9,6 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from forks import fork, in_clean_process, launch_forks
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -19,6 +18,7 @@ from d2kd.checkpoint import PlainCheckpointer
 from d2kd.engine import Trainer, train
 from d2kd.whole_files import last_whole_checkpoint
 
+from forks import fork, in_clean_process, launch_forks
 from runs import assert_same_tensors, run_config, tensors_in
 from toys import write_teacher
 

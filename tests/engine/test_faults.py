@@ -1,13 +1,14 @@
 """Checkpoints that are damaged, disks without room: nothing is lost that had been saved."""
 
 import errno
+import hashlib
 import os
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 from unittest import mock
 
 import pytest
@@ -28,7 +29,7 @@ from d2kd.whole_files import (
 
 from forks import fork, in_clean_process
 from runs import assert_same_tensors, interrupt, run, run_config, tensors_in
-from toys import ROOT
+from toys import ROOT, write_teacher
 
 
 def at(cfg: CfgNode, folder: Path, name: str) -> CfgNode:
@@ -48,6 +49,10 @@ def assert_same_end(cfg: CfgNode, other: CfgNode) -> None:
         assert_same_tensors(ours[part], theirs[part])
     optimizers = [list(tensors_in(x["trainer"]["_trainer"]["optimizer"])) for x in (ours, theirs)]
     assert all(torch.equal(a, b) for a, b in zip(*optimizers)) and optimizers[0]
+
+
+def resume(cfg: CfgNode) -> None:
+    run(cfg, resume=True)
 
 
 # Damaged ------------------------------------------------------------------------------------------
@@ -142,6 +147,82 @@ def test_damage_is_found(tmp_path: Path) -> None:
     flip_a_byte_of_the_directory(path)
     assert damage_of(str(path))
     assert damage_of(str(tmp_path / "none.pth")) == "there is no such file"
+
+
+# An image with a NaN -------------------------------------------------------------------------------
+
+
+class NaNImage(HookBase):
+    """The data loader gives a NaN in one of the images, the first of a batch."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+        self.file_name = ""
+
+    def before_train(self) -> None:
+        dataset = self.trainer.data_loader.dataset
+        load = dataset.mapper
+
+        def load_or_spoil(image: Dict[str, Any]) -> Dict[str, Any]:
+            sample = load(image)
+            if self.trainer.iter == self.iteration and not self.file_name:
+                self.file_name = sample["file_name"]
+                sample["image"] = sample["image"].float()
+                sample["image"][1, 2, 3] = float("nan")
+            return sample
+
+        dataset.mapper = load_or_spoil
+
+
+def test_nan_in_an_image_stops_the_run_with_its_name_and_it_goes_on_without(
+    folder: Path, teacher: List[Any], tmp_path: Path
+) -> None:
+    runs = []
+    for student in ("retinanet", "faster_rcnn"):  # of which the one has losses, the other's RPN not
+        cfg = run_config(folder, teacher, ["MGD", "PKD"], student)
+        stopped, whole = at(cfg, tmp_path, student), at(cfg, tmp_path, f"whole_{student}")
+        spoil = NaNImage(3)
+        with pytest.raises(FloatingPointError) as info:
+            run(stopped, spoil)
+        message = str(info.value)
+        assert f"{spoil.file_name} (which has 1 values that are not finite)" in message
+        assert message.count("(which has") == 1, "the other image is whole"
+        for side in ("student", "teacher"):
+            assert f"the {side}'s features at p3 have" in message
+        left = [x.name for x in Path(stopped.OUTPUT_DIR).glob("*model*")]
+        assert left == ["model_0000001.pth"]
+        runs.append((stopped, whole))
+    in_clean_process(go_on_and_train, runs)
+    for stopped, whole in runs:
+        assert_same_end(stopped, whole)
+
+
+def go_on_and_train(runs: List[Tuple[CfgNode, CfgNode]]) -> None:
+    for stopped, whole in runs:
+        assert fork(resume, stopped) == fork(resume, whole) == 0
+
+
+# Another teacher -----------------------------------------------------------------------------------
+
+
+def test_teacher_swapped_while_the_run_is_down_is_refused_with_both_hashes(
+    folder: Path, tmp_path: Path
+) -> None:
+    opts = write_teacher(tmp_path, "retinanet", MODEL__FPN__OUT_CHANNELS=64)
+    cfg = at(run_config(folder, opts), tmp_path, "run")
+    interrupt(cfg, 2)
+    right, file = sha256(opts[3]), Path(opts[3])
+    kept = file.read_bytes()
+    write_teacher(tmp_path, "retinanet", seed=8, MODEL__FPN__OUT_CHANNELS=64)
+    with pytest.raises(ValueError, match=f"weights_sha256(?s:.*){right}(?s:.*){sha256(opts[3])}"):
+        train(cfg, resume=True)
+    file.write_bytes(kept)
+    run(cfg, resume=True)
+    assert final(cfg)["teacher"]["weights_sha256"] == right
+
+
+def sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 # No room ------------------------------------------------------------------------------------------
@@ -260,10 +341,6 @@ def fill_and_resume(cfg: CfgNode, whole: CfgNode, config_file: str) -> None:
     assert fork(stops, log, cfg, WriteEachStep(), Fill(4)) == 0
     check_left("model_0000001.pth", "model_0000003.pth")
     assert fork(resume, cfg) == fork(resume, whole) == 0
-
-
-def resume(cfg: CfgNode) -> None:
-    run(cfg, resume=True)
 
 
 def test_full_or_read_only_disk_stops_the_run_and_it_goes_on_when_there_is_room(

@@ -149,7 +149,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
     assert damage_of(str(tmp_path / "none.pth")) == "there is no such file"
 
 
-# An image with a NaN -------------------------------------------------------------------------------
+# An image with a NaN ------------------------------------------------------------------------------
 
 
 class NaNImage(HookBase):
@@ -202,7 +202,7 @@ def go_on_and_train(runs: List[Tuple[CfgNode, CfgNode]]) -> None:
         assert fork(resume, stopped) == fork(resume, whole) == 0
 
 
-# Another teacher -----------------------------------------------------------------------------------
+# Another teacher ----------------------------------------------------------------------------------
 
 
 def test_teacher_swapped_while_the_run_is_down_is_refused_with_both_hashes(

@@ -11,7 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 
 from .weights_file import read_weights_file
-from .whole_files import WholeFiles
+from .whole_files import BEST, WholeFiles
 
 # What reading a file that is no checkpoint, or half of one, has been seen to raise.
 _UNREADABLE = (
@@ -62,6 +62,11 @@ class PlainCheckpointer(DetectionCheckpointer):
             raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
         finally:
             self._parsed_url_during_load = None  # upstream leaves it set after a failure
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        # The best one is no place to go on from, also for a run that is killed right after it.
+        if last_filename_basename != f"{BEST}.pth":
+            super().tag_last_checkpoint(last_filename_basename)
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         loaded = read_weights_file(filename)

@@ -130,9 +130,10 @@ class Distiller(nn.Module):
             # Before the student: what its forward passes through is freed again, while what the
             # student's passes through stays for the backward. Together they would be the peak.
             teacher.features
+        # Already here: a student may stop in its forward, and be explained by its features.
+        self.latest = {"student": student, "teacher": teacher, "terms": {}, "keys": {}, "maps": {}}
         with student.record(self.members):
             losses = dict(self.student(batched_inputs))
-        self.latest = {"student": student, "teacher": teacher, "terms": {}, "keys": {}, "maps": {}}
         views = student, teacher
         in_common = [CommonClassesView(*x) for x in zip(views, self.merges)]
         for name, weight in weights.items():

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whenever a run is killed."""
 
+import errno
 import logging
 import os
 import zipfile
@@ -11,6 +12,11 @@ from typing import IO, Any, Iterator, List
 import torch
 
 logger = logging.getLogger(__name__)
+
+BEST = "model_best"  # name of the checkpoint with the best evaluation
+
+# What a disk says that takes no more.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -29,12 +35,13 @@ def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
-        # torch.save may wrap what a full disk says; other RuntimeErrors are not about the disk.
+        # torch.save may hide what a full disk says; other RuntimeErrors are not about the disk.
         reasons = (error, error.__cause__, error.__context__)
-        if not any(isinstance(x, OSError) for x in reasons):
+        said = [x for x in reasons if isinstance(x, OSError)]
+        if not said:
             raise
         raise OSError(
-            f"{path} could not be written: {error}. What had that name before is as it was. Make "
+            f"{path} could not be written: {said[0]}. What had that name before is as it was. Make "
             "room, or name another folder; a run goes on with --resume."
         ) from error
     finally:
@@ -54,6 +61,23 @@ def check_writable(folder: str) -> None:
     except OSError as error:
         raise OSError(
             f"OUTPUT_DIR: nothing can be written to {folder!r}: {error}. Name another folder."
+        ) from error
+
+
+@contextmanager
+def named_when_full(folder: str) -> Iterator[None]:
+    """
+    Raises:
+        OSError: naming OUTPUT_DIR where the disk was full and what was written there did not say so
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno not in _NO_ROOM:
+            raise
+        raise OSError(
+            f"OUTPUT_DIR: no more can be written to {folder!r}: {error}. Its last checkpoint is as "
+            "it was. Make room; the run goes on with --resume."
         ) from error
 
 
@@ -113,5 +137,5 @@ def damage_of(path: str) -> str:
 
 def _by_age(folder: str) -> List[Path]:
     """Checkpoints of a run, newest first; not the best one, which is no place to go on from."""
-    found = [x for x in Path(folder).glob("model_*.pth") if x.name != "model_best.pth"]
+    found = [x for x in Path(folder).glob("model_*.pth") if x.stem != BEST]
     return sorted(found, key=lambda x: x.stat().st_mtime_ns, reverse=True)

@@ -2,22 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from d2kd.data import register_datasets
+from d2kd.engine import train
 from d2kd.heads.build import head_class, head_names
 from d2kd.pairs import ANY_PAIR
+from d2kd.whole_files import last_whole_checkpoint
 
-from runs import build_trainer, run_config
+from runs import RecordBatches, run, run_config, scalars
 from toys import distill_config, write_teacher
 
 PAIRS = {"retinanet": "dense -> dense", "faster_rcnn": "two-stage -> two-stage"}
@@ -101,57 +104,117 @@ def test_teacher_with_a_nan_is_refused_by_the_name_of_its_weight(tmp_path: Path)
         build_model(distill_config("retinanet", opts))
 
 
-def coco(folder: Path, names: List[str]) -> List[Dict[str, str]]:
-    """DATASETS.COCO_FORMAT of images with one box each."""
-    images = [{"id": i, "file_name": x, "width": 64, "height": 64} for i, x in enumerate(names)]
-    boxes = [
-        {
-            "id": i,
-            "image_id": i,
-            "category_id": 1,
-            "bbox": [5, 5, 30, 30],
-            "area": 900,
-            "iscrowd": 0,
-        }
-        for i in range(len(names))
-    ]
-    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "a"}]}
+Pixels = np.ndarray  # (H, W) or (H, W, 3), uint8
+
+
+def coco(folder: Path, images: Dict[str, Tuple[Pixels, List[List[float]]]]) -> CfgNode:
+    """
+    Write a data set, and the config of a run on it.
+
+    Args:
+        images: name of a file to its pixels and boxes, [x, y, width, height]
+    """
+    content: Dict[str, Any] = {"images": [], "annotations": []}
+    content["categories"] = [{"id": 1, "name": "a"}]
+    for i, (name, (pixels, boxes)) in enumerate(images.items()):
+        cv2.imwrite(str(folder / name), pixels)
+        height, width = pixels.shape[:2]
+        content["images"].append({"id": i, "file_name": name, "width": width, "height": height})
+        for box in boxes:
+            annotation = {"id": len(content["annotations"]), "image_id": i, "category_id": 1}
+            annotation.update({"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+            content["annotations"].append(annotation)
     (folder / "set.json").write_text(json.dumps(content))
-    return [{"NAME": "odd_train", "JSON": str(folder / "set.json"), "IMAGES": str(folder)}]
-
-
-def train_on(folder: Path, names: List[str]) -> Any:
-    cfg = run_config(folder, student="retinanet", SOLVER__MAX_ITER=2)
-    cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.TRAIN = coco(folder, names), ("odd_train",)
-    cfg.MODEL.RETINANET.NUM_CLASSES = 1
-    register_datasets(cfg, "RetinaNet")
-    trainer = build_trainer(cfg)
-    trainer.train()
-    return trainer
+    teacher = write_teacher(folder, "retinanet", MODEL__RETINANET__NUM_CLASSES=1)
+    cfg = run_config(folder, teacher, ["MGD", "FGD", "CKD"], MODEL__RETINANET__NUM_CLASSES=1)
+    entry = {"NAME": "odd_train", "JSON": str(folder / "set.json"), "IMAGES": str(folder)}
+    cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.TRAIN = [entry], ("odd_train",)
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    # Two passes, so that every image has been met also where wide ones wait for each other.
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = len(images), 1
+    return cfg
 
 
 @pytest.fixture
-def forget() -> Any:
+def forget() -> Iterator[None]:
     """The data set's name is free again after the test."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     yield
+    forget_set()
+
+
+def forget_set() -> None:
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop("odd_train", None)
 
 
-def test_grayscale_files_are_read(tmp_path: Path, forget: Any) -> None:
-    gray = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
-    for name in ("a.png", "b.jpg"):
-        cv2.imwrite(str(tmp_path / name), gray)
-    assert train_on(tmp_path, ["a.png", "b.jpg"]).iter == 2, "both steps are behind it"
+def noise_image(*shape: int) -> Pixels:
+    return np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
 
 
-def test_missing_image_is_told_by_its_path(tmp_path: Path, forget: Any) -> None:
-    # Not among the few that are looked for before training.
-    names = [f"{i}.png" for i in range(8)]
-    for name in names[:4] + names[5:]:
-        cv2.imwrite(str(tmp_path / name), np.zeros((64, 64, 3), dtype=np.uint8))
-    with pytest.raises(FileNotFoundError, match="4.png"):
-        for _ in range(8):
-            train_on(tmp_path, names)
+def test_odd_files_are_read_and_trained_on(tmp_path: Path, forget: Any) -> None:
+    box, pixel = [5, 5, 30, 30], [40, 3, 1, 1]
+    corners = np.random.default_rng(0).integers(0, 56, size=(10_000, 2)).tolist()
+    images = {
+        "gray.png": (noise_image(64, 64), [box]),
+        "gray.jpg": (noise_image(64, 64), [box, pixel]),
+        "row.png": (noise_image(1, 90, 3), [[0, 0, 30, 1]]),
+        "gray_row.png": (noise_image(1, 90), [[7, 0, 1, 1]]),
+        "column.png": (noise_image(90, 1, 3), [[0, 0, 1, 30]]),
+        "pixel.png": (noise_image(1, 1, 3), [[0, 0, 1, 1]]),
+        "pixels.png": (noise_image(64, 64, 3), [pixel, [63, 63, 1, 1], [0, 0, 1, 1]]),
+        "no_area.png": (noise_image(64, 64, 3), [[5, 5, 0, 0], [9, 4, 12, 0]]),
+        "no_boxes.png": (noise_image(64, 64, 3), []),
+        "many_boxes.png": (noise_image(64, 64, 3), [[x, y, 8, 8] for x, y in corners]),
+    }
+    cfg = coco(tmp_path, images)
+    recorder = RecordBatches()
+    trainer = run(cfg, recorder)
+    met = {Path(x["file_name"]).name: x for batch in recorder.batches for x in batch}
+    assert set(met) == set(images)
+    for name in ("gray.png", "gray.jpg", "gray_row.png"):
+        assert (met[name]["image"] == met[name]["image"][:1]).all(), "three equal channels"
+    boxes = {name: len(x["instances"]) for name, x in met.items()}
+    assert (boxes["many_boxes.png"], boxes["pixels.png"], boxes["row.png"]) == (10_000, 3, 1)
+    assert boxes["no_boxes.png"] == boxes["no_area.png"] == 0
+    losses = scalars(trainer)
+    assert {"loss_mgd", "loss_fgd_foreground", "loss_ckd", "loss_cls"} <= set(losses)
+    for name, values in losses.items():
+        assert len(values) == len(images) and np.isfinite(list(values.values())).all(), name
+    parameters = trainer.model.state_dict().values()
+    assert all(x.isfinite().all() for x in parameters)
+
+
+def eight_images() -> Dict[str, Tuple[Pixels, List[List[float]]]]:
+    """Of which four are not among the few that are looked for before training."""
+    return {f"{i}.png": (noise_image(64, 64, 3), [[5, 5, 30, 30]]) for i in range(8)}
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage, error", [(remove, FileNotFoundError), (halve, OSError)])
+def test_image_that_is_missing_or_broken_is_told_by_its_path(
+    damage: Callable[[Path], None], error: type, tmp_path: Path, forget: Any
+) -> None:
+    cfg = coco(tmp_path, eight_images())
+    damage(tmp_path / "6.png")
+    with pytest.raises(error, match=f"{tmp_path}/6.png"):
+        run(cfg)
+    assert last_whole_checkpoint(cfg.OUTPUT_DIR), "it had begun"
+
+
+def test_id_that_is_there_twice_stops_the_run_before_it_begins(tmp_path: Path, forget: Any) -> None:
+    cfg = coco(tmp_path, eight_images())
+    path = tmp_path / "set.json"
+    content = json.loads(path.read_text())
+    for part in ("images", "annotations"):
+        path.write_text(json.dumps({**content, part: content[part] + content[part][2:3]}))
+        with pytest.raises(ValueError, match=f"set.json .*{part} has the id 2 twice"):
+            train(cfg)
+        forget_set()
+    assert not Path(cfg.OUTPUT_DIR).exists()

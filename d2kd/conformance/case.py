@@ -165,10 +165,14 @@ def _config(name: str, pair: Pair, opts: Sequence[Any]) -> CfgNode:
     return cfg
 
 
-_FOLDER = tempfile.TemporaryDirectory(prefix="d2kd_conformance_")  # removed when Python exits
+# Not when it is imported: spawned processes import it too, and end without removing anything.
+@functools.lru_cache(maxsize=None)
+def _folder() -> tempfile.TemporaryDirectory:
+    """Removed when Python exits."""
+    return tempfile.TemporaryDirectory(prefix="d2kd_conformance_")
 
 
 @functools.lru_cache(maxsize=None)
 def _teacher(kind: str, channels: int) -> List[Any]:
-    folder = tempfile.mkdtemp(dir=_FOLDER.name)
+    folder = tempfile.mkdtemp(dir=_folder().name)
     return write_teacher(folder, kind, MODEL__FPN__OUT_CHANNELS=channels, **_DENSE_HEAD)

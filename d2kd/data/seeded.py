@@ -47,7 +47,7 @@ class SeededDataset(Dataset):
         refused = []
         with seeded(self.seed, place):
             while len(refused) < MAX_TRIES:
-                sample = self.mapper(self.dataset[index])
+                sample = self._map(self.dataset[index])
                 if sample is not None:
                     return sample
                 refused.append(index)
@@ -58,6 +58,14 @@ class SeededDataset(Dataset):
         raise RuntimeError(
             f"The mapper returned None for {MAX_TRIES} images in a row: {refused[:5]}, ..."
         )
+
+    def _map(self, image: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        try:
+            return self.mapper(image)
+        except OSError as error:  # such as of half an image, which does not say of which
+            if error.filename:
+                raise
+            raise OSError(f"{image.get('file_name')} cannot be read: {error}") from error
 
     def __len__(self) -> int:
         return len(self.dataset)

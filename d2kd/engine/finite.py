@@ -10,6 +10,10 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from ..checkpoint import unwrap
 
 
+class LossNotFinite(FloatingPointError):
+    """Explained."""
+
+
 class FiniteLossMixin:
     """
     For Detectron2's SimpleTrainer and AMPTrainer: stop with an explanation on a non-finite loss.
@@ -20,20 +24,30 @@ class FiniteLossMixin:
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
-        self._file_names: List[str] = []
+        self._batch: List[Dict[str, Any]] = []
         model.register_forward_pre_hook(self._remember)
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
-        self._file_names = [str(x.get("file_name", "?")) for x in inputs[0]]
+        self._batch = inputs[0]
+
+    def run_step(self) -> None:
+        try:
+            super().run_step()
+        except LossNotFinite:
+            raise
+        except FloatingPointError as error:  # of an RPN, before there is a loss
+            raise LossNotFinite(self._explain({}, f"Not finite: {error}")) from error
 
     def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
         # One transfer for all terms; Detectron2 reads each of them right after anyway.
         values = torch.stack([v.detach().float() for v in loss_dict.values()]).cpu()
         if not values.isfinite().all():
-            losses = dict(zip(loss_dict, values.tolist()))
-            latest = getattr(unwrap(self.model), "latest", {})
-            raise FloatingPointError(explain(losses, latest, self._file_names))
+            raise LossNotFinite(self._explain(dict(zip(loss_dict, values.tolist()))))
         super()._write_metrics(loss_dict, *args, **kwargs)
+
+    def _explain(self, losses: Dict[str, float], what: str = "") -> str:
+        latest = getattr(unwrap(self.model), "latest", {})
+        return explain(losses, latest, [_describe(x) for x in self._batch], what)
 
 
 class FiniteSimpleTrainer(FiniteLossMixin, SimpleTrainer):
@@ -44,27 +58,38 @@ class FiniteAMPTrainer(FiniteLossMixin, AMPTrainer):
     """Detectron2's AMPTrainer that explains a non-finite loss."""
 
 
-def explain(losses: Dict[str, float], latest: Dict[str, Any], file_names: List[str]) -> str:
+def explain(
+    losses: Dict[str, float], latest: Dict[str, Any], images: List[str], what: str = ""
+) -> str:
     """
     Args:
-        losses: name to value, some not finite
+        losses: name to value, some not finite; {} where none has been computed
         latest: `Distiller.latest`, empty for a plain detector
-        file_names: images of the batch
+        images: of the batch
+        what: is not finite; empty: the losses
     """
     bad = [k for k, v in losses.items() if not torch.tensor(v).isfinite()]
-    lines = [f"Loss not finite: {', '.join(f'{k} = {losses[k]}' for k in bad)}."]
+    lines = [what or f"Loss not finite: {', '.join(f'{k} = {losses[k]}' for k in bad)}."]
     for key in bad:
         lines += _bad_levels(key, latest.get("terms", {}).get(key))
     for side in ("student", "teacher"):
         if side in latest:
             lines += _bad_features(side, latest[side].features)
-    lines.append("  images of the batch: " + ", ".join(file_names))
-    lines.append(f"  all losses: { {k: round(v, 4) for k, v in losses.items()} }")
+    lines.append("  images of the batch: " + ", ".join(images))
+    if losses:
+        lines.append(f"  all losses: { {k: round(v, 4) for k, v in losses.items()} }")
     lines.append(
         "  Nothing was saved. Usual causes: a learning rate or loss weight that is too high, AMP "
         "without enough range, a broken image."
     )
     return "\n".join(lines)
+
+
+def _describe(sample: Dict[str, Any]) -> str:
+    """The image's file, and whether its pixels are to blame."""
+    name, image = str(sample.get("file_name", "?")), sample.get("image")
+    count = 0 if image is None else int((~image.isfinite()).sum())
+    return f"{name} (which has {count} values that are not finite)" if count else name
 
 
 def _bad_levels(key: str, term: Any) -> List[str]:

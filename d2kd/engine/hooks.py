@@ -15,7 +15,7 @@ from torch import nn
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..whole_files import damage_of
+from ..whole_files import BEST, damage_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class KeepLossNormalizer(HookBase):
         return {"values": self.values}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        values = state["values"]
+        self.values = values = state["values"]
         if not values:
             return
         same_world = len(values) == comm.get_world_size()
@@ -118,13 +118,8 @@ class BestCheckpointer(HookBase):
         if not value > self.best:
             return
         self.best = value
-        logger.info(f"Best {self.metric} so far: {value:.2f}, saved as model_best.pth.")
-        last = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else ""
-        self.checkpointer.save("model_best", iteration=iteration)
-        if last:
-            self.checkpointer.tag_last_checkpoint(last.rsplit("/", 1)[-1])
-        else:
-            os.remove(os.path.join(self.checkpointer.save_dir, "last_checkpoint"))
+        logger.info(f"Best {self.metric} so far: {value:.2f}, saved as {BEST}.pth.")
+        self.checkpointer.save(BEST, iteration=iteration)
 
     def state_dict(self) -> Dict[str, Any]:
         return {"best": self.best, "run": self.run}
@@ -132,7 +127,7 @@ class BestCheckpointer(HookBase):
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self.best, self.run = state["best"], state["run"]
         # The checkpoint was written before the evaluation of its own iteration.
-        path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
+        path = os.path.join(self.checkpointer.save_dir, f"{BEST}.pth")
         if os.path.isfile(path):
             damage = damage_of(path)
             if damage:

@@ -17,7 +17,7 @@ from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader, class_names
 from ..pairs import DistillPair
 from ..teacher import Teacher
-from ..whole_files import last_whole_checkpoint
+from ..whole_files import last_whole_checkpoint, named_when_full
 from .evaluator import build_evaluator
 from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
@@ -77,8 +77,18 @@ class Trainer(DefaultTrainer):
     def train(self) -> Any:
         # TorchScript's focal loss rounds otherwise in the first iteration of a process, where it is
         # not optimised yet: a resumed run would differ. GPUs are not exact to the bit anyway.
-        with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
+        exact = torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu")
+        with exact, named_when_full(self.cfg.OUTPUT_DIR):
             return super().train()
+
+    def after_train(self) -> None:
+        try:
+            super().after_train()
+        except Exception:
+            if self.iter >= self.max_iter:
+                raise
+            # Raised, it would hide why the run stopped: on a full disk, by the logs' own failure.
+            logger.exception("Also, after the run had stopped:")
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -123,6 +133,10 @@ class Trainer(DefaultTrainer):
             self.checkpointer.load(path)
             self.start_iter = self.data_loader.start_iter = self.iter + 1
             logger.info(f"Resuming at iteration {self.start_iter}.")
+            final = f"{self.stage.file_prefix}_final"
+            if self.start_iter == self.max_iter and not path.endswith(f"{final}.pth"):
+                # It was killed between its last two saves; there is no step that would make this.
+                self.checkpointer.save(final, iteration=self.iter)
             return
         load_initial_weights(self.checkpointer, self.cfg.MODEL.WEIGHTS)
         if hasattr(self._module, "inherit_from_teacher"):

@@ -1,24 +1,35 @@
-"""Runs that are killed, and checkpoints that are damaged: nothing is lost that had been saved."""
+"""Checkpoints that are damaged, disks without room: nothing is lost that had been saved."""
 
 import errno
-import io
+import hashlib
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+from unittest import mock
 
 import pytest
 import torch
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicWriter
 
-from d2kd.checkpoint import PlainCheckpointer
-from d2kd.engine import launch, train
-from d2kd.whole_files import check_writable, damage_of, last_whole_checkpoint, write_whole
+from d2kd.engine import Trainer, train
+from d2kd.whole_files import (
+    check_writable,
+    damage_of,
+    last_whole_checkpoint,
+    named_when_full,
+    write_whole,
+)
 
+from forks import fork, in_clean_process
 from runs import assert_same_tensors, interrupt, run, run_config, tensors_in
+from toys import ROOT, write_teacher
 
 
 def at(cfg: CfgNode, folder: Path, name: str) -> CfgNode:
@@ -40,99 +51,8 @@ def assert_same_end(cfg: CfgNode, other: CfgNode) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*optimizers)) and optimizers[0]
 
 
-# Killed -------------------------------------------------------------------------------------------
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class KillInStep(HookBase):
-    def after_step(self) -> None:
-        if self.trainer.iter == 2:
-            kill()
-
-
-def kill_while_saving(iteration: int = 3) -> None:
-    """The process dies when half of the checkpoint of the fourth iteration is on the disk."""
-    save = torch.save
-
-    def half(data: Any, file: Any) -> None:
-        whole = io.BytesIO()
-        save(data, whole)
-        if data.get("iteration") != iteration:
-            file.write(whole.getvalue())
-            return
-        file.write(whole.getvalue()[: whole.tell() // 2])
-        file.flush()
-        kill()
-
-    torch.save = half
-
-
-def kill_before_naming(iteration: int = 3) -> None:
-    """The process dies when a checkpoint is written, but not yet named as the last."""
-    tag = PlainCheckpointer.tag_last_checkpoint
-
-    def no_tag(self: PlainCheckpointer, name: str) -> None:
-        if name.endswith(f"{iteration}.pth"):
-            kill()
-        tag(self, name)
-
-    PlainCheckpointer.tag_last_checkpoint = no_tag
-
-
-def train_and_die(cfg: CfgNode, point: str) -> None:
-    if point == "in a step":
-        run(cfg, KillInStep())
-    (kill_while_saving if point == "while saving" else kill_before_naming)()
-    run(cfg)
-
-
-def spawned(rank: int, cfg: CfgNode, point: str) -> None:
-    train_and_die(cfg, point)
-
-
-POINTS = ("in a step", "while saving", "before naming")
-
-
-def test_killed_run_resumes_to_the_same_end(
-    folder: Path, teacher: List[Any], tmp_path: Path
-) -> None:
-    cfg = run_config(folder, teacher, SOLVER__MAX_ITER=6)
-    whole, killed = at(cfg, tmp_path, "whole"), [at(cfg, tmp_path, point) for point in POINTS]
-    for point, part in zip(POINTS, killed):
-        with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-            torch.multiprocessing.start_processes(spawned, (part, point), start_method="spawn")
-        assert not Path(part.OUTPUT_DIR, "model_final.pth").exists()
-        assert last_whole_checkpoint(part.OUTPUT_DIR).endswith("model_0000001.pth")
-    # Not in this process, for which other tests have already compiled TorchScript's functions.
-    torch.multiprocessing.start_processes(finish, (whole, killed), start_method="spawn")
-    for part in killed:
-        assert_same_end(part, whole)
-        assert not list(Path(part.OUTPUT_DIR).glob("*.unfinished"))
-
-
-def finish(rank: int, whole: CfgNode, killed: List[CfgNode]) -> None:
-    run(whole)
-    for part in killed:
-        run(part, resume=True)
-
-
-def test_two_processes_that_are_killed_resume_to_the_same_end(
-    folder: Path, teacher: List[Any], tmp_path: Path
-) -> None:
-    cfg = run_config(folder, teacher, SOLVER__MAX_ITER=4)
-    whole, killed = at(cfg, tmp_path, "whole"), at(cfg, tmp_path, "killed")
-    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        launch(train_and_die, 2, device="cpu", args=(killed, "while saving"))
-    launch(begin_and_go_on, 2, device="cpu", args=(whole, killed))
-    assert_same_end(killed, whole)
-
-
-def begin_and_go_on(whole: CfgNode, killed: CfgNode) -> None:
-    run(whole)
-    run(killed, resume=True)
+def resume(cfg: CfgNode) -> None:
+    run(cfg, resume=True)
 
 
 # Damaged ------------------------------------------------------------------------------------------
@@ -229,6 +149,82 @@ def test_damage_is_found(tmp_path: Path) -> None:
     assert damage_of(str(tmp_path / "none.pth")) == "there is no such file"
 
 
+# An image with a NaN ------------------------------------------------------------------------------
+
+
+class NaNImage(HookBase):
+    """The data loader gives a NaN in one of the images, the first of a batch."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+        self.file_name = ""
+
+    def before_train(self) -> None:
+        dataset = self.trainer.data_loader.dataset
+        load = dataset.mapper
+
+        def load_or_spoil(image: Dict[str, Any]) -> Dict[str, Any]:
+            sample = load(image)
+            if self.trainer.iter == self.iteration and not self.file_name:
+                self.file_name = sample["file_name"]
+                sample["image"] = sample["image"].float()
+                sample["image"][1, 2, 3] = float("nan")
+            return sample
+
+        dataset.mapper = load_or_spoil
+
+
+def test_nan_in_an_image_stops_the_run_with_its_name_and_it_goes_on_without(
+    folder: Path, teacher: List[Any], tmp_path: Path
+) -> None:
+    runs = []
+    for student in ("retinanet", "faster_rcnn"):  # of which the one has losses, the other's RPN not
+        cfg = run_config(folder, teacher, ["MGD", "PKD"], student)
+        stopped, whole = at(cfg, tmp_path, student), at(cfg, tmp_path, f"whole_{student}")
+        spoil = NaNImage(3)
+        with pytest.raises(FloatingPointError) as info:
+            run(stopped, spoil)
+        message = str(info.value)
+        assert f"{spoil.file_name} (which has 1 values that are not finite)" in message
+        assert message.count("(which has") == 1, "the other image is whole"
+        for side in ("student", "teacher"):
+            assert f"the {side}'s features at p3 have" in message
+        left = [x.name for x in Path(stopped.OUTPUT_DIR).glob("*model*")]
+        assert left == ["model_0000001.pth"]
+        runs.append((stopped, whole))
+    in_clean_process(go_on_and_train, runs)
+    for stopped, whole in runs:
+        assert_same_end(stopped, whole)
+
+
+def go_on_and_train(runs: List[Tuple[CfgNode, CfgNode]]) -> None:
+    for stopped, whole in runs:
+        assert fork(resume, stopped) == fork(resume, whole) == 0
+
+
+# Another teacher ----------------------------------------------------------------------------------
+
+
+def test_teacher_swapped_while_the_run_is_down_is_refused_with_both_hashes(
+    folder: Path, tmp_path: Path
+) -> None:
+    opts = write_teacher(tmp_path, "retinanet", MODEL__FPN__OUT_CHANNELS=64)
+    cfg = at(run_config(folder, opts), tmp_path, "run")
+    interrupt(cfg, 2)
+    right, file = sha256(opts[3]), Path(opts[3])
+    kept = file.read_bytes()
+    write_teacher(tmp_path, "retinanet", seed=8, MODEL__FPN__OUT_CHANNELS=64)
+    with pytest.raises(ValueError, match=f"weights_sha256(?s:.*){right}(?s:.*){sha256(opts[3])}"):
+        train(cfg, resume=True)
+    file.write_bytes(kept)
+    run(cfg, resume=True)
+    assert final(cfg)["teacher"]["weights_sha256"] == right
+
+
+def sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 # No room ------------------------------------------------------------------------------------------
 
 
@@ -236,7 +232,8 @@ def limit_files(rank: int, cfg: CfgNode) -> None:
     """Files may not grow beyond 100 kB, which no checkpoint of this run keeps to."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    with pytest.raises(OSError, match="(?s)model_0000003.pth could not be written.*--resume"):
+    message = "model_0000003.pth could not be written: .*File too large.*--resume"
+    with pytest.raises(OSError, match=message):
         run(cfg, resume=True)
 
 
@@ -252,6 +249,147 @@ def test_disk_without_room_is_told_and_what_was_saved_is_kept(
     run(full, resume=True)  # there is room again
     run(whole)
     assert_same_end(full, whole)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 7 MB, room for one checkpoint of these runs and not for two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mount("-t", "tmpfs", "-o", "size=7m", "tmpfs", str(folder))
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a tmpfs cannot be mounted here: {getattr(error, 'stderr', error)}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def mount(*args: str) -> None:
+    subprocess.run(["mount", *args], check=True, capture_output=True, text=True)
+
+
+class Fill(HookBase):
+    """Somebody else takes what is left of the disk, to the last byte."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def after_step(self) -> None:
+        if self.trainer.iter != self.iteration:
+            return
+        with open(Path(self.trainer.cfg.OUTPUT_DIR, "junk"), "wb", buffering=0) as file:
+            with pytest.raises(OSError, match="No space left"):
+                while True:
+                    file.write(bytes(1 << 12))
+
+
+class WriteEachStep(HookBase):
+    """
+    Into metrics.json, to which else nothing is added in so few steps, and more than may still have
+    a place in its last block.
+    """
+
+    def before_train(self) -> None:
+        (writer,) = [x for x in self.trainer._hooks if isinstance(x, PeriodicWriter)]
+        writer._period = 1
+
+    def after_step(self) -> None:
+        for i in range(500):
+            self.trainer.storage.put_scalar(f"number_{i}", i)
+
+
+def stops(match: str, cfg: CfgNode, *hooks: HookBase, resume: bool = True) -> None:
+    build_hooks = Trainer.build_hooks
+    Trainer.build_hooks = lambda self: [*hooks, *build_hooks(self)]
+    with pytest.raises(OSError, match=match):
+        train(cfg, resume=resume)
+
+
+def resume_by_command(cfg: CfgNode, config_file: str) -> None:
+    sys.path.insert(0, ROOT)
+    import train_net
+
+    command = ["train_net.py", "--config-file", config_file, "--resume"]
+    with mock.patch.object(sys, "argv", command):
+        args = train_net.parse_args()
+    with pytest.raises(OSError, match=f"^OUTPUT_DIR: nothing can be written to '{cfg.OUTPUT_DIR}'"):
+        train_net.main(args)
+
+
+def fill_and_resume(cfg: CfgNode, whole: CfgNode, config_file: str) -> None:
+    disk = Path(cfg.OUTPUT_DIR)
+
+    def check_left(*last: str) -> None:
+        assert sorted(x.name for x in disk.glob("*model*")) == sorted(last)
+        assert last_whole_checkpoint(str(disk)) == str(disk / last[-1])
+        Path(disk / "junk").unlink(missing_ok=True)
+
+    # Full of its own checkpoints.
+    checkpoint = "(?s)model_0000003.pth could not be written: .*No space left.*--resume"
+    assert fork(stops, checkpoint, cfg) == 0
+    check_left("model_0000001.pth")
+    # The disk fails and is mounted read-only, as systems do.
+    mount("-o", "remount,ro", str(disk))
+    assert fork(resume_by_command, cfg, config_file) == 0
+    mount("-o", "remount,rw,size=40m", str(disk))
+    check_left("model_0000001.pth")
+    # Not a byte is left, for the log of the error neither.
+    assert fork(stops, checkpoint, cfg, WriteEachStep(), Fill(3)) == 0
+    check_left("model_0000001.pth")
+    # It is full where nothing but the log is written.
+    log = f"^OUTPUT_DIR: no more can be written to '{disk}': .*No space left.*--resume"
+    assert fork(stops, log, cfg, WriteEachStep(), Fill(4)) == 0
+    check_left("model_0000001.pth", "model_0000003.pth")
+    assert fork(resume, cfg) == fork(resume, whole) == 0
+
+
+def test_full_or_read_only_disk_stops_the_run_and_it_goes_on_when_there_is_room(
+    disk: Path, folder: Path, teacher: List[Any], tmp_path: Path
+) -> None:
+    cfg = run_config(folder, teacher, SOLVER__MAX_ITER=6)
+    full, whole = at(cfg, tmp_path, disk.name), at(cfg, tmp_path, "whole")
+    config_file = tmp_path / "run.yaml"
+    config_file.write_text(full.dump())
+    in_clean_process(fill_and_resume, full, whole, str(config_file))
+    assert_same_end(full, whole)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
+def test_output_folder_without_permission_is_told_by_its_key(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(OSError, match="OUTPUT_DIR: .*Permission denied"):
+        check_writable(str(tmp_path))
+
+
+def test_full_disk_is_told_by_its_key_and_other_errors_are_left_as_they_are() -> None:
+    with pytest.raises(OSError, match="^OUTPUT_DIR: no more can be written to 'run': .*No space"):
+        with named_when_full("run"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error in (OSError(errno.ENOSPC, "full", "a.json"), OSError(errno.ECONNRESET, "reset")):
+        with pytest.raises(OSError) as info:
+            with named_when_full("run"):
+                raise error
+        assert info.value is error
+
+
+class FailTwice(HookBase):
+    def after_step(self) -> None:
+        raise ValueError("the reason")
+
+    def after_train(self) -> None:
+        raise ValueError("what came of it")
+
+
+def test_what_fails_after_an_error_does_not_hide_it(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = at(run_config(folder), tmp_path, "run")
+    with pytest.raises(ValueError, match="the reason"):
+        run(cfg, FailTwice())
+    assert "what came of it" in caplog.text
+    with mock.patch.object(FailTwice, "after_step"):
+        with pytest.raises(ValueError, match="what came of it"):
+            run(cfg, FailTwice())
 
 
 def test_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

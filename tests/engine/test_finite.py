@@ -54,6 +54,12 @@ def test_explanation_of_a_plain_detector_has_losses_and_images() -> None:
     assert "loss_cls = inf, loss_box_reg = -inf" in text and "a.png" in text
 
 
+def test_explanation_without_losses_says_what_stopped_the_student() -> None:
+    text = explain({}, latest(student=math.nan), ["a.png"], "Not finite: boxes.")
+    assert text.startswith("Not finite: boxes.\n  the student's features at p3 have 3")
+    assert "images of the batch: a.png" in text and "all losses" not in text
+
+
 class Broken(nn.Module):
     """Its loss is not finite from the given call on."""
 

@@ -13,10 +13,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 
+from d2kd.checkpoint import PlainCheckpointer
 from d2kd.engine import Trainer
 from d2kd.engine.hooks import SeedEachIteration, seed_everything
+from d2kd.whole_files import last_whole_checkpoint
 
-from runs import assert_same_tensors, build_trainer, interrupt, run, run_config
+from runs import Interruption, assert_same_tensors, build_trainer, interrupt, run, run_config
 
 
 class Draws(HookBase):
@@ -131,6 +133,26 @@ def test_best_checkpoint_before_any_other_is_not_one_to_resume_from(
     interrupt(cfg, 1)
     assert (tmp_path / "model_best.pth").exists()
     assert build_trainer(cfg, resume=True).start_iter == 0
+
+
+def test_run_that_dies_with_its_best_checkpoint_goes_on_from_the_last(
+    folder: Path, tmp_path: Path, answers: Dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers.update({i: float(i) for i in range(4)})
+    save = PlainCheckpointer.save
+
+    def save_and_die(self: PlainCheckpointer, name: str, **kwargs: Any) -> None:
+        save(self, name, **kwargs)
+        if (name, kwargs["iteration"]) == ("model_best", 2):
+            raise Interruption
+
+    monkeypatch.setattr(PlainCheckpointer, "save", save_and_die)
+    cfg = best_config(folder, tmp_path, SOLVER__CHECKPOINT_PERIOD=2)
+    with pytest.raises(Interruption):
+        run(cfg)
+    # Not from iteration 3, for which the losses' running mean was not looked up.
+    assert last_whole_checkpoint(str(tmp_path)).endswith("model_0000001.pth")
+    assert build_trainer(cfg, resume=True).start_iter == 2
 
 
 @pytest.mark.parametrize("dies_in", [2, 3])

@@ -11,8 +11,8 @@ from detectron2.utils.file_io import PathManager
 
 class _Dtype:
     """
-    Stands in for numpy.dtype, whose state in a pickle NumPy believes: with another one, the bytes of
-    a file become addresses of Python objects.
+    Stands in for numpy.dtype, whose state in a pickle NumPy believes: with another one, bytes of
+    the file become addresses of Python objects.
     """
 
     def __init__(self, name: str, *_: Any):

@@ -110,8 +110,8 @@ def run(command: List[str], opts: Sequence[str]) -> List[str]:
 
 def evaluation(lines: Sequence[str]) -> Dict[str, float]:
     """
-    Read Detectron2's last "copypaste" block for boxes: a line of names, a line of values. A detector
-    of masks has another for these.
+    Read Detectron2's last "copypaste" block for boxes: a line of names, a line of values. For
+    masks there is another.
 
     Detectron2 says NaN where a detector detects nothing at all; that is an AP of 0.
     """

@@ -138,7 +138,7 @@ def test_arrays_and_scalars_of_any_number_are_read(
     path.write_bytes(pickle.dumps(data, protocol=protocol))
     model = read_weights_file(str(path))["model"]
     for key, value in data["model"].items():
-        assert model[key].dtype == value.dtype.newbyteorder("=")
+        assert model[key].dtype.newbyteorder("=") == value.dtype.newbyteorder("=")
         assert model[key].shape == value.shape
         np.testing.assert_array_equal(model[key], value)
 

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 from omegaconf import OmegaConf
 from torch import nn
@@ -140,7 +140,15 @@ def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
 
 
 def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(path), [str(x) for x in opts])
+    cfg = LazyConfig.load(path)
+    known = _targets(cfg.model)
+    cfg = LazyConfig.apply_overrides(cfg, [str(x) for x in opts])
+    added = sorted(_targets(cfg.model) - known)
+    if added:  # whatever is named there would be called: a YAML could run any code
+        raise ValueError(
+            f"DISTILL.TEACHER.OPTS builds the teacher with {added[0]}, which {path!r} does not "
+            "name. Overrides may change values; what is called is for the LazyConfig to say."
+        )
     model = instantiate(cfg.model).to(device)
     image_format = "BGR"  # Detectron2's default, also for the model's `input_format`
     if "dataloader" in cfg:
@@ -150,6 +158,20 @@ def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
     datasets = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
     names = names_in_sets([datasets] if isinstance(datasets, str) else datasets)
     return model, cfg.model.get("input_format") or image_format, text, names
+
+
+def _targets(tree: Any) -> Set[str]:
+    """What instantiate() would call, by name."""
+    if OmegaConf.is_config(tree):
+        tree = OmegaConf.to_container(tree, resolve=True)
+    if isinstance(tree, (list, tuple)):
+        return set().union(*map(_targets, tree))
+    if not isinstance(tree, dict):
+        return set()
+    found = set().union(*map(_targets, tree.values()))
+    target = tree.get("_target_", "")
+    name = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
+    return found | {name}
 
 
 def _identity(cfg: CfgNode) -> str:

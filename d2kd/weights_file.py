@@ -1,24 +1,61 @@
 """Read weights from a file without running code that somebody may have put into it."""
 
 import pickle
-from typing import Any, Dict
+from typing import IO, Any, Dict, Tuple
 
+import numpy as np
 import torch
 
 from detectron2.utils.file_io import PathManager
 
-# All that Detectron2's and Detectron1's pickled files are made of, beside Python's own containers.
-_KNOWN = {
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
+
+class _Dtype:
+    """
+    Stands in for numpy.dtype, whose state in a pickle NumPy believes: with another one, bytes of
+    the file become addresses of Python objects.
+    """
+
+    def __init__(self, name: str, *_: Any):
+        self.dtype = np.dtype(name)
+        if self.dtype.hasobject or self.dtype.names or self.dtype.subdtype:
+            raise pickle.UnpicklingError(f"it has an array of {self.dtype}; d2kd reads numbers")
+
+    def __setstate__(self, state: Tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """Stands in for numpy.ndarray: made by its own `_reconstruct` and state, and not otherwise."""
+
+    def __new__(cls, *_: Any) -> "_Array":
+        raise pickle.UnpicklingError("it has an array that is not made as NumPy's pickles make it")
+
+    def __setstate__(self, state: Tuple[Any, ...]) -> None:
+        version, shape, dtype, is_fortran, data = state
+        super().__setstate__((version, shape, dtype.dtype, is_fortran, data))
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    return np.frombuffer(data, dtype.dtype)[0]
+
+
+def _from_buffer(buffer: Any, dtype: _Dtype, shape: Tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(buffer, dtype.dtype).reshape(shape, order=order)
+
+
+# All that Detectron2's and Detectron1's pickled files are made of, beside Python's own containers,
+# and what takes its place here; None: the thing itself.
+_KNOWN: Dict[Tuple[str, str], Any] = {
+    ("_codecs", "encode"): None,
+    ("collections", "OrderedDict"): None,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _Array,
+    ("numpy.core.multiarray", "_reconstruct"): None,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.multiarray", "_reconstruct"): None,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
 }
 
 
@@ -30,7 +67,15 @@ class _ArraysOnly(pickle.Unpickler):
             raise pickle.UnpicklingError(
                 f"it wants to run {module}.{name}; d2kd reads nothing but arrays from a .pkl"
             )
-        return super().find_class(module, name)
+        return _KNOWN[module, name] or super().find_class(module, name)
+
+
+def read_arrays(file: IO[bytes]) -> Any:
+    """
+    Raises:
+        pickle.UnpicklingError: there is more in the pickle than arrays and Python's own containers
+    """
+    return _ArraysOnly(file, encoding="latin1").load()
 
 
 def read_weights_file(path: str) -> Dict[str, Any]:
@@ -49,7 +94,7 @@ def read_weights_file(path: str) -> Dict[str, Any]:
         if not path.endswith(".pkl"):
             data = torch.load(file, map_location="cpu", weights_only=True)
         else:
-            data = _ArraysOnly(file, encoding="latin1").load()
+            data = read_arrays(file)
     if path.endswith(".pyth"):
         state = {k: v for k, v in data["model_state"].items() if "num_batches_tracked" not in k}
         return {"model": state, "__author__": "pycls", "matching_heuristics": True}

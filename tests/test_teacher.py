@@ -286,6 +286,25 @@ def test_lazy_config_takes_overrides_of_its_own_kind(lazy: List[Any]) -> None:
 
 
 @has_lazy_config
+@pytest.mark.parametrize(
+    "opts",
+    [
+        "model.num_classes={_target_: os.system, command: 'touch TRAP'}",
+        "model.num_classes=[{_target_: os.system, command: 'touch TRAP'}]",
+        "model={_target_: os.system, command: 'touch TRAP'}",
+    ],
+)
+def test_override_of_a_lazy_config_cannot_call_what_it_likes(
+    opts: str, lazy: List[Any], tmp_path: Path
+) -> None:
+    cfg = distill_config("retinanet", lazy)
+    cfg.DISTILL.TEACHER.OPTS = [opts.replace("TRAP", str(tmp_path / "trap"))]
+    with pytest.raises(ValueError, match="DISTILL.TEACHER.OPTS builds the teacher with os.system"):
+        build_teacher(cfg)
+    assert not (tmp_path / "trap").exists()
+
+
+@has_lazy_config
 def test_manifest_of_a_lazy_config_has_nothing_of_the_process_in_it(lazy: List[Any]) -> None:
     # A function's repr holds its address; resume would find another teacher in the next process.
     text = build_teacher(distill_config("retinanet", lazy)).manifest["config"]

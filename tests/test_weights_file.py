@@ -53,6 +53,38 @@ def test_what_a_pickle_wanted_to_run_is_named(tmp_path: Path) -> None:
         read_weights_file(path)
 
 
+class Made:
+    """Pickled, it is a call of a function, and then perhaps a state."""
+
+    def __init__(self, *reduced: Any):
+        self.reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+ADDRESS = b"A" * 8  # where nothing is: a reader that believes it crashes, or worse
+NO_FLAGS = (3, "|", None, None, None, -1, -1, 0)  # hides from NumPy that these are objects
+OBJECTS = Made(np.dtype, ("O8", False, True), NO_FLAGS)
+RECONSTRUCT = np.zeros(0).__reduce__()[0]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Made(np.ndarray, ((1,), "O", ADDRESS)),
+        Made(np.ndarray, ((1,), np.dtype("O"), ADDRESS)),
+        Made(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (1,), OBJECTS, False, ADDRESS)),
+        Made(np.float32(0).__reduce__()[0], (OBJECTS, ADDRESS)),
+        np.array([None]),
+    ],
+)
+def test_bytes_of_a_pickle_do_not_become_objects(made: Any, tmp_path: Path) -> None:
+    path = write_pickle(tmp_path / "weights.pkl", {"model": {"x": made}, "__author__": "x"})
+    with pytest.raises(pickle.UnpicklingError, match="it has an array"):
+        read_weights_file(path)
+
+
 def test_zoo_detector_is_read_with_its_arrays(tmp_path: Path) -> None:
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32(2)}
     path = write_pickle(tmp_path / "zoo.pkl", {"model": arrays, "__author__": "Detectron2"})
@@ -93,6 +125,22 @@ def test_pycls_and_bare_state_dicts_are_read(tmp_path: Path) -> None:
     assert list(loaded["model"]) == ["w"] and loaded["matching_heuristics"]
     torch.save(state, tmp_path / "x.pth")
     assert list(read_weights_file(str(tmp_path / "x.pth"))) == ["model"]
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<i8", "f2", "?", "S3"])
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_arrays_and_scalars_of_any_number_are_read(
+    dtype: str, protocol: int, tmp_path: Path
+) -> None:
+    array = np.asfortranarray(np.arange(6).reshape(2, 3)).astype(dtype)
+    path = tmp_path / "arrays.pkl"
+    data = {"model": {"x": array, "y": array[0, 1]}, "__author__": "x"}
+    path.write_bytes(pickle.dumps(data, protocol=protocol))
+    model = read_weights_file(str(path))["model"]
+    for key, value in data["model"].items():
+        assert model[key].dtype.newbyteorder("=") == value.dtype.newbyteorder("=")
+        assert model[key].shape == value.shape
+        np.testing.assert_array_equal(model[key], value)
 
 
 def test_unknown_query_of_an_address_is_refused(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ Every round runs each arm once, on the same batch, odd rounds in reverse order:
   head NAME   forward, backward and optimizer step of the head alone, on
               recorded features                                                  (h)
   with NAME   the whole distillation step, as training runs it                   (c)
+  look NAME   --look: the same step when DISTILL.LIVENESS looks at gradients     (l)
 A ratio is the median over rounds of the ratio within a round, then [min, max]. c/(a+b+h) - 1 is
 what d2kd itself costs, c/(a+b) - 1 what d2kd and the method cost. RoI features and predictions that
 a head asks of a teacher count as the head's, and so does drawing a dense student's regions. A queue
@@ -62,6 +63,7 @@ examples:
   python tools/benchmark.py --size 800x1344 --images 8 --amp --memory
   python tools/benchmark.py --config-file configs/quickstart/pkd.yaml --json cost.json
   python tools/benchmark.py --pair faster_rcnn_R_101-R_18 --heads DKD ReviewKD ReviewKD+DKD
+  python tools/benchmark.py --config-file configs/quickstart/cwd.yaml --size 96x96 --images 8 --look
   python tools/benchmark.py --heads MGD --opts DISTILL.MGD.MASK_RATIO 0.45
 """
 
@@ -161,6 +163,9 @@ def ratios_of(measured: Measured) -> Dict[str, Dict[str, Spread]]:
             "c/(a+b)": _spread([c / (a + b) for a, b, h, c in rounds]),
             "teacher share": _spread([b / c for a, b, h, c in rounds]),
         }
+        if f"look {name}" in seconds:
+            watched = zip(seconds[f"look {name}"], arms[-1])
+            ratios[name]["l/c"] = _spread([look / c for look, c in watched])
     return ratios
 
 
@@ -245,6 +250,7 @@ def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
     add("--threads", type=_positive, default=torch.get_num_threads(), help="of the CPU")
     add("--cpu-seconds", action="store_true", help="of this process, in place of the wall clock's")
     add("--memory", action="store_true", help="also measure peak memory")
+    add("--look", action="store_true", help="also measure a look of DISTILL.LIVENESS")
     add("--json", metavar="FILE", help="write all numbers here")
     add(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"

@@ -22,6 +22,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from d2kd import DetectorView, Distiller, load_config, student_config
 from d2kd.data.noise import noise_batch
 from d2kd.engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
+from d2kd.engine.loss_gradients import LossGradients
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight import check_config
 from d2kd.heads.build import required_members
@@ -115,6 +116,10 @@ def build_arms(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Callable[[],
         arms.setdefault(teacher_arm(distiller), partial(teacher_step, cfg, distiller, batch))
         arms[f"head {name}"] = partial(HeadAlone, cfg, distiller, batch)
         arms[f"with {name}"] = partial(training_step, cfg, distiller, batch, ours)
+        if args.look:
+            watched = with_heads(cfg, whole, name.split("+"))
+            watched.register_forward_hook(look)
+            arms[f"look {name}"] = partial(training_step, cfg, watched, batch, ours)
     return arms
 
 
@@ -153,6 +158,11 @@ def members_of(cfg: CfgNode, whole: Distiller, names: Sequence[str]) -> FrozenSe
 def training_step(cfg: CfgNode, model: nn.Module, batch: Batch, trainer: type) -> Step:
     """Forward, backward, losses read to the host, optimizer step: what a trainer of cfg runs."""
     return trainer(model, itertools.repeat(batch), build_optimizer(cfg, model)).run_step
+
+
+def look(distiller: Distiller, inputs: Any, losses: Dict[str, Tensor]) -> None:
+    """What DISTILL.LIVENESS does in a watched step."""
+    LossGradients.measure(losses, distiller.latest)
 
 
 def teacher_arm(distiller: Distiller) -> str:

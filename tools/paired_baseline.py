@@ -9,6 +9,7 @@ import contextlib
 import csv
 import io
 import os
+import sys
 from typing import Dict, List, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from pycocotools.coco import COCO
 from quickstart import METRICS, run_step
 from tabulate import tabulate
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from d2kd import load_config
@@ -39,6 +41,10 @@ Results = Dict[str, Dict[int, Dict[str, float]]]
 
 def main(argv: Sequence[str] = None) -> None:
     args = parse_args(argv)
+    cfg = load_config(args.config_file, args.opts)
+    if len(cfg.DATASETS.TEST) > 1:  # of several, the runs would leave the last one's detections
+        args.opts += ["DATASETS.TEST", repr(tuple(cfg.DATASETS.TEST[:1]))]
+    truth = truth_of(cfg)
     results: Results = {arm: {} for arm in ARMS}
     for seed in args.seeds:
         for arm in ARMS:
@@ -46,8 +52,13 @@ def main(argv: Sequence[str] = None) -> None:
             opts = opts_of(arm, seed, args)
             results[arm][seed] = run_step(args.config_file, "", opts, args.fresh)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
-        interval = interval_of(args)
+        interval = interval_of(args, truth)
     report = make_report(results, interval, args.samples)
+    if cfg.DISTILL.STAGES and cfg.DISTILL.STAGE_LR == "restart":
+        report += (
+            '\nNot the same schedule: by DISTILL.STAGE_LR "restart", the distilled student has its '
+            "learning rate\nanew in each stage. The student alone has one schedule."
+        )
     print("\n" + report)
     with open(os.path.join(args.output, "table.md"), "w") as file:
         file.write(report + "\n")
@@ -62,11 +73,19 @@ def opts_of(arm: str, seed: int, args: argparse.Namespace) -> List[str]:
     return [*args.opts, *alone, "SEED", str(seed), "OUTPUT_DIR", folder]
 
 
-def interval_of(args: argparse.Namespace) -> Sequence[float]:
-    """Gain, and its interval over images, low and high."""
-    cfg = load_config(args.config_file, args.opts)
+def truth_of(cfg: CfgNode) -> COCO:
+    """The first test set, read before hours of training rather than after them."""
     register_datasets(cfg, "", parts=("TEST",))
-    truth = COCO(MetadataCatalog.get(cfg.DATASETS.TEST[0]).json_file)
+    names = cfg.DATASETS.TEST
+    path = MetadataCatalog.get(names[0]).get("json_file") if names else ""
+    if not path:
+        sys.exit(f"DATASETS.TEST is {names}: an interval needs a test set in COCO's format.")
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+        return COCO(path)
+
+
+def interval_of(args: argparse.Namespace, truth: COCO) -> Sequence[float]:
+    """Gain, and its interval over images, low and high."""
     found: Dict[str, List[ImageAP]] = {arm: [] for arm in ARMS}
     for arm in ARMS:
         for seed in args.seeds:
@@ -133,7 +152,9 @@ def draw(results: Results, interval: Sequence[float], path: str) -> None:
     left.set(ylabel="AP", title="the same student", ylim=(0, None))
     left.legend()
     gain, low, high = interval
-    right.errorbar([0], [gain], [[gain - low], [high - gain]], fmt="o", capsize=6, color="black")
+    # Few samples, or the copies of images in them, may leave the gain itself outside.
+    bars = [[max(gain - low, 0.0)], [max(high - gain, 0.0)]]
+    right.errorbar([0], [gain], bars, fmt="o", capsize=6, color="black")
     right.axhline(0, color="grey", linewidth=1)
     right.set(title="gain in AP", xticks=[], xlim=(-1, 1))
     figure.tight_layout()

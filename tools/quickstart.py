@@ -110,12 +110,14 @@ def run(command: List[str], opts: Sequence[str]) -> List[str]:
 
 def evaluation(lines: Sequence[str]) -> Dict[str, float]:
     """
-    Read Detectron2's last "copypaste" block: a line of names, a line of values.
+    Read Detectron2's last "copypaste" block for boxes: a line of names, a line of values. For
+    masks there is another.
 
     Detectron2 says NaN where a detector detects nothing at all; that is an AP of 0.
     """
     rows = [x.split("copypaste: ")[1] for x in lines if "copypaste: " in x]
-    values = dict(zip(rows[-2].split(","), map(float, rows[-1].split(","))))
+    start = len(rows) - rows[::-1].index("Task: bbox")
+    values = dict(zip(rows[start].split(","), map(float, rows[start + 1].split(","))))
     blind = math.isnan(values["AP"])
     return {k: 0.0 if blind else values[k] for k in METRICS}
 

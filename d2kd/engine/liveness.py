@@ -1,7 +1,9 @@
 """Prove in the first steps that each term of the distillation does something."""
 
 import hashlib
+import itertools
 import logging
+import math
 import time
 from typing import Any, Dict, List, Mapping
 
@@ -14,7 +16,8 @@ from detectron2.utils import comm
 
 from ..distiller import Distiller
 from ..views import DetectorView
-from .loss_gradients import LossGradients, describe, suggest_weights
+from .head_parameters import HeadParameters
+from .loss_gradients import TASK, LossGradient, LossGradients, describe, suggest_weights
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,8 @@ class Liveness(HookBase):
 
     In a watched step, the gradient of every loss at every level is taken before the step's own
     backward: a table in the log, scalars in TensorBoard. Between watched steps nothing is done.
-    Training is the same to the bit. Runs on the main process.
+    Training is the same to the bit. Every process looks, because layers such as synchronised norms
+    wait for all in their backward; the main one judges.
     """
 
     def __init__(self, distiller: Distiller, optimizer: torch.optim.Optimizer, cfg: CfgNode):
@@ -35,7 +39,7 @@ class Liveness(HookBase):
 
         Raises:
             ValueError: a value of DISTILL.LIVENESS outside its range, or a parameter of a head that
-                the optimizer does not have
+                the optimizer does not have, or not with a learning rate
         """
         node = cfg.DISTILL.LIVENESS
         if node.FIRST_STEPS < 2 or node.PERIOD < 0 or not 0 < node.WANTED_SHARE < 1:
@@ -43,36 +47,38 @@ class Liveness(HookBase):
                 "DISTILL.LIVENESS: FIRST_STEPS must be 2 or more, PERIOD 0 or more and WANTED_SHARE"
                 f" in (0, 1), got {node.FIRST_STEPS}, {node.PERIOD} and {node.WANTED_SHARE}."
             )
-        _check_optimizer(distiller, optimizer)
+        self.parameters = HeadParameters(distiller.heads, optimizer)
         self.distiller = distiller
         self.first_steps, self.period = node.FIRST_STEPS, node.PERIOD
         self.wanted_share = node.WANTED_SHARE
         self.loss_weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
-        self.seen: Dict[str, List[LossGradients]] = {}  # by head, in its first steps
+        self.seen: Dict[str, List[LossGradients]] = {}  # by head that was on, in its first steps
         self.handle: Any = None
 
     def before_train(self) -> None:
         self.teacher = fingerprint(self.distiller.teacher.model)
-        self.initial = {k: p.detach().clone() for k, p in self.distiller.heads.named_parameters()}
+        self.parameters.remember()
 
     def before_step(self) -> None:
         iteration = self.trainer.iter
         periodic = self.period > 0 and iteration % self.period == self.period - 1
-        if periodic or self._unproved(iteration - self.distiller.start_iter):
+        schedules = self.distiller.schedules
+        on = [x for x, schedule in schedules.items() if schedule(iteration - self._start)]
+        if any(map(self._unproved, on)) or (periodic and on):
             self.handle = self.distiller.register_forward_hook(self._look)
 
-    def _unproved(self, iteration: int) -> List[str]:
-        """Heads that are on and have not been watched often enough."""
-        schedules = self.distiller.schedules
-        return [
-            name
-            for name in self.distiller.heads
-            if len(self.seen.get(name, ())) < self.first_steps and schedules[name](iteration)
-        ]
+    @property
+    def _start(self) -> int:
+        return self.distiller.start_iter
+
+    def _unproved(self, name: str) -> bool:
+        return len(self.seen.setdefault(name, [])) < self.first_steps
 
     def _look(self, module: nn.Module, inputs: Any, losses: Mapping[str, Tensor]) -> None:
         start = time.perf_counter()
-        self.found = LossGradients.measure(losses, self.distiller.latest)
+        scaler = getattr(self.trainer._trainer, "grad_scaler", None)
+        self.scale = scaler.get_scale() if scaler else 1.0
+        self.found = LossGradients.measure(losses, self.distiller.latest, self.scale)
         self.seconds = time.perf_counter() - start
 
     def after_step(self) -> None:
@@ -80,49 +86,131 @@ class Liveness(HookBase):
             return
         self.handle.remove()
         self.handle = None
+        self._check_teacher()
         for name, value in self.found.scalars().items():
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
-        due = [name for name in self.found.heads if len(self.seen.get(name, ())) < self.first_steps]
-        if due and not has_boxes(self.distiller.latest["student"]):
-            return  # where a loss on objects is rightly 0
+        due = [name for name in self.found.heads if self._unproved(name)]
+        # Of all processes alike: they must go on to look together.
+        if due and not all(comm.all_gather(self._proves_something())):
+            return
         for name in due:
-            self.seen.setdefault(name, []).append(self.found)
-            if len(self.seen[name]) == self.first_steps:
-                self._prove(name)
-        if not due or any(len(self.seen[name]) == self.first_steps for name in due):
+            self.seen[name].append(self.found)
+            self.parameters.look(name)
+        if not comm.is_main_process():
+            return
+        proved = [name for name in due if not self._unproved(name)]
+        for name in proved:
+            self._prove(name)
+        if not due or proved:
+            self._warn_of_the_dead([name for name in self.found.heads if name not in due])
+            self.parameters.remember()
             logger.info(
                 f"What each loss does to the student (a look of {self.seconds:.2f} s):\n"
                 f"{describe(self.found)}\n"
                 f"{suggest_weights(self.found, self.loss_weights, self.wanted_share)}"
             )
 
+    def _proves_something(self) -> bool:
+        """Not where a loss on objects is rightly 0, nor where mixed precision skips a step."""
+        scaler = getattr(self.trainer._trainer, "grad_scaler", None)
+        skipped = scaler is not None and scaler.get_scale() < self.scale
+        return has_boxes(self.distiller.latest["student"]) and not skipped
+
     def _prove(self, name: str) -> None:
         """
         Raises:
             RuntimeError: a term of the head does nothing, or its parameters do not train
         """
-        problems, keys = [], self.seen[name][0].heads[name]
-        terms = {key: [found.losses[key] for found in self.seen[name]] for key in keys}
+        problems, terms = [], self._terms(name)
         some_work = any(x.norm > 0 for steps in terms.values() for x in steps)
         for key, steps in terms.items():
-            if some_work and all(x.value == 0 for x in steps):
+            if not all(math.isfinite(x.norm) for x in steps):
+                problems.append(f"{key} has a gradient that is not finite")
+            elif some_work and all(x.value == 0 and x.norm == 0 for x in steps):
                 logger.warning(f"{key} is 0: it has no weight, or nothing to learn from.")
             elif not any(x.norm > 0 for x in steps):
                 problems.append(f"{key} has no gradient at the student's pyramid")
-            elif len({x.value for x in steps}) == 1:
-                problems.append(f"{key} is constant, {steps[0].value:g}")
-        mine = {
-            k: p for k, p in self.distiller.heads.named_parameters() if k.startswith(f"{name}.")
-        }
-        if mine and all(torch.equal(p.detach(), self.initial[k]) for k, p in mine.items()):
-            problems.append(f"none of the {len(mine)} parameters of {name} has changed")
+            elif len(steps) > 1 and len({x.term for x in steps}) == 1:
+                problems.append(f"{key} is constant, {steps[0].term:g}")
+        if not terms:
+            problems.append("it returned no loss")
+        problems += self.parameters.problems(name)
         if problems:
             raise RuntimeError(
                 f"Distillation does not work: in the first {self.first_steps} steps of {name}, "
                 f"{'; '.join(problems)}. (DISTILL.LIVENESS.ENABLED False goes on all the same.)"
             )
+        levels = self._silent_levels(name)
+        resting = [f"{', '.join(levels)} (no gradient there)"] if levels else []
+        resting += self.parameters.resting(name)
+        if resting:
+            logger.warning(
+                f"In its first {self.first_steps} steps, {name} did not train everything, which "
+                f"may be right where there is nothing to learn: {'; '.join(resting)}."
+            )
+
+    def _terms(self, name: str) -> Dict[str, List[LossGradient]]:
+        """Each loss of a head to what it did in the first steps."""
+        terms: Dict[str, List[LossGradient]] = {}
+        for found in self.seen[name]:
+            for key in found.heads[name]:
+                terms.setdefault(key, []).append(found.losses[key])
+        return terms
+
+    def _silent_levels(self, name: str) -> List[str]:
+        """Levels that the head is to distil and that none of its losses had a gradient for."""
+        steps = [x for steps in self._terms(name).values() for x in steps]
+        pairs = getattr(self.distiller.heads[name], "levels", ())
+        named = {getattr(pair, "student", None) for pair in pairs}
+        silent = []
+        for level in self.found.losses[TASK].levels:
+            told = [x.terms[level] for x in steps if level in x.terms]
+            if any(told) or (level in named and not told):
+                if not any(x.levels[level] for x in steps):
+                    silent.append(level)
+        return silent
+
+    def _warn_of_the_dead(self, names: List[str]) -> None:
+        """Of heads that worked in their first steps and are on."""
+        if not (names and has_boxes(self.distiller.latest["student"])):
+            return
+        dead = []
+        for name in names:
+            worked = {k for k, steps in self._terms(name).items() if any(x.norm for x in steps)}
+            losses = {k: self.found.losses[k] for k in self.found.heads[name]}
+            dead += [
+                f"{k} (no gradient in this step)"
+                for k in worked
+                if k not in losses or not losses[k].norm
+            ]
+            stuck = self.parameters.stuck(name)
+            dead += [f"{k} (has not moved since the last look)" for k in stuck]
+        if dead:
+            logger.warning(
+                f"Iteration {self.trainer.iter}: what worked in the first steps does nothing now: "
+                f"{', '.join(dead)}."
+            )
+
+    def _check_teacher(self) -> None:
+        """
+        Raises:
+            RuntimeError: it could change from now on
+        """
+        teacher = self.distiller.teacher.model
+        if any(x.training for x in teacher.modules()):
+            raise RuntimeError("The teacher is in training mode. Look for code that calls train().")
+        if any(x.requires_grad for x in teacher.parameters()):
+            raise RuntimeError("The teacher's parameters require gradients: it must be frozen.")
 
     def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            return  # an error is on its way, and must not be hidden by another
+        unproved = [name for name in self.seen if self._unproved(name)]
+        if unproved:
+            logger.warning(
+                f"The run had less than {self.first_steps} steps with objects in which "
+                f"{', '.join(unproved)} was on: that it works is not proved."
+            )
         if fingerprint(self.distiller.teacher.model) != self.teacher:
             raise RuntimeError(
                 "The teacher's parameters or buffers changed during training: the student did not "
@@ -137,30 +225,19 @@ def has_boxes(student: DetectorView) -> bool:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 of all parameters and buffers, by name."""
+    """sha256 of all parameters and buffers, by name; also of buffers that are not saved."""
     digest = hashlib.sha256()
-    for key, value in module.state_dict().items():
+    for key, value in itertools.chain(module.named_parameters(), module.named_buffers()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _check_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parameters = distiller.heads.named_parameters()
-    missing = [k for k, p in parameters if p.requires_grad and id(p) not in held]
-    if missing:
-        raise ValueError(
-            f"The optimizer does not have {', '.join(missing[:3])} of the heads: they would never "
-            "train."
-        )
-
-
 def liveness_hooks(
     model: nn.Module, optimizer: torch.optim.Optimizer, cfg: CfgNode
 ) -> List[HookBase]:
-    """[] for a student alone, on other processes than the main one, or where it is switched off."""
+    """[] for a student alone, or where it is switched off."""
     distils = getattr(model, "teacher", None) is not None
-    if not (distils and cfg.DISTILL.LIVENESS.ENABLED and comm.is_main_process()):
+    if not (distils and cfg.DISTILL.LIVENESS.ENABLED):
         return []
     return [Liveness(model, optimizer, cfg)]

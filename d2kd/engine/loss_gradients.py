@@ -15,13 +15,20 @@ TASK = "student's own"
 class LossGradient:
     """
     Of one loss: its value, weighted; the norm of its gradient at each level and at all together;
-    and the cosine with the gradient of the student's own losses.
+    the cosine with the gradient of the student's own losses; and the values that its head gave,
+    without weight, by level where the head tells levels apart, else under "".
     """
 
     value: float
     levels: Dict[str, float]
     norm: float
     cosine: float
+    terms: Dict[str, float]
+
+    @property
+    def term(self) -> float:
+        """The value without weight."""
+        return sum(self.terms.values())
 
 
 @dataclass
@@ -32,20 +39,26 @@ class LossGradients:
     heads: Dict[str, List[str]]
 
     @classmethod
-    def measure(cls, losses: Mapping[str, Tensor], latest: Mapping[str, Any]) -> "LossGradients":
+    def measure(
+        cls, losses: Mapping[str, Tensor], latest: Mapping[str, Any], scale: float = 1.0
+    ) -> "LossGradients":
         """
         Args:
             losses: of a step, as the Distiller returns them, before their backward
             latest: `Distiller.latest` of that step
+            scale: by which mixed precision multiplies losses, so that no gradient is rounded to 0
         """
         features = {k: v for k, v in latest["student"].features.items() if v.requires_grad}
         heads = latest["keys"]
         distilled = [key for keys in heads.values() for key in keys]
         own = sum(v for k, v in losses.items() if k not in distilled)
-        task = _gradient(own, features)
-        found = {TASK: _summary(own, task, task)}
+        task = _gradient(own, features, scale)
+        found = {TASK: _summary(own, task, task, {})}
         for key in distilled:
-            found[key] = _summary(losses[key], _gradient(losses[key], features), task)
+            ours, term = _gradient(losses[key], features, scale), latest["terms"][key]
+            terms = term if isinstance(term, dict) else {"": term}
+            terms = {k: float(v) for k, v in terms.items()}
+            found[key] = _summary(losses[key], ours, task, terms)
         return cls(found, {name: list(keys) for name, keys in heads.items()})
 
     def share(self, key: str) -> float:
@@ -94,23 +107,25 @@ def suggest_weights(found: LossGradients, loss_weights: Mapping[str, float], sha
     return f"For a share of {share:g} in a step like this one: {', '.join(words)}."
 
 
-def _gradient(loss: Any, features: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+def _gradient(loss: Any, features: Mapping[str, Tensor], scale: float) -> Dict[str, Tensor]:
     """Level name to the gradient there, flat and float32; zeros where the loss does not reach."""
     inputs = list(features.values())
     found: Any = [None] * len(inputs)
     if torch.is_tensor(loss) and loss.requires_grad and inputs:
-        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss * scale, inputs, retain_graph=True, allow_unused=True)
     return {
-        k: torch.zeros_like(x, dtype=torch.float32).flatten() if g is None else g.float().flatten()
+        k: torch.zeros(x.numel(), device=x.device) if g is None else g.float().flatten() / scale
         for (k, x), g in zip(features.items(), found)
     }
 
 
-def _summary(loss: Any, ours: Dict[str, Tensor], task: Dict[str, Tensor]) -> LossGradient:
+def _summary(
+    loss: Any, ours: Dict[str, Tensor], task: Dict[str, Tensor], terms: Dict[str, float]
+) -> LossGradient:
     levels = {k: float(g.norm()) for k, g in ours.items()}
     norm, whole = math.hypot(*levels.values()), math.hypot(
         *(float(g.norm()) for g in task.values())
     )
     dot = sum(float((ours[k] * task[k]).sum()) for k in ours)
     cosine = dot / (norm * whole) if norm and whole else 0.0
-    return LossGradient(float(loss), levels, norm, cosine)
+    return LossGradient(float(loss), levels, norm, cosine, terms)

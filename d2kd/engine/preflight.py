@@ -4,11 +4,13 @@ import torch
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.file_io import PathManager
 
 from ..heads import head_class
 from ..inherit import PARTS
 from ..schedule import WeightSchedule
 from ..teacher import resolve_teacher
+from ..weights_file import read_arrays
 from .stages import plan_stages
 
 
@@ -27,6 +29,8 @@ def check_config(cfg: CfgNode) -> None:
             "SOLVER.AMP.ENABLED is True, which Detectron2 has for GPUs only; MODEL.DEVICE is "
             f"{cfg.MODEL.DEVICE!r}. Set it to False."
         )
+    if cfg.MODEL.LOAD_PROPOSALS:
+        _check_proposals(cfg)
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         _check_meta_architecture("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
         return
@@ -37,6 +41,20 @@ def check_config(cfg: CfgNode) -> None:
         for stage in plan_stages(cfg):
             with stage.in_errors():
                 _check_distillation(stage.cfg)
+
+
+def _check_proposals(cfg: CfgNode) -> None:
+    """Detectron2 unpickles these files, and runs what is in them."""
+    for part in ("TRAIN", "TEST"):
+        key = f"DATASETS.PROPOSAL_FILES_{part}"
+        for path in cfg.DATASETS[key.split(".")[1]]:
+            try:
+                with PathManager.open(path, "rb") as file:
+                    read_arrays(file)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{key}: there is no file {path!r}.") from None
+            except Exception as error:  # whatever the bytes look like to the reader
+                raise ValueError(f"{key}: {path!r} holds no proposals: {error}") from error
 
 
 def _check_meta_architecture(key: str, name: str) -> None:

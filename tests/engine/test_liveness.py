@@ -1,9 +1,10 @@
 """A term that does nothing stops the run; watching one changes nothing."""
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.engine.liveness import Liveness, fingerprint
 from d2kd.engine.loss_gradients import TASK, LossGradients, describe, suggest_weights
 from d2kd.heads import DistillPair
+from d2kd.pyramid import LevelPair
 from d2kd.views import DetectorView
 
 from runs import assert_same_tensors, build_trainer, run, run_config, snapshot
@@ -37,7 +39,8 @@ def two_levels() -> Dict[str, Any]:
         "loss_c": torch.tensor(5.0),
     }
     keys = {"A": ["loss_a"], "B": ["loss_b", "loss_c"]}
-    return {"losses": losses, "latest": {"student": student, "keys": keys}}
+    terms = {"loss_a": {"p3": losses["loss_a"]}, "loss_b": losses["loss_b"], "loss_c": 5.0}
+    return {"losses": losses, "latest": {"student": student, "keys": keys, "terms": terms}}
 
 
 def test_norms_shares_and_cosines_are_those_of_the_gradients() -> None:
@@ -88,9 +91,12 @@ class Odd(nn.Module):
     kind = ""
 
     @configurable
-    def __init__(self):
+    def __init__(self, *, levels: Sequence[LevelPair]):
         super().__init__()
+        self.levels = levels
         self.adapter = nn.Linear(1, 1)
+        self.adapter.bias.requires_grad_(self.kind != "frozen")
+        self.calls = 0
 
     @staticmethod
     def add_config(node: CfgNode) -> None:
@@ -98,17 +104,29 @@ class Odd(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
-        return {}
+        return {"levels": pair.levels}
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         x, own = student.features["p3"], self.adapter.weight.sum()
+        self.calls += 1
+        if self.kind == "nothing":
+            return {}
+        if self.kind == "by level":
+            terms = {k: v.square().mean() for k, v in student.features.items()}
+            terms["p4"] = terms["p4"].detach()
+            return {"loss_odd": {**terms, "p3": terms["p3"] * own * self.adapter.bias.sum()}}
+        work = x.square().mean() * own * (1 + self.adapter.bias.sum())
         loss = {
+            "unused": lambda: x.square().mean() * own,
+            "frozen": lambda: work,
+            "sound": lambda: work,
+            "later": lambda: work if self.calls < 4 else work.detach() + own,
             "detached": lambda: x.detach().square().mean() + own,
             "zero": lambda: x.sum() * 0 + own,
             "constant": lambda: 3 + (x - x.detach()).mean() + (own - own.detach()),
             "still": lambda: x.square().mean() + own * 0,
         }[self.kind]()
-        return {"loss_odd": loss + self.adapter.bias.sum() * 0}
+        return {"loss_odd": loss + (0 if self.kind == "unused" else self.adapter.bias.sum() * 0)}
 
 
 @pytest.fixture
@@ -125,24 +143,118 @@ def odd() -> Iterator[Callable[[str], None]]:
 @pytest.mark.parametrize(
     "kind, problem",
     [
+        ("nothing", "it returned no loss"),
+        ("unused", "no loss depends on Odd.adapter.bias"),
         ("detached", "loss_odd has no gradient at the student's pyramid"),
         ("zero", "loss_odd has no gradient at the student's pyramid"),
         ("constant", "loss_odd is constant, 3"),
-        ("still", "none of the 2 parameters of Odd has changed"),
+        ("still", "none of the 2 parameters of Odd has a gradient"),
     ],
 )
 def test_term_that_does_nothing_stops_the_run_in_its_first_steps(
     kind: str, problem: str, odd: Callable, folder: Path, teacher: List[Any]
 ) -> None:
     odd(kind)
-    no_decay = {"SOLVER__WEIGHT_DECAY": 0.0, "SOLVER__WEIGHT_DECAY_BIAS": 0.0}
-    cfg = run_config(folder, teacher, ["PKD", "Odd"], **no_decay)
+    cfg = run_config(folder, teacher, ["PKD", "Odd"])
+    cfg.DISTILL.Odd.SCHEDULE.WARMUP_ITERS = 4  # which makes no constant alive
     trainer = build_trainer(cfg)
     with pytest.raises(RuntimeError, match=f"in the first 3 steps of Odd, {problem}"):
         trainer.train()
     assert trainer.iter == 2
     cfg.DISTILL.LIVENESS.ENABLED = False
     run(cfg)
+
+
+@pytest.mark.parametrize(
+    "kind, named",
+    [
+        ("frozen", r"Odd.adapter.bias \(requires_grad is False\)"),
+        ("by level", r": p4 \(no gradient there\)\."),
+        ("sound", r"p4, p5, p6, p7 \(no gradient there\)\."),
+    ],
+)
+def test_part_of_a_head_that_does_not_train_is_named(
+    kind: str,
+    named: str,
+    odd: Callable,
+    folder: Path,
+    teacher: List[Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    odd(kind)
+    run(run_config(folder, teacher, ["Odd"]))
+    assert re.search(f"Odd did not train everything, .*{named}", caplog.text)
+
+
+class Restore(HookBase):
+    """Puts a parameter back after every step, before anybody looks."""
+
+    def before_train(self) -> None:
+        self.parameter = self.trainer._module.heads["Odd"].adapter.weight
+        self.value = self.parameter.detach().clone()
+        self.trainer.optimizer.register_step_post_hook(self.restore)
+
+    def restore(self, *_: Any) -> None:
+        self.parameter.data.copy_(self.value)
+
+
+def test_parameter_with_a_gradient_that_does_not_move_stops_the_run(
+    odd: Callable, folder: Path, teacher: List[Any]
+) -> None:
+    odd("sound")
+    with pytest.raises(RuntimeError, match="Odd.adapter.weight has a gradient but is not moved"):
+        run(run_config(folder, teacher, ["Odd"]), Restore())
+
+
+def test_steps_too_small_to_see_do_not_stop_a_run(
+    folder: Path, teacher: List[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    # As at the end of a schedule, from which an interrupted run may go on.
+    run(run_config(folder, teacher, ["MGD"], SOLVER__BASE_LR=1e-30, SOLVER__WEIGHT_DECAY=0.0))
+    assert "MGD.generator.p3.0.weight" in caplog.text and "too small a step" in caplog.text
+
+
+def test_term_that_dies_later_is_named(
+    odd: Callable, folder: Path, teacher: List[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    odd("later")
+    run(run_config(folder, teacher, ["PKD", "Odd"], DISTILL__LIVENESS__PERIOD=4))
+    named = "Iteration 3: what worked in the first steps does nothing now: loss_odd (no gradient"
+    assert named in caplog.text and "loss_pkd (no" not in caplog.text
+
+
+def test_run_too_short_to_prove_anything_says_so(
+    folder: Path, teacher: List[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(run_config(folder, teacher, ["PKD"], SOLVER__MAX_ITER=2))
+    assert "less than 3 steps with objects in which PKD was on" in caplog.text
+
+
+class Scaler:
+    """A GradScaler's scale: halved by each step that it skipped."""
+
+    def __init__(self, *scales: float):
+        self.scales = iter(scales)
+
+    def get_scale(self) -> float:
+        return next(self.scales)
+
+
+def test_steps_that_mixed_precision_skips_prove_nothing(folder: Path, teacher: List[Any]) -> None:
+    # Asked before and after each step; the first and the third are skipped.
+    scaler = Scaler(8, 4, 4, 4, 4, 2, 2, 2, 2, 2)
+    cfg = run_config(folder, teacher, ["PKD"], SOLVER__MAX_ITER=6, DISTILL__LIVENESS__PERIOD=0)
+    assert looks(cfg, scaler) == [0, 1, 2, 3, 4]
+
+
+def test_gradient_too_small_for_half_precision_is_measured_as_it_is_trained() -> None:
+    given = two_levels()
+    p3 = torch.tensor([3.0, 4.0], dtype=torch.half, requires_grad=True)
+    given["latest"]["student"].features["p3"] = p3
+    given["losses"]["loss_a"] = 1e-9 * p3.float().sum()
+    assert LossGradients.measure(**given).losses["loss_a"].norm == 0
+    found = LossGradients.measure(**given, scale=2.0**16)
+    assert found.losses["loss_a"].norm == pytest.approx(1e-9 * math.sqrt(2), rel=1e-2)
 
 
 def watch(trainer: Any) -> Liveness:
@@ -159,9 +271,10 @@ def test_training_is_the_same_to_the_bit(folder: Path, teacher: List[Any]) -> No
     assert_same_tensors(*states)
 
 
-def looks(cfg: CfgNode) -> List[int]:
+def looks(cfg: CfgNode, scaler: Optional["Scaler"] = None) -> List[int]:
     """The iterations of a run that were watched."""
     trainer = build_trainer(cfg)
+    trainer._trainer.grad_scaler = scaler
     hook, seen = watch(trainer), []
     look = hook._look
 
@@ -217,14 +330,53 @@ def test_part_without_weight_is_said_and_does_not_stop_a_head_that_works(
 
 
 class TouchTheTeacher(HookBase):
+    def __init__(self, touch: Callable[[nn.Module], Any]):
+        self.touch = touch
+
     def after_step(self) -> None:
-        with torch.no_grad():
-            next(self.trainer._module.teacher.model.parameters()).view(-1)[0] += 1e-3
+        self.touch(self.trainer._module.teacher.model)
 
 
-def test_teacher_that_changed_is_told_at_the_end(folder: Path, teacher: List[Any]) -> None:
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda model: next(model.parameters()).data.view(-1)[:1].add_(1e-3),
+        lambda model: model.pixel_mean.add_(1),  # in no state dict
+    ],
+)
+def test_teacher_that_changed_is_told_at_the_end(
+    touch: Callable, folder: Path, teacher: List[Any]
+) -> None:
     with pytest.raises(RuntimeError, match="The teacher's parameters or buffers changed"):
-        run(run_config(folder, teacher, ["PKD"]), TouchTheTeacher())
+        run(run_config(folder, teacher, ["PKD"]), TouchTheTeacher(touch))
+
+
+@pytest.mark.parametrize(
+    "touch, problem",
+    [
+        (lambda model: model.train(), "The teacher is in training mode"),
+        (lambda model: model.requires_grad_(), "The teacher's parameters require gradients"),
+    ],
+)
+def test_teacher_that_is_about_to_change_is_told_at_the_next_look(
+    touch: Callable, problem: str, folder: Path, teacher: List[Any]
+) -> None:
+    trainer = build_trainer(run_config(folder, teacher, ["PKD"]))
+    trainer.register_hooks([TouchTheTeacher(touch)])
+    with pytest.raises(RuntimeError, match=problem):
+        trainer.train()
+    assert trainer.iter == 1
+
+
+def test_error_of_a_run_is_not_hidden_by_one_about_the_teacher(
+    folder: Path, teacher: List[Any]
+) -> None:
+    def touch(model: nn.Module) -> None:
+        next(model.parameters()).data.add_(1)
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        run(run_config(folder, teacher, ["PKD"]), TouchTheTeacher(touch))
 
 
 def test_fingerprint_sees_one_bit_and_one_name() -> None:
@@ -241,6 +393,17 @@ def test_head_outside_the_optimizer_is_refused(folder: Path, teacher: List[Any])
     optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="does not have MGD.adapter.* of the heads"):
         Liveness(model, optimizer, trainer.cfg)
+
+
+def test_learning_rate_of_0_is_refused(folder: Path, teacher: List[Any]) -> None:
+    trainer = build_trainer(run_config(folder, teacher, ["MGD"]))
+    model = trainer._module
+    groups = [
+        {"params": list(model.student.parameters()), "lr": 0.1},
+        {"params": list(model.heads.parameters()), "lr": 0.0},
+    ]
+    with pytest.raises(ValueError, match="MGD.adapter.* with a learning rate of 0"):
+        Liveness(model, torch.optim.SGD(groups), trainer.cfg)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from d2kd.engine import Trainer, launch
+from d2kd.engine.liveness import Liveness
 from d2kd.engine.parallel import data_parallel
 
 from runs import assert_same_tensors, build_trainer, interrupt, run, run_config, tensors_in
@@ -78,6 +79,13 @@ def in_each_process(folder: Path, teacher: List[Any]) -> None:
     found["calls"] = counter.calls
     cfg.OUTPUT_DIR = str(folder / "whole")
     found["whole"] = state_of(run(cfg))
+
+    # The backward of these norms waits for all processes: one that looked alone would hang.
+    cfg = run_config(folder, teacher, ["PKD"], OUTPUT_DIR=str(folder / "synchronised"))
+    cfg.MODEL.RETINANET.NORM, cfg.SOLVER.IMS_PER_BATCH = "naiveSyncBN", 4
+    cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = (), 3
+    watch = next(x for x in run(cfg)._hooks if isinstance(x, Liveness))
+    found["looks"] = len(watch.seen["PKD"])
 
     cfg.SOLVER.IMS_PER_BATCH = 3
     with pytest.raises(ValueError) as info:
@@ -149,6 +157,10 @@ def test_two_processes_resume_exactly(ranks: List[Dict[str, Any]]) -> None:
 def test_term_that_has_stopped_is_safe_with_two_processes(ranks: List[Dict[str, Any]]) -> None:
     # MGD alone, stopped from the fifth iteration on: nobody waits for the gradient of its heads.
     assert [x["calls"] for x in ranks] == [[3], [3]]
+
+
+def test_processes_look_at_gradients_together(ranks: List[Dict[str, Any]]) -> None:
+    assert [x["looks"] for x in ranks] == [3, 3]
 
 
 def test_batch_size_that_cannot_be_divided_is_refused(ranks: List[Dict[str, Any]]) -> None:

@@ -1,8 +1,11 @@
 """Each mistake that a config can hold is found before a model is built."""
 
+import os
+import pickle
 from pathlib import Path
 from typing import Any, Dict, List
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,3 +91,30 @@ def test_amp_without_a_gpu_is_refused(no_gpu: CfgNode) -> None:
     no_gpu.SOLVER.AMP.ENABLED = True
     with pytest.raises(ValueError, match="SOLVER.AMP.ENABLED is True.*MODEL.DEVICE is 'cpu'"):
         check_config(no_gpu)
+
+
+class Attack:
+    """Unpickled by a trusting reader, it leaves a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("part", ["TRAIN", "TEST"])
+def test_code_in_a_file_of_proposals_is_refused_and_not_run(part: str, tmp_path: Path) -> None:
+    cfg = detector_config("faster_rcnn", MODEL__LOAD_PROPOSALS=True)
+    path, trap = tmp_path / "proposals.pkl", tmp_path / "trap"
+    cfg.DATASETS[f"PROPOSAL_FILES_{part}"] = (str(path),)
+    proposals = {"ids": [1], "boxes": [np.zeros((2, 4))], "objectness_logits": [np.zeros(2)]}
+    path.write_bytes(pickle.dumps(proposals))
+    check_config(cfg)
+    path.write_bytes(pickle.dumps({**proposals, "more": Attack(trap)}))
+    with pytest.raises(ValueError, match=f"PROPOSAL_FILES_{part}: .*wants to run posix.system"):
+        check_config(cfg)
+    assert not trap.exists()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"PROPOSAL_FILES_{part}: there is no file"):
+        check_config(cfg)

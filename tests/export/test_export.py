@@ -87,7 +87,8 @@ def corrupt_key(state: dict) -> str:
 
 
 def corrupt_value(state: dict) -> str:
-    state["model"]["head.cls_score.bias"].view(-1)[0] += 1e-3
+    bias = state["model"]["head.cls_score.bias"]
+    bias[0] = torch.nextafter(bias[0], torch.tensor(9.0))  # the smallest change there is
     return "different_weights"
 
 
@@ -192,7 +193,12 @@ def change_threshold(config: dict) -> str:
     return "MODEL.RETINANET.SCORE_THRESH_TEST"
 
 
-@pytest.mark.parametrize("change", [change_format, change_threshold])
+def change_weights(config: dict) -> str:
+    config["MODEL"]["WEIGHTS"] = "../weights.pth"  # equal ones
+    return "MODEL.WEIGHTS"
+
+
+@pytest.mark.parametrize("change", [change_format, change_threshold, change_weights])
 def test_yaml_with_another_value_is_told_by_its_key(
     change: Any, saved: Any, tmp_path: Path
 ) -> None:

@@ -64,8 +64,11 @@ def test_report_says_what_was_measured_where(
     capsys: pytest.CaptureFixture,
 ) -> None:
     path = config_file("mask_rcnn", "faster_rcnn")
-    report = run("--config-file", path, "--heads", "PKD", "--cpu-seconds")
+    report = run("--config-file", path, "--heads", "PKD", "--cpu-seconds", "--look")
     assert report["pair"] == path
+    seconds = report["seconds"]
+    looks = [x / y for x, y in zip(seconds["look PKD"], seconds["with PKD"])]
+    assert report["ratios"]["PKD"]["l/c"] == [median(looks), min(looks), max(looks)]
     assert (report["size"], report["images"], report["boxes"]) == ("64x96", 2, 4)
     assert (report["rounds"], report["clock"]) == (2, "CPU")
     assert "1 of" in report["hardware"] and report["torch"] == torch.__version__

@@ -91,6 +91,62 @@ def test_image_that_is_drawn_twice_counts_twice(ap: ModuleType) -> None:
     assert measure([0, 0, 0, 1]) != measure([0, 1])
 
 
+def drawn(coco: COCO, found: List[Dict[str, Any]], images: List[int]) -> float:
+    """The obvious way: a data set in which each drawn image is one of its own."""
+    copy, copied = COCO(), []
+    parts = {"images": [], "annotations": [], "categories": coco.dataset["categories"]}
+    for new, old in enumerate(images):
+        parts["images"].append({"id": new, "width": 128, "height": 128})
+        for x in coco.dataset["annotations"]:
+            if x["image_id"] == old:
+                ids = {"id": len(parts["annotations"]) + 1, "image_id": new}
+                parts["annotations"].append({**x, **ids})
+        copied += [{**x, "image_id": new} for x in found if x["image_id"] == old]
+    copy.dataset = parts
+    copy.createIndex()
+    return of_pycocotools(copy, copied, list(range(len(images))))
+
+
+def test_interval_is_that_of_data_sets_with_the_drawn_images(ap: ModuleType) -> None:
+    coco = truth(8)
+    bad, good = (detections(coco, noise, seed) for noise, seed in ((6.0, 1), (3.0, 2)))
+    measures = [ap.ImageAP(coco, x) for x in (bad, good)]
+    random, gains = np.random.default_rng(0), []
+    for _ in range(6):
+        images = list(random.integers(8, size=8))
+        assert len(set(images)) < 8
+        gains.append(drawn(coco, good, images) - drawn(coco, bad, images))
+    expected = drawn(coco, good, list(range(8))) - drawn(coco, bad, list(range(8)))
+    low, high = np.percentile(gains, [2.5, 97.5])
+    found = ap.gain_interval(measures[:1], measures[1:], samples=6)
+    assert found == pytest.approx((expected, low, high)) and low < high
+
+
+@pytest.mark.parametrize("interval", [(1.0, 2.0, 3.0), (1.0, -1.0, 0.5)])
+def test_gain_outside_its_interval_is_drawn_too(
+    interval: Any, paired: ModuleType, tmp_path: Path
+) -> None:
+    values = {k: 1.0 for k in paired.METRICS}
+    path = tmp_path / "gain.png"
+    paired.draw({arm: {1: values} for arm in paired.ARMS}, interval, str(path))
+    assert path.stat().st_size > 1000
+
+
+def test_metrics_are_those_of_boxes_also_where_there_are_masks(tool: Callable) -> None:
+    lines = [f"copypaste: {x}" for x in ("Task: bbox", "AP,AP50,APs,APm,APl", "1,2,3,4,5")]
+    masks = [f"copypaste: {x}" for x in ("Task: segm", "AP,AP50,APs,APm,APl", "6,7,8,9,9")]
+    for given in (lines, lines + masks, masks + lines):
+        assert list(tool("quickstart").evaluation(given).values()) == [1, 2, 3, 4, 5]
+
+
+def test_run_without_a_test_set_is_refused_before_it_is_trained(
+    paired: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(run_config(tmp_path).dump())
+    with pytest.raises(SystemExit, match="an interval needs a test set"):
+        paired.main(["--config-file", str(tmp_path / "run.yaml")])
+
+
 def test_detector_that_finds_nothing_has_0_on_any_images(ap: ModuleType) -> None:
     assert ap.ImageAP(truth(4), [])([0, 2]) == 0.0
 
@@ -112,7 +168,7 @@ def test_two_runs_give_table_csv_and_picture(
     paired: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     cfg = run_config(tmp_path, write_teacher(tmp_path, "retinanet"), ["PKD"], SOLVER__MAX_ITER=2)
-    cfg.DATASETS.TEST = ("d2kd_shapes_val",)
+    cfg.DATASETS.TEST = ("d2kd_shapes_val", "d2kd_shapes_train")  # the first one counts
     (tmp_path / "run.yaml").write_text(cfg.dump())
     words = ["--config-file", str(tmp_path / "run.yaml"), "--seeds", "5", "--samples", "3"]
     paired.main([*words, "SOLVER.BASE_LR", "0.001"])
@@ -124,6 +180,7 @@ def test_two_runs_give_table_csv_and_picture(
     assert (folder / "gain.png").stat().st_size > 1000
     config = (folder / "alone_seed_5" / "config.yaml").read_text()
     assert "ENABLED: false" in config and "SEED: 5" in config and "BASE_LR: 0.001" in config
+    assert "d2kd_shapes_train" not in config.split("TEST:")[1].split("TRAIN:")[0]
     assert "No measurable gain" in capsys.readouterr().out, "after two iterations"
 
 

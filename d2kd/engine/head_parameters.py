@@ -1,0 +1,104 @@
+"""Do the parameters of the heads train?"""
+
+from typing import Dict, List, Set
+
+import torch
+from torch import nn
+
+
+class HeadParameters:
+    """
+    What becomes of each parameter of the heads in some steps: whether a loss uses it, has a
+    gradient for it, and whether the optimizer then moves it.
+    """
+
+    def __init__(self, heads: nn.ModuleDict, optimizer: torch.optim.Optimizer):
+        """
+        Raises:
+            ValueError: the optimizer lacks one of them, or has it with a learning rate of 0
+        """
+        self.heads, self.optimizer = heads, optimizer
+        self.before: Dict[str, torch.Tensor] = {}
+        self.used: Set[str] = set()  # in some step a loss depended on it,
+        self.taught: Set[str] = set()  # and in some its gradient was not 0,
+        self.pushed: Set[str] = set()  # and in some SGD's step was not too small to change it
+        self._check_optimizer()
+
+    def remember(self) -> None:
+        """Where all parameters are now; movement counts from here."""
+        self.before = {k: p.detach().clone() for k, p in self.heads.named_parameters()}
+
+    def look(self, name: str) -> None:
+        """Take note of a head's gradients, after a step and before they are cleared."""
+        rates = {
+            id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]
+        }
+        for key, p in self._of(name).items():
+            if p.grad is None:
+                continue
+            self.used.add(key)
+            if p.grad.any():
+                self.taught.add(key)
+            if not torch.equal(p.detach() - rates.get(id(p), 0.0) * p.grad, p.detach()):
+                self.pushed.add(key)
+
+    def problems(self, name: str) -> List[str]:
+        """What is certainly wrong after some looks at a head, as clauses of a sentence."""
+        mine = self._of(name)
+        if mine and not any(k in self.taught for k in mine):
+            return [f"none of the {len(mine)} parameters of {name} has a gradient"]
+        unused = [k for k, p in mine.items() if p.requires_grad and k not in self.used]
+        stuck = self.stuck(name)
+        found = [f"no loss depends on {_listed(unused)}"] if unused else []
+        return found + ([f"{_listed(stuck)} has a gradient but is not moved"] if stuck else [])
+
+    def stuck(self, name: str) -> List[str]:
+        """Parameters that a step would have changed, and that are where they were."""
+        return [k for k in self.still(name) if k in self.pushed]
+
+    def resting(self, name: str) -> List[str]:
+        """What did not train, perhaps rightly, with the reason, as clauses of a sentence."""
+        mine, still = self._of(name), self.still(name)
+        reasons = {
+            "requires_grad is False": [k for k, p in mine.items() if not p.requires_grad],
+            "gradient 0": [k for k, p in mine.items() if p.requires_grad and k not in self.taught],
+            "too small a step to change it": [k for k in still if k in self.taught],
+        }
+        return [f"{', '.join(keys)} ({reason})" for reason, keys in reasons.items() if keys]
+
+    def still(self, name: str) -> List[str]:
+        """Parameters that are where they were at :meth:`remember`."""
+        mine = self._of(name)
+        return [k for k, p in mine.items() if k in self.before and p.equal(self.before[k])]
+
+    def _of(self, name: str) -> Dict[str, nn.Parameter]:
+        return {f"{name}.{k}": p for k, p in self.heads[name].named_parameters()}
+
+    def _check_optimizer(self) -> None:
+        groups = self.optimizer.param_groups
+        held = {id(p) for group in groups for p in group["params"]}
+        trained = {k: p for k, p in self.heads.named_parameters() if p.requires_grad}
+        missing = [k for k, p in trained.items() if id(p) not in held]
+        if missing:
+            raise ValueError(
+                f"The optimizer does not have {_listed(missing)} of the heads: they would never "
+                "train."
+            )
+        idle = {
+            id(p)
+            for group in groups
+            if group.get("initial_lr", group["lr"]) == 0
+            for p in group["params"]
+        }
+        names = [k for k, p in trained.items() if id(p) in idle]
+        # Where the student's rest too, SOLVER says so.
+        if names and len(idle) == len(names):
+            raise ValueError(
+                f"The optimizer has {_listed(names)} of the heads with a learning rate of 0: they "
+                "would never train."
+            )
+
+
+def _listed(names: List[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

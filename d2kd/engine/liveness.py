@@ -3,9 +3,8 @@
 import hashlib
 import itertools
 import logging
-import math
 import time
-from typing import Any, Dict, List, Mapping
+from typing import Any, List, Mapping, Optional, Set
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from detectron2.utils import comm
 from ..distiller import Distiller
 from ..views import DetectorView
 from .head_parameters import HeadParameters
-from .loss_gradients import TASK, LossGradient, LossGradients, describe, suggest_weights
+from .head_proof import HeadProof
+from .loss_gradients import LossGradients, describe, suggest_weights
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,16 @@ class Liveness(HookBase):
                 "DISTILL.LIVENESS: FIRST_STEPS must be 2 or more, PERIOD 0 or more and WANTED_SHARE"
                 f" in (0, 1), got {node.FIRST_STEPS}, {node.PERIOD} and {node.WANTED_SHARE}."
             )
-        self.parameters = HeadParameters(distiller.heads, optimizer)
         self.distiller = distiller
-        self.first_steps, self.period = node.FIRST_STEPS, node.PERIOD
-        self.wanted_share = node.WANTED_SHARE
+        self.period, self.wanted_share = node.PERIOD, node.WANTED_SHARE
         self.loss_weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
-        self.seen: Dict[str, List[LossGradients]] = {}  # by head that was on, in its first steps
+        self.parameters = HeadParameters(distiller.heads, optimizer)
+        self.proofs = {
+            name: HeadProof(name, head, self.parameters, node.FIRST_STEPS)
+            for name, head in distiller.heads.items()
+        }
+        self.were_on: Set[str] = set()  # heads, in any step so far
+        self.found: Optional[LossGradients] = None
         self.handle: Any = None
 
     def before_train(self) -> None:
@@ -62,24 +66,20 @@ class Liveness(HookBase):
     def before_step(self) -> None:
         iteration = self.trainer.iter
         periodic = self.period > 0 and iteration % self.period == self.period - 1
-        schedules = self.distiller.schedules
-        on = [x for x, schedule in schedules.items() if schedule(iteration - self._start)]
-        if any(map(self._unproved, on)) or (periodic and on):
+        schedules = self.distiller.schedules.items()
+        on = {x for x, schedule in schedules if schedule(iteration - self.distiller.start_iter)}
+        self.were_on |= on
+        if not all(self.proofs[name].is_done for name in on) or (periodic and on):
             self.handle = self.distiller.register_forward_hook(self._look)
 
-    @property
-    def _start(self) -> int:
-        return self.distiller.start_iter
-
-    def _unproved(self, name: str) -> bool:
-        return len(self.seen.setdefault(name, [])) < self.first_steps
-
     def _look(self, module: nn.Module, inputs: Any, losses: Mapping[str, Tensor]) -> None:
-        start = time.perf_counter()
+        first, start = self.found is None, time.perf_counter()
         scaler = getattr(self.trainer._trainer, "grad_scaler", None)
         self.scale = scaler.get_scale() if scaler else 1.0
         self.found = LossGradients.measure(losses, self.distiller.latest, self.scale)
         self.seconds = time.perf_counter() - start
+        if first:
+            self._tell("Before the first step, what each loss does to the student")
 
     def after_step(self) -> None:
         if self.handle is None:
@@ -89,24 +89,27 @@ class Liveness(HookBase):
         self._check_teacher()
         for name, value in self.found.scalars().items():
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
-        due = [name for name in self.found.heads if self._unproved(name)]
+        proofs = [self.proofs[name] for name in self.found.heads]
+        due = [x for x in proofs if not x.is_done]
         # Of all processes alike: they must go on to look together.
         if due and not all(comm.all_gather(self._proves_something())):
             return
-        for name in due:
-            self.seen[name].append(self.found)
-            self.parameters.look(name)
+        for proof in due:
+            proof.add(self.found)
         if not comm.is_main_process():
             return
-        proved = [name for name in due if not self._unproved(name)]
-        for name in proved:
-            self._prove(name)
+        proved = [x for x in due if x.is_done]
+        for proof in proved:
+            proof.judge()
         if not due or proved:
-            self._warn_of_the_dead([name for name in self.found.heads if name not in due])
+            self._warn_of_the_dead([x for x in proofs if x not in due])
             self.parameters.remember()
+            self._tell("What each loss does to the student")
+
+    def _tell(self, title: str) -> None:
+        if comm.is_main_process():
             logger.info(
-                f"What each loss does to the student (a look of {self.seconds:.2f} s):\n"
-                f"{describe(self.found)}\n"
+                f"{title} (a look of {self.seconds:.2f} s):\n{describe(self.found)}\n"
                 f"{suggest_weights(self.found, self.loss_weights, self.wanted_share)}"
             )
 
@@ -116,75 +119,10 @@ class Liveness(HookBase):
         skipped = scaler is not None and scaler.get_scale() < self.scale
         return has_boxes(self.distiller.latest["student"]) and not skipped
 
-    def _prove(self, name: str) -> None:
-        """
-        Raises:
-            RuntimeError: a term of the head does nothing, or its parameters do not train
-        """
-        problems, terms = [], self._terms(name)
-        some_work = any(x.norm > 0 for steps in terms.values() for x in steps)
-        for key, steps in terms.items():
-            if not all(math.isfinite(x.norm) for x in steps):
-                problems.append(f"{key} has a gradient that is not finite")
-            elif some_work and all(x.value == 0 and x.norm == 0 for x in steps):
-                logger.warning(f"{key} is 0: it has no weight, or nothing to learn from.")
-            elif not any(x.norm > 0 for x in steps):
-                problems.append(f"{key} has no gradient at the student's pyramid")
-            elif len(steps) > 1 and len({x.term for x in steps}) == 1:
-                problems.append(f"{key} is constant, {steps[0].term:g}")
-        if not terms:
-            problems.append("it returned no loss")
-        problems += self.parameters.problems(name)
-        if problems:
-            raise RuntimeError(
-                f"Distillation does not work: in the first {self.first_steps} steps of {name}, "
-                f"{'; '.join(problems)}. (DISTILL.LIVENESS.ENABLED False goes on all the same.)"
-            )
-        levels = self._silent_levels(name)
-        resting = [f"{', '.join(levels)} (no gradient there)"] if levels else []
-        resting += self.parameters.resting(name)
-        if resting:
-            logger.warning(
-                f"In its first {self.first_steps} steps, {name} did not train everything, which "
-                f"may be right where there is nothing to learn: {'; '.join(resting)}."
-            )
-
-    def _terms(self, name: str) -> Dict[str, List[LossGradient]]:
-        """Each loss of a head to what it did in the first steps."""
-        terms: Dict[str, List[LossGradient]] = {}
-        for found in self.seen[name]:
-            for key in found.heads[name]:
-                terms.setdefault(key, []).append(found.losses[key])
-        return terms
-
-    def _silent_levels(self, name: str) -> List[str]:
-        """Levels that the head is to distil and that none of its losses had a gradient for."""
-        steps = [x for steps in self._terms(name).values() for x in steps]
-        pairs = getattr(self.distiller.heads[name], "levels", ())
-        named = {getattr(pair, "student", None) for pair in pairs}
-        silent = []
-        for level in self.found.losses[TASK].levels:
-            told = [x.terms[level] for x in steps if level in x.terms]
-            if any(told) or (level in named and not told):
-                if not any(x.levels[level] for x in steps):
-                    silent.append(level)
-        return silent
-
-    def _warn_of_the_dead(self, names: List[str]) -> None:
-        """Of heads that worked in their first steps and are on."""
-        if not (names and has_boxes(self.distiller.latest["student"])):
+    def _warn_of_the_dead(self, proofs: List[HeadProof]) -> None:
+        if not (proofs and has_boxes(self.distiller.latest["student"])):
             return
-        dead = []
-        for name in names:
-            worked = {k for k, steps in self._terms(name).items() if any(x.norm for x in steps)}
-            losses = {k: self.found.losses[k] for k in self.found.heads[name]}
-            dead += [
-                f"{k} (no gradient in this step)"
-                for k in worked
-                if k not in losses or not losses[k].norm
-            ]
-            stuck = self.parameters.stuck(name)
-            dead += [f"{k} (has not moved since the last look)" for k in stuck]
+        dead = [x for proof in proofs for x in proof.dead(self.found)]
         if dead:
             logger.warning(
                 f"Iteration {self.trainer.iter}: what worked in the first steps does nothing now: "
@@ -205,11 +143,11 @@ class Liveness(HookBase):
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
             return  # an error is on its way, and must not be hidden by another
-        unproved = [name for name in self.seen if self._unproved(name)]
+        unproved = sorted(name for name in self.were_on if not self.proofs[name].is_done)
         if unproved:
             logger.warning(
-                f"The run had less than {self.first_steps} steps with objects in which "
-                f"{', '.join(unproved)} was on: that it works is not proved."
+                f"The run had less than {self.proofs[unproved[0]].steps} steps with objects in "
+                f"which {', '.join(unproved)} was on: that it works is not proved."
             )
         if fingerprint(self.distiller.teacher.model) != self.teacher:
             raise RuntimeError(

@@ -57,7 +57,7 @@ class LossGradients:
         for key in distilled:
             ours, term = _gradient(losses[key], features, scale), latest["terms"][key]
             terms = term if isinstance(term, dict) else {"": term}
-            terms = {k: float(v) for k, v in terms.items()}
+            terms = {k: _number(v) for k, v in terms.items()}
             found[key] = _summary(losses[key], ours, task, terms)
         return cls(found, {name: list(keys) for name, keys in heads.items()})
 
@@ -119,6 +119,10 @@ def _gradient(loss: Any, features: Mapping[str, Tensor], scale: float) -> Dict[s
     }
 
 
+def _number(x: Any) -> float:
+    return float(x.detach() if torch.is_tensor(x) else x)
+
+
 def _summary(
     loss: Any, ours: Dict[str, Tensor], task: Dict[str, Tensor], terms: Dict[str, float]
 ) -> LossGradient:
@@ -128,4 +132,4 @@ def _summary(
     )
     dot = sum(float((ours[k] * task[k]).sum()) for k in ours)
     cosine = dot / (norm * whole) if norm and whole else 0.0
-    return LossGradient(float(loss), levels, norm, cosine, terms)
+    return LossGradient(_number(loss), levels, norm, cosine, terms)

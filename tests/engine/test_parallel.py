@@ -85,7 +85,7 @@ def in_each_process(folder: Path, teacher: List[Any]) -> None:
     cfg.MODEL.RETINANET.NORM, cfg.SOLVER.IMS_PER_BATCH = "naiveSyncBN", 4
     cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = (), 3
     watch = next(x for x in run(cfg)._hooks if isinstance(x, Liveness))
-    found["looks"] = len(watch.seen["PKD"])
+    found["looks"] = len(watch.proofs["PKD"].seen)
 
     cfg.SOLVER.IMS_PER_BATCH = 3
     with pytest.raises(ValueError) as info:

@@ -171,6 +171,8 @@ def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -
         checkpointer.load(path, **kwargs)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+    except OSError as error:  # such as a URL's, which does not say which
+        raise OSError(f"{key}: {path!r} cannot be read: {error}") from error
 
 
 def _first_difference(text: str, other: str) -> str:

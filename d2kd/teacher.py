@@ -106,6 +106,8 @@ def _from_model_zoo(name: str) -> Tuple[str, str]:
 
     try:
         config_file = model_zoo.get_config_file(name)
+        if not os.path.isfile(config_file):
+            raise RuntimeError
     except RuntimeError:
         raise FileNotFoundError(
             f"DISTILL.TEACHER.CONFIG_FILE: {name!r} is neither a file nor a config of Detectron2's "

@@ -34,15 +34,9 @@ class Liveness(HookBase):
             cfg: of the stage
 
         Raises:
-            ValueError: a value of DISTILL.LIVENESS outside its range, or a parameter of a head that
-                the optimizer does not have
+            ValueError: a parameter of a head that the optimizer does not have
         """
         node = cfg.DISTILL.LIVENESS
-        if node.FIRST_STEPS < 2 or node.PERIOD < 0 or not 0 < node.WANTED_SHARE < 1:
-            raise ValueError(
-                "DISTILL.LIVENESS: FIRST_STEPS must be 2 or more, PERIOD 0 or more and WANTED_SHARE"
-                f" in (0, 1), got {node.FIRST_STEPS}, {node.PERIOD} and {node.WANTED_SHARE}."
-            )
         _check_optimizer(distiller, optimizer)
         self.distiller = distiller
         self.first_steps, self.period = node.FIRST_STEPS, node.PERIOD

@@ -1,5 +1,6 @@
 """Each mistake that a config can hold is found before a model is built."""
 
+import math
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -36,6 +37,27 @@ MISTAKES = [
     ({"DISTILL.INHERIT": ["tail"]}, "DISTILL.INHERIT has 'tail'; it may list neck, head"),
     ({"DISTILL.MGD.LOSS_WEIGHT": 0.0}, "DISTILL.MGD.LOSS_WEIGHT must be above 0"),
     ({"DISTILL.MGD.SCHEDULE.DECAY": "step"}, "DISTILL.MGD.SCHEDULE.DECAY must be one of"),
+    ({"DISTILL.MGD.LOSS_WEIGHT": math.inf}, "DISTILL.MGD.LOSS_WEIGHT must be above 0, got inf"),
+    ({"DISTILL.STAGE_LR": "again"}, "STAGE_LR must be one of restart, continue, got 'again'"),
+    ({"DISTILL.LIVENESS.FIRST_STEPS": 1}, "LIVENESS.FIRST_STEPS must be 2 or more, got 1"),
+    ({"DISTILL.LIVENESS.PERIOD": -1}, "LIVENESS.PERIOD must be 0 or more, got -1"),
+    ({"DISTILL.LIVENESS.WANTED_SHARE": 0.0}, r"LIVENESS.WANTED_SHARE must be in \(0, 1\), got 0.0"),
+    ({"DISTILL.LIVENESS.WANTED_SHARE": 1.0}, r"LIVENESS.WANTED_SHARE must be in \(0, 1\), got 1.0"),
+    ({"DISTILL.TEACHER.EVAL_IMAGES": -1}, "TEACHER.EVAL_IMAGES must be 0 or more, got -1"),
+    ({"DISTILL.TEACHER.MIN_AP": math.nan}, r"TEACHER.MIN_AP must be in \[0, 100\], got nan"),
+    ({"SEED": 2**32}, "SEED must be in .*, got 4294967296"),
+    ({"VIS_PERIOD": -1}, "VIS_PERIOD must be 0 or more, got -1"),
+    ({"SOLVER.MAX_ITER": -1}, "SOLVER.MAX_ITER must be 1 or more, got -1"),
+    ({"SOLVER.IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH must be 1 or more, got 0"),
+    ({"SOLVER.CHECKPOINT_PERIOD": 0}, "SOLVER.CHECKPOINT_PERIOD must be 1 or more, got 0"),
+    (
+        {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "all"},
+        "CLIP_TYPE must be one of value, norm, full_model, got 'all'",
+    ),
+    (
+        {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": -1.0},
+        "CLIP_VALUE must be above 0, got -1.0",
+    ),
     ({"DISTILL.STUDENT_META_ARCHITECTURE": ""}, "DISTILL.STUDENT_META_ARCHITECTURE is ''"),
     (
         {"DISTILL.STUDENT_META_ARCHITECTURE": "Distiller"},

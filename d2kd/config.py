@@ -127,7 +127,7 @@ def merge_mapping(cfg: CfgNode, mapping: Dict[str, Any], source: str) -> None:
     before = dict(_leaves(cfg))
     try:
         cfg.merge_from_other_cfg(CfgNode(mapping))
-    except AssertionError as error:  # yacs, of a date, a set or bytes
+    except (AssertionError, ValueError) as error:  # yacs, of another type, a date, a set or bytes
         raise ValueError(f"{source}: {error}") from None
     _refuse_none(cfg, before, source)
 
@@ -149,9 +149,9 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
             raise ValueError(f"{source}: {key} is a group of keys; name one of them, {key}.<KEY>.")
         try:
             cfg.merge_from_list([key, value])
-        # What Python's parser of literals and yacs have been seen to raise beside ValueError.
-        except (AssertionError, MemoryError, RecursionError, TypeError) as error:
-            raise ValueError(f"{source}: {key} cannot be {str(value)[:80]!r}: {error!r}") from None
+        # What yacs and its parser of literals have been seen to raise.
+        except (AssertionError, MemoryError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {key} cannot be {str(value)[:80]!r}: {error}") from None
     _refuse_none(cfg, before, source)
 
 

@@ -10,10 +10,10 @@ from typing import Any, Dict, List, Tuple
 from torch import nn
 
 from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from .checkpoint import load_whole_detector
+from .modeling.build import build_detector
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +130,19 @@ def _from_yaml(path: str, opts: List[Any], device: str) -> Tuple[nn.Module, str,
             "a plain detector."
         )
     cfg.MODEL.DEVICE = device
-    return build_model(cfg), cfg.INPUT.FORMAT, _identity(cfg)
+    model = build_detector(cfg, f"DISTILL.TEACHER.CONFIG_FILE: {path!r} with DISTILL.TEACHER.OPTS")
+    return model, cfg.INPUT.FORMAT, _identity(cfg)
 
 
 def _from_lazy_config(path: str, opts: List[Any], device: str) -> Tuple[nn.Module, str, str]:
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(path), [str(x) for x in opts])
-    model = instantiate(cfg.model).to(device)
+    try:
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(path), [str(x) for x in opts])
+        model = instantiate(cfg.model).to(device)
+    except Exception as error:  # the file is Python
+        raise ValueError(
+            f"DISTILL.TEACHER.CONFIG_FILE: no detector can be built from {path!r} with "
+            f"DISTILL.TEACHER.OPTS: {type(error).__name__}: {error}"
+        ) from error
     image_format = "BGR"  # Detectron2's default, also for the model's `input_format`
     if "dataloader" in cfg:
         image_format = cfg.dataloader.train.mapper.get("image_format", image_format)

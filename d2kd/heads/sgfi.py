@@ -106,8 +106,7 @@ class SGFIHead(nn.Module):
             )
         why = "time and memory grow with its square"
         check_range("DISTILL.SGFI.SAMPLING_RATIO", node.SAMPLING_RATIO, 0, 8, why)
-        if node.CHUNK_SIZE < 0:
-            raise ValueError(f"DISTILL.SGFI.CHUNK_SIZE must be 0 or more, got {node.CHUNK_SIZE}.")
+        check_range("DISTILL.SGFI.CHUNK_SIZE", node.CHUNK_SIZE, 0, 10**6, "0 is all at once")
         if pair.teacher.roi_size < 7:
             raise ValueError(
                 f"DISTILL.HEADS: SGFI embeds RoI features of 7 cells a side or more; the teacher's "

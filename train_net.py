@@ -10,7 +10,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from d2kd import load_config
+from d2kd.config import student_config
 from d2kd.engine import evaluate, launch, train
+from d2kd.engine.preflight import check_config
 from d2kd.plugin import import_file
 from d2kd.whole_files import check_writable
 
@@ -40,6 +42,7 @@ ones in d2kd/config.py, a method's own in d2kd/heads/<method>.py.
 def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     cfg.freeze()
+    check_config(student_config(cfg) if args.eval_only else cfg)
     check_writable(cfg.OUTPUT_DIR)
     default_setup(cfg, args)
     # Detectron2 gives a handler to its own logger only.

@@ -16,9 +16,12 @@ from .whole_files import BEST, WholeFiles
 # What reading a file that is no checkpoint, or half of one, has been seen to raise.
 _UNREADABLE = (
     pickle.UnpicklingError,
+    AssertionError,
     AttributeError,
     EOFError,
-    KeyError,
+    LookupError,
+    MemoryError,
+    OverflowError,
     RuntimeError,
     TypeError,
 )
@@ -170,12 +173,16 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> None:
     """`checkpointer.load`, with the config key that named the path in its errors."""
-    if path and not urlparse(path).scheme and not PathManager.isfile(path):
-        raise FileNotFoundError(f"{key}: there is no file {path!r}.")
     try:
+        if path and not urlparse(path).scheme and not PathManager.isfile(path):
+            raise FileNotFoundError(f"{key}: there is no file {path!r}.")
         checkpointer.load(path, **kwargs)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # such as a URL's, which does not say which
+        raise OSError(f"{key}: {path!r} cannot be read: {error}") from error
 
 
 def _first_difference(text: str, other: str) -> str:

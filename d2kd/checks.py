@@ -1,6 +1,10 @@
 """Checks of config values that several keys share; each error names the key and the value."""
 
+import math
 from typing import Sequence
+
+# Of a layer that a key makes: beyond what anybody means, below what no memory holds.
+MAX_CHANNELS = 65536
 
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
@@ -15,7 +19,34 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
 def check_temperature(key: str, value: float) -> None:
     """
     Raises:
-        ValueError: not above 0
+        ValueError: not above 0, or not finite
     """
-    if not value > 0:
-        raise ValueError(f"{key} must be above 0, got {value}: it divides what goes into softmax.")
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"{key} must be above 0, got {value}: it is finite and divides what goes into softmax."
+        )
+
+
+def check_weight(key: str, value: float) -> None:
+    """
+    Of one of several terms, which 0 leaves out.
+
+    Raises:
+        ValueError: below 0, or not finite
+    """
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{key} must be 0 or above, got {value}: it is a finite weight.")
+
+
+def check_range(key: str, value: float, low: float, high: float, why: str = "") -> None:
+    """
+    Args:
+        low, high: the smallest and the largest value
+        why: the end of the error
+
+    Raises:
+        ValueError: `value` is outside, or NaN
+    """
+    if not low <= value <= high:
+        wanted = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{key} must be {wanted}, got {value}{why and ': '}{why}.")

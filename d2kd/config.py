@@ -5,9 +5,7 @@ import os
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
-import yaml
 
-import detectron2
 from detectron2.config import CfgNode, get_cfg
 
 from .data.config import add_data_config
@@ -15,6 +13,7 @@ from .heads import DISTILL_HEAD_REGISTRY
 from .modeling import add_model_config
 from .schedule import add_schedule_config
 from .views.region_sampler import add_region_config
+from .yaml_file import read_yaml
 
 
 def add_distill_config(cfg: CfgNode) -> None:
@@ -117,15 +116,28 @@ def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
     if config_file:
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
-        loaded = _SafeCfgNode.load_yaml_with_base(config_file)
-        if not isinstance(loaded, dict):
-            raise ValueError(f"{config_file} holds {type(loaded).__name__}, not keys with values.")
-        check_keys(cfg, list(flatten(loaded)), config_file)
-        before = dict(_leaves(cfg))
-        cfg.merge_from_other_cfg(CfgNode(loaded))
-        _refuse_none(cfg, before, config_file)
+        try:
+            merge_mapping(cfg, read_yaml(config_file), config_file)
+        except RecursionError:
+            raise ValueError(f"{config_file} is nested too deeply, or in itself.") from None
     merge_opts(cfg, opts, "the command line")
     return cfg
+
+
+def merge_mapping(cfg: CfgNode, mapping: Dict[str, Any], source: str) -> None:
+    """
+    Merge keys and values that are nested as in a YAML into cfg.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type
+    """
+    _refuse_unknown(cfg, list(_unknown(cfg, mapping, source)), source)
+    before = dict(_leaves(cfg))
+    try:
+        cfg.merge_from_other_cfg(CfgNode(mapping))
+    except (AssertionError, ValueError) as error:  # yacs, of another type, a date, a set or bytes
+        raise ValueError(f"{source}: {error}") from None
+    _refuse_none(cfg, before, source)
 
 
 def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
@@ -133,55 +145,55 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
     Merge key, value, key, value, ... into cfg.
 
     Raises:
-        ValueError: an odd number of words, or an unknown key
+        ValueError: an odd number of words, an unknown key, or a value of the wrong type
     """
     if len(opts) % 2:
         raise ValueError(f"{source}: overrides come as KEY VALUE pairs, got {list(opts)}.")
-    check_keys(cfg, list(opts[0::2]), source)
+    known = {**dict.fromkeys(_inner(cfg)), **dict(_leaves(cfg))}
+    _refuse_unknown(cfg, [str(key) for key in opts[0::2] if str(key) not in known], source)
     before = dict(_leaves(cfg))
-    cfg.merge_from_list(list(opts))
+    for key, value in zip(opts[0::2], opts[1::2]):
+        if key not in before:
+            raise ValueError(f"{source}: {key} is a group of keys; name one of them, {key}.<KEY>.")
+        try:
+            cfg.merge_from_list([key, value])
+        # What yacs and its parser of literals have been seen to raise.
+        except (AssertionError, MemoryError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {key} cannot be {str(value)[:80]!r}: {error}") from None
     _refuse_none(cfg, before, source)
 
 
-def check_keys(cfg: CfgNode, keys: List[str], source: str) -> None:
+def _unknown(
+    node: CfgNode, mapping: Dict[str, Any], source: str, prefix: str = ""
+) -> Iterator[str]:
+    """Dotted names of what is in `mapping` and not in `node`."""
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if key not in node:
+            yield name
+        elif isinstance(node[key], CfgNode) and not isinstance(value, dict):
+            keys = ", ".join(list(node[key])[:3])
+            raise ValueError(f"{source}: {name} must be a mapping of {keys}, ..., got {value!r}.")
+        elif isinstance(value, dict) and not isinstance(node[key], CfgNode):
+            raise ValueError(f"{source}: {name} must be a value such as {node[key]!r}, no mapping.")
+        elif isinstance(value, dict):
+            yield from _unknown(node[key], value, source, f"{name}.")
+
+
+def _refuse_unknown(cfg: CfgNode, keys: List[str], source: str) -> None:
     """
     Raises:
-        ValueError: naming each of `keys` that cfg does not have, with the nearest one it has
+        ValueError: naming each of `keys`, which cfg does not have, with the nearest one it has
     """
     known = set(flatten(cfg)) | set(_inner(cfg))
     lines = []
     for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            lines.append(f"  {key}" + (f" (did you mean {near[0]}?)" if near else ""))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = " (a YAML nests it: a mapping at each dot)" if key in known else hint
+        lines.append(f"  {key}{hint}")
     if lines:
         raise ValueError(f"{source} has keys that nobody reads:\n" + "\n".join(lines))
-
-
-class _SafeCfgNode(CfgNode):
-    """
-    Reads YAML without running code from it, unlike Detectron2's loader.
-
-    Only files of the installed Detectron2 may (its Base-RetinaNet.yaml computes anchor sizes): they
-    are as trusted as its Python.
-    """
-
-    @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Dict[str, Any]:
-        own = os.path.dirname(detectron2.__file__)
-        trusted = os.path.abspath(filename).startswith(os.path.abspath(own) + os.sep)
-        try:
-            return super().load_yaml_with_base(filename, allow_unsafe=trusted)
-        except TypeError:  # fvcore looks for _BASE_ in the None that an empty file is
-            raise ValueError(f"{filename} is empty.") from None
-        except yaml.constructor.ConstructorError as error:
-            raise ValueError(
-                f"{filename} wants to run code ({str(error.problem).strip()}), which d2kd does not "
-                "let a YAML do. Write the values out; for a detector of Detectron2's model zoo, "
-                "give its name instead of a path."
-            ) from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"{filename} is not YAML: {error}") from None
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

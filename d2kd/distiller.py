@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 
 from .classes import common_classes
@@ -16,6 +16,7 @@ from .config import student_config
 from .heads import DistillPair, build_head, head_class
 from .heads.build import compares_logits, required_members
 from .inherit import inherit
+from .modeling.build import build_detector
 from .pyramid import pair_levels
 from .schedule import WeightSchedule
 from .teacher import Teacher, build_teacher
@@ -78,7 +79,7 @@ class Distiller(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
         # The student first: its initialisation must not depend on whether there is a teacher.
-        student = build_model(student_config(cfg))
+        student = build_detector(student_config(cfg), "The student")
         ret = {
             "student": student,
             "teacher": None,

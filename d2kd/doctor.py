@@ -10,9 +10,10 @@ import argparse
 import resource
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 import torch
 from tabulate import tabulate
@@ -109,8 +110,9 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
         for step in range(STEPS):
             batch = noise_batch(num_images, *size, boxes=4, num_classes=classes)
             start = time.perf_counter()
-            losses = distiller(batch)
-            _check_finite(losses)
+            with _told_by_weights(cfg, step):
+                losses = distiller(batch)
+                _check_finite(losses)
             if step == 0:
                 found = LossGradients.measure(losses, distiller.latest)
             optimizer.zero_grad()
@@ -122,10 +124,25 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
     return found, Cost(min(seconds[1:]), _peak_mib(device), num_images, size)
 
 
+@contextmanager
+def _told_by_weights(cfg: CfgNode, step: int) -> Iterator[None]:
+    """Let what a loss too large has led to, also inside a detector, name the weights."""
+    try:
+        yield
+    except FloatingPointError as error:
+        weights = {
+            f"DISTILL.{x}.LOSS_WEIGHT": cfg.DISTILL[x].LOSS_WEIGHT for x in cfg.DISTILL.HEADS
+        }
+        raise RuntimeError(
+            f"Step {step + 1} on images of noise: {error} Too large for it may be SOLVER.BASE_LR "
+            f"{cfg.SOLVER.BASE_LR}, or of the heads {weights} and what else weighs their terms."
+        ) from error
+
+
 def _check_finite(losses: Dict[str, torch.Tensor]) -> None:
     bad = [k for k, v in losses.items() if not torch.isfinite(v)]
     if bad:
-        raise RuntimeError(f"{', '.join(bad)} is not finite on images of noise")
+        raise FloatingPointError(f"{', '.join(bad)} is not finite.")
 
 
 def _peak_mib(device: torch.device) -> float:

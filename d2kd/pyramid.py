@@ -152,7 +152,7 @@ def _named_pair(
             f"DISTILL.LEVELS has the entry {pair!r}; each must be [student level, teacher level]."
         )
     for level, side, shapes in zip(pair, ("student", "teacher"), (student, teacher)):
-        if level not in shapes:
+        if not isinstance(level, str) or level not in shapes:
             raise ValueError(
                 f"DISTILL.LEVELS names {level!r}, which the {side} does not have. "
                 f"Its levels: {_describe(shapes)}."

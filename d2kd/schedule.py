@@ -1,5 +1,7 @@
 """How the weight of a distillation loss changes while training runs."""
 
+import math
+
 from fvcore.common.param_scheduler import (
     ConstantParamScheduler,
     CosineParamScheduler,
@@ -93,10 +95,10 @@ class WeightSchedule:
 
 def _check(key: str, node: CfgNode, max_iter: int) -> None:
     schedule = node.SCHEDULE
-    if not node.LOSS_WEIGHT > 0:
+    if not 0 < node.LOSS_WEIGHT < math.inf:
         raise ValueError(
-            f"{key}.LOSS_WEIGHT must be above 0, got {node.LOSS_WEIGHT}: a head without weight "
-            "would be silently off. Take it out of DISTILL.HEADS instead."
+            f"{key}.LOSS_WEIGHT must be above 0, got {node.LOSS_WEIGHT}: infinity is no weight, "
+            "and a head without one would be silently off. Take it out of DISTILL.HEADS instead."
         )
     check_choice(f"{key}.SCHEDULE.DECAY", schedule.DECAY, DECAYS)
     if not 0 <= schedule.END_FACTOR <= 1:

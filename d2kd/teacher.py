@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from .checkpoint import load_whole_detector
 from .data.class_names import class_names, names_in_sets
+from .modeling.build import build_detector
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,8 @@ def _from_model_zoo(name: str) -> Tuple[str, str]:
 
     try:
         config_file = model_zoo.get_config_file(name)
+        if not os.path.isfile(config_file):
+            raise RuntimeError
     except RuntimeError:
         raise FileNotFoundError(
             f"DISTILL.TEACHER.CONFIG_FILE: {name!r} is neither a file nor a config of Detectron2's "
@@ -136,20 +138,22 @@ def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
             "a plain detector."
         )
     cfg.MODEL.DEVICE = device
-    return build_model(cfg), cfg.INPUT.FORMAT, _identity(cfg), class_names(cfg)
+    model = build_detector(cfg, f"DISTILL.TEACHER.CONFIG_FILE: {path!r} with DISTILL.TEACHER.OPTS")
+    return model, cfg.INPUT.FORMAT, _identity(cfg), class_names(cfg)
 
 
 def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
-    cfg = LazyConfig.load(path)
-    known = _targets(cfg.model)
-    cfg = LazyConfig.apply_overrides(cfg, [str(x) for x in opts])
-    added = sorted(_targets(cfg.model) - known)
-    if added:  # whatever is named there would be called: a YAML could run any code
+    try:
+        cfg = LazyConfig.load(path)
+        known = _targets(cfg.model)
+        cfg = LazyConfig.apply_overrides(cfg, [str(x) for x in opts])
+        _check_targets(path, known, _targets(cfg.model))
+        model = instantiate(cfg.model).to(device)
+    except Exception as error:  # the file is Python
         raise ValueError(
-            f"DISTILL.TEACHER.OPTS builds the teacher with {added[0]}, which {path!r} does not "
-            "name. Overrides may change values; what is called is for the LazyConfig to say."
-        )
-    model = instantiate(cfg.model).to(device)
+            f"DISTILL.TEACHER.CONFIG_FILE: no detector can be built from {path!r} with "
+            f"DISTILL.TEACHER.OPTS: {type(error).__name__}: {error}"
+        ) from error
     image_format = "BGR"  # Detectron2's default, also for the model's `input_format`
     if "dataloader" in cfg:
         image_format = cfg.dataloader.train.mapper.get("image_format", image_format)
@@ -158,6 +162,16 @@ def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
     datasets = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
     names = names_in_sets([datasets] if isinstance(datasets, str) else datasets)
     return model, cfg.model.get("input_format") or image_format, text, names
+
+
+def _check_targets(path: str, known: Set[str], wanted: Set[str]) -> None:
+    """Whatever an override names would be called: a YAML could run any code."""
+    added = sorted(wanted - known)
+    if added:
+        raise ValueError(
+            f"DISTILL.TEACHER.OPTS builds the teacher with {added[0]}, which {path!r} does not "
+            "name. Overrides may change values; what is called is for the LazyConfig to say."
+        )
 
 
 def _targets(tree: Any) -> Set[str]:

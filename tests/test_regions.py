@@ -517,8 +517,10 @@ def test_keys_reach_the_sampler_and_defaults_are_its_own() -> None:
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        *((key, 0, "at least 1, got 0") for key in ("PRE_NMS_TOPK", "POST_NMS_TOPK", "PER_IMAGE")),
-        ("PER_IMAGE", -5, "at least 1, got -5"),
+        ("PRE_NMS_TOPK", 0, r"in \[1, 1000000\], got 0"),
+        ("POST_NMS_TOPK", 0, r"in \[1, 1000000\], got 0"),
+        ("PER_IMAGE", -5, r"in \[1, 1000000\], got -5"),
+        ("PER_IMAGE", 10**7, r"in \[1, 1000000\], got 10000000"),
         ("NMS_THRESH", 0.0, r"in \(0, 1\], got 0.0"),
         ("NMS_THRESH", 1.1, r"in \(0, 1\], got 1.1"),
         ("POSITIVE_FRACTION", 0.0, r"in \(0, 1\], got 0.0"),

@@ -9,6 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata
 from detectron2.utils.file_io import PathManager
 
+from ..weights_file import read_arrays
+
 logger = logging.getLogger(__name__)
 
 # Meta-architecture -> the key that holds its number of classes. Others are not checked.
@@ -66,6 +68,25 @@ def read_summary(json_file: str, key: str) -> Tuple[Tuple[str, ...], Tuple[str, 
         return _summary(path, os.path.getmtime(path))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{key}: {path} is not in COCO's format: {error}") from error
+
+
+def check_proposals(cfg: CfgNode, part: str) -> None:
+    """
+    Read the files of MODEL.LOAD_PROPOSALS safely, before Detectron2 unpickles them and runs what is
+    in them.
+
+    Args:
+        part: "TRAIN" or "TEST"
+    """
+    key = f"PROPOSAL_FILES_{part}"
+    for path in cfg.DATASETS[key] if cfg.MODEL.LOAD_PROPOSALS else ():
+        try:
+            with PathManager.open(path, "rb") as file:
+                read_arrays(file)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"DATASETS.{key}: there is no file {path!r}.") from None
+        except Exception as error:  # whatever the bytes look like to the reader
+            raise ValueError(f"DATASETS.{key}: {path!r} holds no proposals: {error}") from error
 
 
 @lru_cache(maxsize=16)  # a large file takes seconds, and the test set is often checked again

@@ -7,7 +7,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from .checks import check_class_names, check_files, check_json, check_num_classes
+from .checks import (
+    check_class_names,
+    check_files,
+    check_json,
+    check_num_classes,
+    check_proposals,
+)
 from .shapes import SPLITS, make_shapes
 
 logger = logging.getLogger(__name__)
@@ -35,6 +41,8 @@ def register_datasets(
             empty: MODEL.META_ARCHITECTURE. For a Distiller, that is the student's.
         parts: ("TEST",) leaves the training sets alone, for evaluation without them
     """
+    for part in parts:
+        check_proposals(cfg, part)
     owned = {}  # name -> the config key to blame, for the sets that are registered here
     for i, entry in enumerate(cfg.DATASETS.COCO_FORMAT):
         key = f"DATASETS.COCO_FORMAT[{i}]"

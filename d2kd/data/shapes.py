@@ -47,7 +47,12 @@ def make_shapes(cfg: CfgNode, split: str) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = os.path.join(os.path.expanduser(root), "d2kd_shapes", f"{split}_{digest}")
     if comm.get_local_rank() == 0 and not os.path.isdir(folder):
-        _write(folder, settings)
+        try:
+            _write(folder, settings)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"DATASETS.SHAPES.ROOT: no set can be written to {root!r}: {error}"
+            ) from error
     comm.synchronize()
     return folder
 
@@ -133,10 +138,10 @@ def _ranges(node: CfgNode) -> Dict[str, Tuple[float, float]]:
         "NUM_TRAIN": (1, 999999),
         "NUM_VAL": (1, 999999),
         "IMAGE_SIZE": (32, 4096),
+        "MAX_OBJECTS": (1, 100),
         "MIN_OBJECTS": (1, node.MAX_OBJECTS),
-        "MAX_OBJECTS": (1, 1000),
+        "MAX_SIZE": (6 / max(node.IMAGE_SIZE, 1), 1),
         "MIN_SIZE": (6, node.MAX_SIZE * node.IMAGE_SIZE),
-        "MAX_SIZE": (0.01, 1),
         "MIN_VISIBLE": (0.05, 0.9),
         "OWN_COLOUR": (0, 1),
         "TEXTURE": (0, 1),

@@ -38,15 +38,10 @@ class Liveness(HookBase):
             cfg: of the stage
 
         Raises:
-            ValueError: a value of DISTILL.LIVENESS outside its range, or a parameter of a head that
-                the optimizer does not have, or not with a learning rate
+            ValueError: a parameter of a head that the optimizer does not have, or has with a
+                learning rate of 0
         """
         node = cfg.DISTILL.LIVENESS
-        if node.FIRST_STEPS < 2 or node.PERIOD < 0 or not 0 < node.WANTED_SHARE < 1:
-            raise ValueError(
-                "DISTILL.LIVENESS: FIRST_STEPS must be 2 or more, PERIOD 0 or more and WANTED_SHARE"
-                f" in (0, 1), got {node.FIRST_STEPS}, {node.PERIOD} and {node.WANTED_SHARE}."
-            )
         self.distiller = distiller
         self.period, self.wanted_share = node.PERIOD, node.WANTED_SHARE
         self.loss_weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}

@@ -9,6 +9,9 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 
+# Detectron2's, and ours
+CLIP_TYPES = ("value", "norm", "full_model")
+
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """

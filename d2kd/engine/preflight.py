@@ -1,17 +1,19 @@
 """Everything that can be found wrong with a config before a model is built."""
 
+import math
+
 import torch
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils.file_io import PathManager
 
+from ..checks import check_choice, check_range
 from ..heads import head_class
 from ..inherit import PARTS
 from ..schedule import WeightSchedule
 from ..teacher import resolve_teacher
-from ..weights_file import read_arrays
-from .stages import plan_stages
+from .optimizer import CLIP_TYPES
+from .stages import STAGE_LR, plan_stages
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -29,8 +31,7 @@ def check_config(cfg: CfgNode) -> None:
             "SOLVER.AMP.ENABLED is True, which Detectron2 has for GPUs only; MODEL.DEVICE is "
             f"{cfg.MODEL.DEVICE!r}. Set it to False."
         )
-    if cfg.MODEL.LOAD_PROPOSALS:
-        _check_proposals(cfg)
+    _check_run(cfg)
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         _check_meta_architecture("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
         return
@@ -38,23 +39,26 @@ def check_config(cfg: CfgNode) -> None:
         "DISTILL.STUDENT_META_ARCHITECTURE", cfg.DISTILL.STUDENT_META_ARCHITECTURE
     )
     if cfg.DISTILL.ENABLED:
+        check_choice("DISTILL.STAGE_LR", cfg.DISTILL.STAGE_LR, STAGE_LR)
         for stage in plan_stages(cfg):
             with stage.in_errors():
                 _check_distillation(stage.cfg)
 
 
-def _check_proposals(cfg: CfgNode) -> None:
-    """Detectron2 unpickles these files, and runs what is in them."""
-    for part in ("TRAIN", "TEST"):
-        key = f"DATASETS.PROPOSAL_FILES_{part}"
-        for path in cfg.DATASETS[key.split(".")[1]]:
-            try:
-                with PathManager.open(path, "rb") as file:
-                    read_arrays(file)
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{key}: there is no file {path!r}.") from None
-            except Exception as error:  # whatever the bytes look like to the reader
-                raise ValueError(f"{key}: {path!r} holds no proposals: {error}") from error
+def _check_run(cfg: CfgNode) -> None:
+    """What Detectron2 reads unchecked: it would fail late, or train something else."""
+    check_range("SEED", cfg.SEED, -math.inf, 2**31 - 1, "below 0 is a random one")
+    check_range("VIS_PERIOD", cfg.VIS_PERIOD, 0, math.inf)
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        check_range(f"SOLVER.{key}", cfg.SOLVER[key], 1, math.inf)
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.ENABLED:
+        check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
+        if not clip.CLIP_VALUE > 0:
+            raise ValueError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be above 0, got {clip.CLIP_VALUE}: nothing "
+                "would be learnt."
+            )
 
 
 def _check_meta_architecture(key: str, name: str) -> None:
@@ -77,4 +81,16 @@ def _check_distillation(cfg: CfgNode) -> None:
     for part in cfg.DISTILL.INHERIT:
         if part not in PARTS:
             raise ValueError(f"DISTILL.INHERIT has {part!r}; it may list {', '.join(PARTS)}.")
+    check_range("DISTILL.TEACHER.EVAL_IMAGES", cfg.DISTILL.TEACHER.EVAL_IMAGES, 0, math.inf)
+    check_range("DISTILL.TEACHER.MIN_AP", cfg.DISTILL.TEACHER.MIN_AP, 0, 100, "percent")
+    _check_liveness(cfg.DISTILL.LIVENESS)
     resolve_teacher(cfg)
+
+
+def _check_liveness(node: CfgNode) -> None:
+    check_range("DISTILL.LIVENESS.FIRST_STEPS", node.FIRST_STEPS, 2, math.inf)
+    check_range("DISTILL.LIVENESS.PERIOD", node.PERIOD, 0, math.inf, "0 is never again")
+    if not 0 < node.WANTED_SHARE < 1:
+        raise ValueError(
+            f"DISTILL.LIVENESS.WANTED_SHARE must be in (0, 1), got {node.WANTED_SHARE}."
+        )

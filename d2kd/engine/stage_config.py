@@ -5,7 +5,7 @@ from typing import Iterator, Tuple
 
 from detectron2.config import CfgNode
 
-from ..config import check_keys, flatten, merge_opts
+from ..config import merge_mapping, merge_opts
 from ..heads import DISTILL_HEAD_REGISTRY
 
 # What of SOLVER a stage may change: the learning rate. Other keys would move the run's iterations
@@ -50,7 +50,8 @@ def read_stage(cfg: CfgNode, index: int) -> CfgNode:
     if not isinstance(entry, dict):
         raise ValueError(f"must be a mapping of ITERATIONS and other keys, got {entry!r}.")
     # Another teacher: weights, overrides and class names of the run's would not fit it.
-    another = "CONFIG_FILE" in (entry.get("TEACHER") or {})
+    own = entry.get("TEACHER")
+    another = isinstance(own, dict) and "CONFIG_FILE" in own
     teacher = {
         "CONFIG_FILE": distill.TEACHER.CONFIG_FILE,
         "WEIGHTS": "" if another else distill.TEACHER.WEIGHTS,
@@ -62,11 +63,7 @@ def read_stage(cfg: CfgNode, index: int) -> CfgNode:
     heads = list(distill.HEADS)
     values = {"ITERATIONS": 0, "TEACHER": teacher, "HEADS": heads, "INHERIT": inherit, "OPTS": []}
     node = CfgNode(values)
-    check_keys(node, list(flatten(entry)), "The stage")
-    for key, value in entry.items():
-        if value is None:  # which CfgNode would take for any type
-            raise ValueError(f"{key} is empty. Give it a value, or leave it out.")
-    node.merge_from_other_cfg(CfgNode(entry))
+    merge_mapping(node, entry, "The stage")
     if node.ITERATIONS < 1:
         raise ValueError(f"ITERATIONS must be 1 or more, got {node.ITERATIONS}.")
     return node

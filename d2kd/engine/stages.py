@@ -10,7 +10,6 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..checks import check_choice
 from .stage_config import read_stage, stage_config, stage_in_errors
 
 STAGE_LR = ("restart", "continue")
@@ -132,7 +131,6 @@ def move_to(scheduler: LRScheduler, iteration: int) -> None:
 
 
 def _check_run(cfg: CfgNode) -> None:
-    check_choice("DISTILL.STAGE_LR", cfg.DISTILL.STAGE_LR, STAGE_LR)
     if cfg.SOLVER.REFERENCE_WORLD_SIZE not in (0, comm.get_world_size()):
         raise ValueError(
             f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}: Detectron2 would "

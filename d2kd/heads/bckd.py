@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
+from ..checks import check_weight
 from ..layers import difference_weighted, giou_distance
 from ..pairs import DENSE, DistillPair
 from ..pyramid import LevelPair, match_levels
@@ -47,6 +48,7 @@ class BCKDHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
+        check_weight("DISTILL.BCKD.BOX_WEIGHT", cfg.DISTILL.BCKD.BOX_WEIGHT)
         return {
             "levels": pair.dense_levels,
             "num_anchors": pair.student.num_anchors,

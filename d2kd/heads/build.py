@@ -101,9 +101,11 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
     for side, detector in (("student", student), ("teacher", teacher)):
         missing = required_members(cls, cfg, pair) - detector.members
         if missing:
+            by_depth = f"tower_{cfg.DISTILL[name].get('DEPTH')}" in missing
+            asked = f" (DISTILL.{name}.DEPTH)" if by_depth else ""
             return (
-                f"{name} needs {_listed(missing)}; the {side} {detector.name} has none. It has "
-                f"{_listed(detector.members)}."
+                f"{name} needs {_listed(missing)}{asked}; the {side} {detector.name} has none. It "
+                f"has {_listed(detector.members)}."
             )
     return _other_logits(name, pair) if compares_logits(cls) else None
 

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils import comm
 
-from ..checks import check_choice, check_temperature
+from ..checks import MAX_CHANNELS, check_choice, check_range, check_temperature
 from ..layers import PerAnchorLinear, gather_rows, unit_vectors
 from ..pairs import ANY_PAIR, DistillPair
 from ..views import DetectorView, Regions, RegionSampler
@@ -97,11 +97,9 @@ class CKDHead(nn.Module):
             raise ValueError(
                 f"DISTILL.CKD.IOU_THRESHOLD must be in (0, 1], got {node.IOU_THRESHOLD}."
             )
-        if node.QUEUE_SIZE < 0 or node.SHARED_CHANNELS < 1:
-            raise ValueError(
-                "DISTILL.CKD: QUEUE_SIZE must be 0 or more and SHARED_CHANNELS 1 or more, got "
-                f"{node.QUEUE_SIZE} and {node.SHARED_CHANNELS}."
-            )
+        why = f"a key is 4 x {teacher.vector_channels} bytes"
+        check_range("DISTILL.CKD.QUEUE_SIZE", node.QUEUE_SIZE, 0, 10**7, why)
+        check_range("DISTILL.CKD.SHARED_CHANNELS", node.SHARED_CHANNELS, 1, MAX_CHANNELS)
         if not teacher.two_stage:
             _check_cells(pair)
         return {

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_choice
+from ..checks import check_choice, check_weight
 from ..layers import (
     difference_weighted,
     giou_distance,
@@ -81,6 +81,7 @@ class CrossKDHead(nn.Module):
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node, student, teacher = cfg.DISTILL.CrossKD, pair.student, pair.teacher
         check_choice("DISTILL.CrossKD.BOX_LOSS", node.BOX_LOSS, sorted(BOX_LOSSES))
+        check_weight("DISTILL.CrossKD.BOX_WEIGHT", node.BOX_WEIGHT)
         strides = [[x.shapes[k].stride for k in x.dense_levels] for x in (student, teacher)]
         if strides[0] != strides[1]:
             raise ValueError(

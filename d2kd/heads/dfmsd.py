@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
+from ..checks import check_weight
 from ..layers import (
     AttentionGuide,
     DualGenerator,
@@ -98,8 +99,7 @@ class DFMSDHead(nn.Module):
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node = cfg.DISTILL.DFMSD
         for name in ("SEMANTIC_RATIO", "ENHANCEMENT", "ENHANCED_MAX_STRIDE"):
-            if not node[name] >= 0:
-                raise ValueError(f"DISTILL.DFMSD.{name} must be 0 or above, got {node[name]}.")
+            check_weight(f"DISTILL.DFMSD.{name}", node[name])
         if not 0 < node.HIGH_PASS_CUTOFF <= 0.15:
             raise ValueError(
                 "DISTILL.DFMSD.HIGH_PASS_CUTOFF must be in (0, 0.15] cycles per cell, got "

@@ -5,7 +5,7 @@ from torch.linalg import vector_norm
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_temperature
+from ..checks import check_temperature, check_weight
 from ..pairs import SAME_KIND, DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
@@ -70,6 +70,8 @@ class DISTHead(nn.Module):
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node, two_stage = cfg.DISTILL.DIST, pair.student.two_stage
         check_temperature("DISTILL.DIST.TEMPERATURE", node.TEMPERATURE)
+        check_weight("DISTILL.DIST.INTER_WEIGHT", node.INTER_WEIGHT)
+        check_weight("DISTILL.DIST.INTRA_WEIGHT", node.INTRA_WEIGHT)
         return {
             "levels": () if two_stage else pair.dense_levels,
             "two_stage": two_stage,

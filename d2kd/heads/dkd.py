@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_temperature
+from ..checks import check_temperature, check_weight
 from ..pairs import TWO_STAGE, DistillPair
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
@@ -60,6 +60,8 @@ class DKDHead(nn.Module):
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node = cfg.DISTILL.DKD
         check_temperature("DISTILL.DKD.TEMPERATURE", node.TEMPERATURE)
+        check_weight("DISTILL.DKD.TARGET_WEIGHT", node.TARGET_WEIGHT)
+        check_weight("DISTILL.DKD.NON_TARGET_WEIGHT", node.NON_TARGET_WEIGHT)
         return {
             "target_weight": node.TARGET_WEIGHT,
             "non_target_weight": node.NON_TARGET_WEIGHT,

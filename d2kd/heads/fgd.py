@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_temperature
+from ..checks import check_temperature, check_weight
 from ..layers import (
     GlobalContext,
     build_adapters,
@@ -80,6 +80,8 @@ class FGDHead(nn.Module):
         node = cfg.DISTILL.FGD
         check_temperature("DISTILL.FGD.TEMPERATURE", node.TEMPERATURE)
         terms = ("FOREGROUND", "BACKGROUND", "ATTENTION", "GLOBAL")
+        for term in terms:
+            check_weight(f"DISTILL.FGD.{term}_WEIGHT", node[f"{term}_WEIGHT"])
         return {
             "levels": pair.levels,
             "temperature": node.TEMPERATURE,

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_choice
+from ..checks import check_choice, check_weight
 from ..layers import ObjectMask, add_object_mask_config, average_cells, relation_error
 from ..pairs import DistillPair
 from ..pyramid import LevelPair, match_inside, match_levels
@@ -87,6 +87,8 @@ class MARHead(nn.Module):
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         node = cfg.DISTILL.MAR
         check_choice("DISTILL.MAR.RELATION", node.RELATION, RELATIONS)
+        check_weight("DISTILL.MAR.FEATURE_WEIGHT", node.FEATURE_WEIGHT)
+        check_weight("DISTILL.MAR.RELATION_WEIGHT", node.RELATION_WEIGHT)
         if node.MAX_CELLS < 1:
             raise ValueError(f"DISTILL.MAR.MAX_CELLS must be at least 1, got {node.MAX_CELLS}.")
         sizes = pair.student.roi_size, pair.teacher.roi_size

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
+from ..checks import MAX_CHANNELS, check_range
 from ..layers import ReviewFusion, pyramid_error
 from ..pairs import DistillPair
 from ..pyramid import LevelPair, match_levels
@@ -48,8 +49,7 @@ class ReviewKDHead(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair):
         channels = cfg.DISTILL.ReviewKD.MID_CHANNELS
-        if channels < 1:
-            raise ValueError(f"DISTILL.ReviewKD.MID_CHANNELS must be at least 1, got {channels}.")
+        check_range("DISTILL.ReviewKD.MID_CHANNELS", channels, 1, MAX_CHANNELS)
         return {"levels": pair.levels, "mid_channels": channels}
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:

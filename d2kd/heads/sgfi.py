@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes
 
+from ..checks import check_range
 from ..layers import build_adapter
 from ..pairs import DistillPair
 from ..views import DetectorView, RegionSampler, roi_align_levels
@@ -103,9 +104,9 @@ class SGFIHead(nn.Module):
             raise ValueError(
                 f"DISTILL.SGFI.NEGATIVE_SLOPE must be in [0, 1), got {node.NEGATIVE_SLOPE}."
             )
-        for key in ("SAMPLING_RATIO", "CHUNK_SIZE"):
-            if node[key] < 0:
-                raise ValueError(f"DISTILL.SGFI.{key} must be 0 or more, got {node[key]}.")
+        why = "time and memory grow with its square"
+        check_range("DISTILL.SGFI.SAMPLING_RATIO", node.SAMPLING_RATIO, 0, 8, why)
+        check_range("DISTILL.SGFI.CHUNK_SIZE", node.CHUNK_SIZE, 0, 10**6, "0 is all at once")
         if pair.teacher.roi_size < 7:
             raise ValueError(
                 f"DISTILL.HEADS: SGFI embeds RoI features of 7 cells a side or more; the teacher's "

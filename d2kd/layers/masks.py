@@ -55,9 +55,9 @@ class MaskRule:
             raise ValueError(
                 f"{key}.RATIO must be in [0, 1), got {node.RATIO}: it is the share to hide."
             )
-        if not node.THRESHOLD > 0:
+        if not 0 < node.THRESHOLD < math.inf:
             raise ValueError(
-                f"{key}.THRESHOLD must be above 0, got {node.THRESHOLD}: attention has mean 1."
+                f"{key}.THRESHOLD must be above 0, got {node.THRESHOLD}: attention has " "mean 1."
             )
         if node.RULE == "threshold" and node.HIDE in ("random", "sampled"):
             raise ValueError(

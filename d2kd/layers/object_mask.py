@@ -1,5 +1,6 @@
 """How much each cell counts, by how far it is from an object."""
 
+import math
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -49,12 +50,12 @@ class ObjectMask:
             ValueError: a value outside its range
         """
         check_choice(f"{key}.KIND", node.KIND, KINDS)
-        if not node.INSIDE >= node.NEAR >= node.FAR >= 0 or not node.INSIDE > 0:
+        if not math.inf > node.INSIDE >= node.NEAR >= node.FAR >= 0 or not node.INSIDE > 0:
             raise ValueError(
-                f"{key}: INSIDE >= NEAR >= FAR >= 0 and INSIDE > 0 are needed, got {node.INSIDE}, "
-                f"{node.NEAR} and {node.FAR}."
+                f"{key}: INSIDE >= NEAR >= FAR >= 0 and finite INSIDE > 0 are needed, got "
+                f"{node.INSIDE}, {node.NEAR} and {node.FAR}."
             )
-        if not node.NEAR_FACTOR >= 1:
+        if not 1 <= node.NEAR_FACTOR < math.inf:
             raise ValueError(f"{key}.NEAR_FACTOR must be at least 1, got {node.NEAR_FACTOR}.")
         return cls(**{k.lower(): v for k, v in node.items()})
 

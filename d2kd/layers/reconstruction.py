@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from detectron2.config import CfgNode
 
+from ..checks import check_range
+
 
 def squared_error(rebuilt: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
     """
@@ -42,11 +44,8 @@ def read_reference_pixels(key: str, node: CfgNode) -> int:
     Raises:
         ValueError: below 0
     """
-    if node.REFERENCE_PIXELS < 0:
-        raise ValueError(
-            f"{key}.REFERENCE_PIXELS must be 0 (as published) or a number of pixels, such as "
-            f"1075200 for 800x1344, got {node.REFERENCE_PIXELS}."
-        )
+    why = "0 is as published; else a number of pixels, such as 1075200 for 800x1344"
+    check_range(f"{key}.REFERENCE_PIXELS", node.REFERENCE_PIXELS, 0, 10**9, why)
     return node.REFERENCE_PIXELS
 
 

@@ -7,6 +7,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_bac
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
+from ..checks import check_range, check_weight
 from ..compat import require
 
 
@@ -19,9 +20,15 @@ def build_fcos(cfg: CfgNode) -> nn.Module:
     """
     fcos = require("detectron2.modeling.meta_arch.fcos", "MODEL.META_ARCHITECTURE: FCOS")
     node = cfg.MODEL.FCOS
+    _check(node)
     backbone = build_backbone(cfg)
     shapes = backbone.output_shape()
     in_features = list(node.IN_FEATURES)
+    if not in_features or any(x not in list(shapes) for x in in_features):
+        raise ValueError(
+            f"MODEL.FCOS.IN_FEATURES must name levels of the backbone, {', '.join(shapes)}, got "
+            f"{in_features}."
+        )
     channels = shapes[in_features[0]].channels
     return fcos.FCOS(
         backbone=backbone,
@@ -44,6 +51,18 @@ def build_fcos(cfg: CfgNode) -> nn.Module:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
+
+
+def _check(node: CfgNode) -> None:
+    check_range("MODEL.FCOS.NUM_CLASSES", node.NUM_CLASSES, 1, 10**6)
+    check_range("MODEL.FCOS.NUM_CONVS", node.NUM_CONVS, 0, 100)
+    check_range("MODEL.FCOS.PRIOR_PROB", node.PRIOR_PROB, 1e-6, 1 - 1e-6)
+    check_range("MODEL.FCOS.FOCAL_LOSS_ALPHA", node.FOCAL_LOSS_ALPHA, 0, 1)
+    check_weight("MODEL.FCOS.FOCAL_LOSS_GAMMA", node.FOCAL_LOSS_GAMMA)
+    check_range("MODEL.FCOS.CENTER_SAMPLING_RADIUS", node.CENTER_SAMPLING_RADIUS, 0, 10**4)
+    check_range("MODEL.FCOS.SCORE_THRESH_TEST", node.SCORE_THRESH_TEST, 0, 1)
+    check_range("MODEL.FCOS.NMS_THRESH_TEST", node.NMS_THRESH_TEST, 0, 1)
+    check_range("MODEL.FCOS.TOPK_CANDIDATES_TEST", node.TOPK_CANDIDATES_TEST, 1, 10**6)
 
 
 if "FCOS" not in META_ARCH_REGISTRY:

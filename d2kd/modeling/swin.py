@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 
+from ..checks import MAX_CHANNELS, check_range
 from ..compat import require
 
 
@@ -26,6 +27,20 @@ def build_swin(cfg: CfgNode) -> nn.Module:
             "depth from timm, which is not installed. Run `pip install timm`, or set it to 0, "
             "which changes nothing for a teacher."
         )
+    if len(node.DEPTHS) != len(node.NUM_HEADS):
+        raise ValueError(
+            f"MODEL.SWIN.DEPTHS {node.DEPTHS} and MODEL.SWIN.NUM_HEADS {node.NUM_HEADS} must be "
+            "lists of one length, a stage each."
+        )
+    names = [f"p{i}" for i in range(len(node.DEPTHS))]
+    if not node.OUT_FEATURES or any(x not in names for x in node.OUT_FEATURES):
+        raise ValueError(
+            f"MODEL.SWIN.OUT_FEATURES must name some of {', '.join(names)}, got "
+            f"{list(node.OUT_FEATURES)}."
+        )
+    for key in ("EMBED_DIM", "WINDOW_SIZE"):
+        check_range(f"MODEL.SWIN.{key}", node[key], 1, MAX_CHANNELS)
+    check_range("MODEL.SWIN.DROP_PATH_RATE", node.DROP_PATH_RATE, 0, 1)
     return swin.SwinTransformer(
         embed_dim=node.EMBED_DIM,
         depths=node.DEPTHS,

@@ -10,6 +10,7 @@ from detectron2.layers import batched_nms
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
+from ..checks import check_range
 from .info import DetectorInfo
 from .regions import Regions, Source
 
@@ -59,11 +60,8 @@ class RegionSampler(NamedTuple):
         """
         sampler = cls(**{k.lower(): v for k, v in cfg.DISTILL.REGIONS.items()})
         for name, value in sampler._asdict().items():
-            if isinstance(cls._field_defaults[name], int) and value < 1:
-                raise ValueError(
-                    f"DISTILL.REGIONS.{name.upper()} must be at least 1, got {value}: it is a "
-                    "number of boxes."
-                )
+            if isinstance(cls._field_defaults[name], int):
+                check_range(f"DISTILL.REGIONS.{name.upper()}", value, 1, 10**6, "a number of boxes")
             if isinstance(cls._field_defaults[name], float) and not 0 < value <= 1:
                 raise ValueError(f"DISTILL.REGIONS.{name.upper()} must be in (0, 1], got {value}.")
             if student.two_stage and value != cls._field_defaults[name]:

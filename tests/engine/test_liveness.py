@@ -406,17 +406,6 @@ def test_learning_rate_of_0_is_refused(folder: Path, teacher: List[Any]) -> None
         Liveness(model, torch.optim.SGD(groups), trainer.cfg)
 
 
-@pytest.mark.parametrize(
-    "key, value", [("FIRST_STEPS", 1), ("PERIOD", -1), ("WANTED_SHARE", 0.0), ("WANTED_SHARE", 1.0)]
-)
-def test_value_outside_its_range_is_refused(
-    key: str, value: float, folder: Path, teacher: List[Any]
-) -> None:
-    cfg = run_config(folder, teacher, ["PKD"], **{f"DISTILL__LIVENESS__{key}": value})
-    with pytest.raises(ValueError, match=f"DISTILL.LIVENESS: .*{key}.*{value}"):
-        build_trainer(cfg)
-
-
 def test_student_alone_is_not_watched(folder: Path) -> None:
     trainer = run(run_config(folder, SOLVER__MAX_ITER=1))
     assert not any(isinstance(x, Liveness) for x in trainer._hooks)

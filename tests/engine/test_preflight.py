@@ -1,5 +1,6 @@
 """Each mistake that a config can hold is found before a model is built."""
 
+import math
 import os
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from detectron2.config import CfgNode
 
+from d2kd.data import register_datasets
 from d2kd.engine.preflight import check_config
 from d2kd.heads.build import head_names
 
@@ -39,6 +41,27 @@ MISTAKES = [
     ({"DISTILL.INHERIT": ["tail"]}, "DISTILL.INHERIT has 'tail'; it may list neck, head"),
     ({"DISTILL.MGD.LOSS_WEIGHT": 0.0}, "DISTILL.MGD.LOSS_WEIGHT must be above 0"),
     ({"DISTILL.MGD.SCHEDULE.DECAY": "step"}, "DISTILL.MGD.SCHEDULE.DECAY must be one of"),
+    ({"DISTILL.MGD.LOSS_WEIGHT": math.inf}, "DISTILL.MGD.LOSS_WEIGHT must be above 0, got inf"),
+    ({"DISTILL.STAGE_LR": "again"}, "STAGE_LR must be one of restart, continue, got 'again'"),
+    ({"DISTILL.LIVENESS.FIRST_STEPS": 1}, "LIVENESS.FIRST_STEPS must be 2 or more, got 1"),
+    ({"DISTILL.LIVENESS.PERIOD": -1}, "LIVENESS.PERIOD must be 0 or more, got -1"),
+    ({"DISTILL.LIVENESS.WANTED_SHARE": 0.0}, r"LIVENESS.WANTED_SHARE must be in \(0, 1\), got 0.0"),
+    ({"DISTILL.LIVENESS.WANTED_SHARE": 1.0}, r"LIVENESS.WANTED_SHARE must be in \(0, 1\), got 1.0"),
+    ({"DISTILL.TEACHER.EVAL_IMAGES": -1}, "TEACHER.EVAL_IMAGES must be 0 or more, got -1"),
+    ({"DISTILL.TEACHER.MIN_AP": math.nan}, r"TEACHER.MIN_AP must be in \[0, 100\], got nan"),
+    ({"SEED": 2**32}, "SEED must be in .*, got 4294967296"),
+    ({"VIS_PERIOD": -1}, "VIS_PERIOD must be 0 or more, got -1"),
+    ({"SOLVER.MAX_ITER": -1}, "SOLVER.MAX_ITER must be 1 or more, got -1"),
+    ({"SOLVER.IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH must be 1 or more, got 0"),
+    ({"SOLVER.CHECKPOINT_PERIOD": 0}, "SOLVER.CHECKPOINT_PERIOD must be 1 or more, got 0"),
+    (
+        {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "all"},
+        "CLIP_TYPE must be one of value, norm, full_model, got 'all'",
+    ),
+    (
+        {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": -1.0},
+        "CLIP_VALUE must be above 0, got -1.0",
+    ),
     ({"DISTILL.STUDENT_META_ARCHITECTURE": ""}, "DISTILL.STUDENT_META_ARCHITECTURE is ''"),
     (
         {"DISTILL.STUDENT_META_ARCHITECTURE": "Distiller"},
@@ -110,11 +133,11 @@ def test_code_in_a_file_of_proposals_is_refused_and_not_run(part: str, tmp_path:
     cfg.DATASETS[f"PROPOSAL_FILES_{part}"] = (str(path),)
     proposals = {"ids": [1], "boxes": [np.zeros((2, 4))], "objectness_logits": [np.zeros(2)]}
     path.write_bytes(pickle.dumps(proposals))
-    check_config(cfg)
+    register_datasets(cfg)
     path.write_bytes(pickle.dumps({**proposals, "more": Attack(trap)}))
     with pytest.raises(ValueError, match=f"PROPOSAL_FILES_{part}: .*wants to run posix.system"):
-        check_config(cfg)
+        register_datasets(cfg)
     assert not trap.exists()
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"PROPOSAL_FILES_{part}: there is no file"):
-        check_config(cfg)
+        register_datasets(cfg)

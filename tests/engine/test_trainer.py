@@ -237,7 +237,7 @@ def test_after_its_stop_a_term_is_zero_and_the_teacher_is_not_run(
 # (key, wrong value, what the message must have beside the key)
 WRONG = [
     ("SOLVER.AMP.ENABLED", True, "cpu"),
-    ("SOLVER.IMS_PER_BATCH", 0, "is 0"),
+    ("SOLVER.IMS_PER_BATCH", 0, "got 0"),
     ("MODEL.WEIGHTS", "nowhere.pth", "nowhere.pth"),
     ("MODEL.RETINANET.NUM_CLASSES", 77, "77"),
     ("DATASETS.TRAIN", ("d2kd_shapes_trian",), "d2kd_shapes_train"),

@@ -596,7 +596,7 @@ def head_for(student: DetectorInfo, teacher: DetectorInfo, *opts: Any) -> CKDHea
         ("IOU_THRESHOLD", 0.0, "got 0.0"),
         ("IOU_THRESHOLD", 1.5, "got 1.5"),
         ("QUEUE_SIZE", -1, "got -1"),
-        ("SHARED_CHANNELS", 0, "and 0"),
+        ("SHARED_CHANNELS", 0, "got 0"),
         ("PROJECTION", "teacher", "student, shared, got 'teacher'"),
     ],
 )

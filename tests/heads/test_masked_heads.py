@@ -294,7 +294,7 @@ HEAD_ERRORS: List[Tuple[str, Dict[str, Any], str]] = [
         for k in ("AMD", "DMKD", "DFMSD", "SAMKD")
     ),
     *(
-        (k, {"REFERENCE_PIXELS": -1}, r"REFERENCE_PIXELS must be 0 .*, got -1")
+        (k, {"REFERENCE_PIXELS": -1}, r"REFERENCE_PIXELS must be in .*, got -1")
         for k in ("MGD", "AMD", "DMKD", "SAMKD")
     ),
     *(

@@ -226,7 +226,7 @@ def test_number_of_channels_reaches_the_head() -> None:
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_number_of_channels_below_one_is_refused(value: int) -> None:
-    message = rf"DISTILL\.ReviewKD\.MID_CHANNELS must be at least 1, got {value}"
+    message = rf"DISTILL\.ReviewKD\.MID_CHANNELS must be in \[1, 65536\], got {value}"
     with pytest.raises(ValueError, match=message):
         build(MID_CHANNELS=value)
 

@@ -1,0 +1,94 @@
+"""Read a YAML with its _BASE_ without running code that somebody may have put into it."""
+
+import os
+from typing import Any, Dict, Tuple
+
+import yaml
+
+import detectron2
+from detectron2.utils.file_io import PathManager
+
+
+def read_yaml(path: str, above: Tuple[str, ...] = ()) -> Dict[str, Any]:
+    """
+    What Detectron2 reads from a YAML, and below it from those that its _BASE_ names, but safely.
+
+    Only files of the installed Detectron2 may run code (its Base-RetinaNet.yaml computes anchor
+    sizes): they are as trusted as its Python.
+
+    Args:
+        path: of the YAML; of a _BASE_ also its URL
+        above: the files whose _BASE_ led here
+
+    Raises:
+        ValueError, OSError: naming the file that is wrong, and how
+    """
+    if path in above:
+        raise ValueError(f"{path}: its _BASE_ leads back to itself ({', '.join(above)}).")
+    own = _parse(path)
+    bases = own.pop("_BASE_", [])
+    merged: Dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{path}: _BASE_ must name a YAML or a list of them, got {base!r}.")
+        base = os.path.expanduser(base)
+        is_url = base.startswith(("http://", "https://"))
+        base = base if is_url else os.path.join(os.path.dirname(path), base)
+        if not is_url and not os.path.isfile(base):
+            raise FileNotFoundError(f"{path}: its _BASE_ {base!r} does not exist.")
+        _update(merged, read_yaml(base, (*above, path)), base)
+    _update(merged, own, path)
+    return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML asks for keys that differ. PyYAML takes the last, as if the first were not there."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key.value, str) else None)
+        return node
+
+
+def _parse(path: str) -> Dict[str, Any]:
+    own = os.path.dirname(detectron2.__file__)
+    trusted = os.path.abspath(path).startswith(os.path.abspath(own) + os.sep)
+    try:
+        with PathManager.open(path, "rb") as file:
+            content = yaml.load(file, yaml.UnsafeLoader if trusted else _Loader)
+    except yaml.constructor.ConstructorError as error:
+        if "a constructor for the tag" not in error.problem:
+            raise ValueError(f"{path} is not YAML: {error}") from None
+        raise ValueError(
+            f"{path} wants to run code ({error.problem.strip()}), which d2kd does not "
+            "let a YAML do. Write the values out; for a detector of Detectron2's model zoo, "
+            "give its name instead of a path."
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # such as the date 2020-13-13
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    except OSError as error:  # such as a URL's, which does not say which
+        raise OSError(f"{path} cannot be read: {error}") from error
+    if content is None:
+        raise ValueError(f"{path} is empty.")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not keys with values.")
+    return content
+
+
+def _update(merged: Dict[str, Any], new: Dict[str, Any], path: str, prefix: str = "") -> None:
+    """Let the values of `new` take the place of those in `merged`, mapping by mapping."""
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            _update(merged[key], value, path, f"{prefix}{key}.")
+        elif isinstance(value, dict) and key in merged:
+            raise ValueError(
+                f"{path}: {prefix}{key} is a mapping, but in its _BASE_ {merged[key]!r}."
+            )
+        else:
+            merged[key] = value

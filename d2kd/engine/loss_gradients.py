@@ -61,10 +61,11 @@ class LossGradients:
             found[key] = _summary(losses[key], ours, task, terms)
         return cls(found, {name: list(keys) for name, keys in heads.items()})
 
-    def share(self, key: str) -> float:
-        """Of the sum of all losses' norms."""
-        total = sum(x.norm for x in self.losses.values())
-        return self.losses[key].norm / total if total else 0.0
+    def share(self, key: str, level: str = "") -> float:
+        """Of the sum of all losses' norms, at one level or at all together."""
+        norms = {k: x.levels[level] if level else x.norm for k, x in self.losses.items()}
+        total = sum(norms.values())
+        return norms[key] / total if total else 0.0
 
     def scalars(self) -> Dict[str, float]:
         """For TensorBoard. Detectron2 prints every name that has "loss" in it: these have not."""
@@ -75,18 +76,22 @@ class LossGradients:
             scalars[f"gradient_cosine/{name}"] = self.losses[key].cosine
             for level, norm in self.losses[key].levels.items():
                 scalars[f"gradient_{level}/{name}"] = norm
+                scalars[f"gradient_share_{level}/{name}"] = self.share(key, level)
         return scalars
 
 
 def describe(found: LossGradients) -> str:
-    """A table: the norm of each loss's gradient, by level, and how it stands to the task's."""
+    """
+    A table: the norm of each loss's gradient and its share of all losses', at each level and at all
+    together, and the cosine with the task's.
+    """
     levels = list(found.losses[TASK].levels)
-    rows = [
-        [key, x.value, *(x.levels[k] for k in levels), found.share(key), x.cosine]
-        for key, x in found.losses.items()
-    ]
+    rows = []
+    for key, x in found.losses.items():
+        norms = [f"{x.levels[k]:.2g} ({found.share(key, k):.0%})" for k in levels]
+        rows.append([key, f"{x.value:.3g}", *norms, f"{found.share(key):.1%}", f"{x.cosine:.2g}"])
     headers = ["loss", "value", *(f"gradient {k}" for k in levels), "share", "cosine"]
-    return tabulate(rows, headers, floatfmt=".3g")
+    return tabulate(rows, headers, disable_numparse=True)
 
 
 def suggest_weights(found: LossGradients, loss_weights: Mapping[str, float], share: float) -> str:

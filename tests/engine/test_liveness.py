@@ -53,6 +53,8 @@ def test_norms_shares_and_cosines_are_those_of_the_gradients() -> None:
     assert b.cosine == pytest.approx(0.0, abs=1e-7)
     assert (c.value, c.norm, c.cosine) == (5.0, 0.0, 0.0)
     assert found.share("loss_a") == pytest.approx(10 / (5 + 10 + 13))
+    assert found.share("loss_b", "p3") == pytest.approx(5 / (5 + 10 + 5))
+    assert found.share("loss_b", "p4") == 1 and found.share("loss_a", "p4") == 0
 
 
 def test_losses_can_still_go_backward() -> None:
@@ -77,7 +79,9 @@ def test_table_has_every_loss_and_level_and_scalars_are_not_printed_as_losses() 
     text = describe(found)
     for word in (TASK, "loss_a", "loss_b", "loss_c", "gradient p3", "gradient p4", "cosine"):
         assert word in text
+    assert "12 (100%)" in text and "5 (25%)" in text
     scalars = found.scalars()
+    assert scalars["gradient_share_p3/b"] == pytest.approx(0.25)
     assert scalars["gradient_p4/b"] == 12 and not any("loss" in k for k in scalars)
     assert all(math.isfinite(v) for v in scalars.values())
 

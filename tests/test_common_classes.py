@@ -1,4 +1,4 @@
-"""From the classes of one detector to those that it shares with another, beside loops in float64."""
+"""From the classes of one detector to those it shares with another, beside loops in float64."""
 
 import itertools
 import math

@@ -68,15 +68,15 @@ def common_classes(
         None where the names of either's classes are not known
 
     Raises:
-        ValueError: DISTILL.TEACHER.CLASSES or ALIASES do not fit the detectors, or no class is in
-            both and DISTILL.TEACHER.ALLOW_OTHER_CLASSES is False
+        ValueError: DISTILL.TEACHER.CLASSES or ALIASES do not fit the detectors, or one of these has
+            no names; or no class is in both and DISTILL.TEACHER.ALLOW_OTHER_CLASSES is False
     """
     node = cfg.DISTILL.TEACHER
     student = _fitting(class_names(cfg), num_student, "student")
     teacher = tuple(node.CLASSES) or _fitting(teacher_names, num_teacher, "teacher")
     _check_classes(node.CLASSES, num_teacher)
     if not (student and teacher):
-        _check_unnamed(node.ALIASES, "teacher" if student else "student")
+        _check_unnamed(node, "teacher" if student else "student")
         return None
     found = match_classes(student, teacher, node.ALIASES)
     if not (found.student or node.ALLOW_OTHER_CLASSES):
@@ -147,16 +147,18 @@ def _check_classes(names: Sequence[Any], count: int) -> None:
         )
 
 
-def _check_unnamed(aliases: Sequence[Any], side: str) -> None:
-    if aliases:
-        hints = {
-            "student": "They are those of the data set in DATASETS.TRAIN.",
-            "teacher": "Give them in DISTILL.TEACHER.CLASSES.",
-        }
-        raise ValueError(
-            f"DISTILL.TEACHER.ALIASES {list(aliases)}: the names of the {side}'s classes are not "
-            f"known. {hints[side]}"
-        )
+def _check_unnamed(node: CfgNode, side: str) -> None:
+    """Names that would be given for nothing."""
+    hints = {
+        "student": "They are those of the data set in DATASETS.TRAIN.",
+        "teacher": "Give them in DISTILL.TEACHER.CLASSES.",
+    }
+    for key in ("ALIASES", "CLASSES"):
+        if node[key]:
+            raise ValueError(
+                f"DISTILL.TEACHER.{key} {list(node[key])}: the names of the {side}'s classes are "
+                f"not known. {hints[side]}"
+            )
 
 
 def _check_alias(alias: Any, student: Sequence[str], teacher: Sequence[str]) -> None:

@@ -316,6 +316,14 @@ def test_alias_needs_names_on_both_sides() -> None:
     )
 
 
+def test_names_of_the_teacher_alone_are_refused_as_there_is_nothing_to_match_them_with() -> None:
+    text = refusal(num_teacher=2, names=(), train=(), CLASSES=["disc", "ring"])
+    assert text == (
+        "DISTILL.TEACHER.CLASSES ['disc', 'ring']: the names of the student's classes are not "
+        "known. They are those of the data set in DATASETS.TRAIN."
+    )
+
+
 def test_nothing_in_common_is_refused_with_both_and_how_to_go_on() -> None:
     text = refusal(num_teacher=2, names=("dog", "Disc"))
     assert text.startswith("DISTILL.TEACHER: student and teacher have no class in common:\n")

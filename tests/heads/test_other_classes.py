@@ -477,6 +477,18 @@ def test_images_without_objects_are_compared(
     assert list(step(distiller, inputs_of(boxes=0))) == HEADS[family]
 
 
+@each_family
+def test_bfloat16_autocast_gives_finite_float32_losses(
+    family: str, teacher_of: Callable[..., List[Any]]
+) -> None:
+    distiller = build(family, teacher_of(family, *COMMON))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = losses_of(distiller, inputs_of())
+    assert list(found) == HEADS[family]
+    for loss in (x for losses in found.values() for x in losses.values()):
+        assert loss.isfinite() and loss.dtype == torch.float32 and loss.requires_grad
+
+
 def test_heads_that_are_off_ask_nobody(teacher_of: Callable[..., List[Any]]) -> None:
     values = {f"DISTILL__{x}__SCHEDULE__STOP_ITER": 1 for x in HEADS["faster_rcnn"]}
     distiller = build("faster_rcnn", teacher_of("faster_rcnn", *COMMON), **values)

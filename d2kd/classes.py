@@ -37,7 +37,7 @@ class CommonClasses:
         return same_count and self.student == self.teacher == one_by_one
 
     def __str__(self) -> str:
-        if self.same:
+        if self.same and self.student_names == self.teacher_names:
             return f"  both know the same {len(self.student)}, in the same order"
         sides = (self.student_names, self.student), (self.teacher_names, self.teacher)
         lines = [
@@ -68,15 +68,15 @@ def common_classes(
         None where the names of either's classes are not known
 
     Raises:
-        ValueError: DISTILL.TEACHER.CLASSES or ALIASES do not fit the detectors, or no class is in
-            both and DISTILL.TEACHER.ALLOW_OTHER_CLASSES is False
+        ValueError: DISTILL.TEACHER.CLASSES or ALIASES do not fit the detectors, or one of these has
+            no names; or no class is in both and DISTILL.TEACHER.ALLOW_OTHER_CLASSES is False
     """
     node = cfg.DISTILL.TEACHER
     student = _fitting(class_names(cfg), num_student, "student")
     teacher = tuple(node.CLASSES) or _fitting(teacher_names, num_teacher, "teacher")
     _check_classes(node.CLASSES, num_teacher)
     if not (student and teacher):
-        _check_unnamed(node.ALIASES, "teacher" if student else "student")
+        _check_unnamed(node, "teacher" if student else "student")
         return None
     found = match_classes(student, teacher, node.ALIASES)
     if not (found.student or node.ALLOW_OTHER_CLASSES):
@@ -104,6 +104,9 @@ def match_classes(
     """
     for alias in aliases:
         _check_alias(alias, student, teacher)
+    if tuple(student) == tuple(teacher) and not aliases:  # also where a name is there twice
+        one_by_one = tuple((i,) for i in range(len(student)))
+        return CommonClasses(tuple(student), tuple(teacher), one_by_one, one_by_one)
     ours, theirs = {x[0] for x in aliases}, {x[1] for x in aliases}
     links = [(s, t) for s, t in aliases if s and t]
     links += [(x, x) for x in student if x in teacher and x not in ours and x not in theirs]
@@ -126,33 +129,36 @@ def _indices(names: Sequence[str], chosen: Set[str]) -> Tuple[int, ...]:
 def _fitting(names: Sequence[str], count: int, side: str) -> Tuple[str, ...]:
     """The names that a data set gives, unless the detector has another number of classes."""
     if names and len(names) != count:
+        hint = " Give them in DISTILL.TEACHER.CLASSES." if side == "teacher" else ""
         logger.warning(
             f"The data set in the {side}'s config has {len(names)} classes, the {side} {count}: "
-            "their names are not known."
+            f"their names are not known.{hint}"
         )
         return ()
     return tuple(names)
 
 
 def _check_classes(names: Sequence[Any], count: int) -> None:
-    if not all(isinstance(x, str) and x for x in names) or len(names) not in (0, count):
+    odd = [x for x in names if not (isinstance(x, str) and x)]
+    if odd or len(names) not in (0, count):
+        found = f"{odd[0]!r} in {list(names)}" if odd else f"{len(names)}: {list(names)}"
         raise ValueError(
-            f"DISTILL.TEACHER.CLASSES must name each of the teacher's {count} classes, got "
-            f"{len(names)}: {list(names)}."
+            f"DISTILL.TEACHER.CLASSES must name each of the teacher's {count} classes, got {found}."
         )
 
 
-def _check_unnamed(aliases: Sequence[Any], side: str) -> None:
-    if aliases:
-        raise ValueError(
-            f"DISTILL.TEACHER.ALIASES {list(aliases)}: the names of the {side}'s classes are not "
-            "known. "
-            + (
-                "Give them in DISTILL.TEACHER.CLASSES."
-                if side == "teacher"
-                else "They " "are those of the data set in DATASETS.TRAIN."
+def _check_unnamed(node: CfgNode, side: str) -> None:
+    """Names that would be given for nothing."""
+    hints = {
+        "student": "They are those of the data set in DATASETS.TRAIN.",
+        "teacher": "Give them in DISTILL.TEACHER.CLASSES.",
+    }
+    for key in ("ALIASES", "CLASSES"):
+        if node[key]:
+            raise ValueError(
+                f"DISTILL.TEACHER.{key} {list(node[key])}: the names of the {side}'s classes are "
+                f"not known. {hints[side]}"
             )
-        )
 
 
 def _check_alias(alias: Any, student: Sequence[str], teacher: Sequence[str]) -> None:

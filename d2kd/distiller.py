@@ -136,7 +136,7 @@ class Distiller(nn.Module):
         with student.record(self.members):
             losses = dict(self.student(batched_inputs))
         views = student, teacher
-        in_common = [CommonClassesView(*x) for x in zip(views, self.merges)]
+        in_common = [CommonClassesView(*x, self.merges[0]) for x in zip(views, self.merges)]
         for name, weight in weights.items():
             logits = compares_logits(self.heads[name])
             seen = in_common if in_common and logits else views

@@ -14,8 +14,9 @@ Tensors = Mapping[str, Tensor]
 
 PARTS = ("neck", "head")
 
-# Layers with rows of their own for each class, in Detectron2's detectors.
-PER_CLASS = re.compile(r"cls_score|box_predictor.*bbox_pred|mask_head\.predictor")
+# Layers with rows of their own for each class, in Detectron2's detectors, and how many a
+# class-agnostic one has.
+PER_CLASS = {r"cls_score": 0, r"box_predictor.*bbox_pred": 4, r"mask_head\.predictor": 1}
 
 
 def part_of(key: str) -> str:
@@ -69,4 +70,7 @@ def _why(key: str, source: Tensors, target: Tensors, same_classes: bool) -> str:
         return "not in the teacher"
     if source[key].shape != target[key].shape:
         return f"teacher {tuple(source[key].shape)}, student {tuple(target[key].shape)}"
-    return "" if same_classes or not PER_CLASS.search(key) else "the classes are others"
+    if same_classes:
+        return ""
+    by_class = (re.search(k, key) and len(target[key]) > rows for k, rows in PER_CLASS.items())
+    return "the classes are others" if any(by_class) else ""

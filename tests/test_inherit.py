@@ -1,7 +1,8 @@
 """Initialising parts of the student from the teacher: exactly the fitting entries, said aloud."""
 
 import logging
-from typing import Dict, List
+from pathlib import Path
+from typing import Dict, List, Tuple
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import nn
 
 from detectron2.modeling import build_model
 
+from d2kd.data.outlines import CLASSES
 from d2kd.inherit import inherit, part_of
 
-from toys import detector_config
+from toys import NUM_CLASSES, detector_config, distill_config, write_teacher
 
 
 def build(name: str, seed: int, **overrides: object) -> nn.Module:
@@ -88,3 +90,78 @@ def test_unknown_part_is_refused() -> None:
     detector = build("retinanet", seed=1)
     with pytest.raises(ValueError, match="DISTILL.INHERIT: .*'spine'"):
         inherit(detector, detector, ["spine"])
+
+
+# Other classes -----------------------------------------------------------------------------------
+
+# By detector, the layers whose rows are classes. The boxes of a dense head are of no class, nor are
+# those of a cascade.
+ROWS = {
+    "retinanet": ["head.cls_score"],
+    "faster_rcnn": ["roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"],
+    "mask_rcnn": [
+        "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred",
+        "roi_heads.mask_head.predictor",
+    ],
+    "cascade_rcnn": [f"roi_heads.box_predictor.{i}.cls_score" for i in range(3)],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("others", [0, 2], ids=["as many", "more"])
+def test_rows_of_other_classes_are_left_alone_and_all_else_is_copied(
+    name: str, others: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = NUM_CLASSES + others
+    values = {"MODEL__RETINANET__NUM_CLASSES": count, "MODEL__ROI_HEADS__NUM_CLASSES": count}
+    student, teacher = build(name, seed=1), build(name, seed=2, **values)
+    for i, x in enumerate([*student.state_dict().values(), *teacher.state_dict().values()]):
+        x += i  # also biases, and statistics that nothing has changed yet, differ
+    before, source = snapshot(student), snapshot(teacher)
+    rows = {f"{layer}.{x}" for layer in ROWS[name] for x in ("weight", "bias")}
+    with caplog.at_level(logging.INFO, logger="d2kd.inherit"):
+        copied = inherit(student, teacher, ["neck", "head"], same_classes=False)
+    assert set(copied) == {k for k in before if part_of(k) != "backbone"} - rows
+    for key, value in student.state_dict().items():
+        assert torch.equal(value, source[key] if key in copied else before[key]), key
+    for key in rows:
+        shapes = f"teacher {tuple(source[key].shape)}, student {tuple(before[key].shape)}"
+        reason = shapes if others else "the classes are others"
+        assert f"{key} ({reason})" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "values, layers",
+    [
+        ({"MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True}, ["box_predictor.bbox_pred"]),
+        ({"MODEL__ROI_MASK_HEAD__CLS_AGNOSTIC_MASK": True}, ["mask_head.predictor"]),
+    ],
+)
+def test_layer_without_rows_for_each_class_is_copied_between_other_classes(
+    values: Dict[str, object], layers: List[str]
+) -> None:
+    student, teacher = build("mask_rcnn", seed=1, **values), build("mask_rcnn", seed=2, **values)
+    copied = inherit(student, teacher, ["head"], same_classes=False)
+    expected = [*ROWS["mask_rcnn"]]
+    for layer in layers:
+        expected.remove(f"roi_heads.{layer}")
+    left = {k for k in snapshot(student) if part_of(k) == "head"} - set(copied)
+    assert left == {f"{layer}.{x}" for layer in expected for x in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("order, same", [((0, 1, 2, 3, 4, 5), True), ((1, 0, 2, 3, 4, 5), False)])
+def test_distiller_inherits_rows_of_the_same_classes_only(
+    order: Tuple[int, ...], same: bool, tmp_path: Path
+) -> None:
+    classes = {"MODEL__RETINANET__NUM_CLASSES": 6}
+    opts = write_teacher(tmp_path, "retinanet", **classes)
+    names = [list(CLASSES)[i] for i in order]
+    values = {"DATASETS__TRAIN": ("d2kd_shapes_train",), "DISTILL__INHERIT": ["head"]}
+    cfg = distill_config("retinanet", opts, ["PKD"], **classes, **values)
+    cfg.DISTILL.TEACHER.CLASSES = names
+    distiller = build_model(cfg)
+    distiller.inherit_from_teacher()
+    ours, theirs = (x.head.state_dict() for x in (distiller.student, distiller.teacher.model))
+    equal = {k for k, v in ours.items() if torch.equal(v, theirs[k])}
+    assert ("cls_score.weight" in equal) == same and "bbox_pred.weight" in equal

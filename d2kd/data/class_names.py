@@ -44,15 +44,15 @@ def names_in_sets(
 
 def _names(dataset: str, json_file: str) -> Tuple[str, ...]:
     if json_file:
-        return _in_json(json_file)
+        return _in_json(json_file, dataset)
     if dataset in SPLITS:
         return tuple(CLASSES)
     if dataset not in DatasetCatalog.list():  # asking for its metadata would make some
         return ()
     metadata = MetadataCatalog.get(dataset)
     # Detectron2 reads those of a COCO set together with its annotations.
-    return tuple(metadata.get("thing_classes") or _in_json(metadata.get("json_file") or ""))
+    return tuple(metadata.get("thing_classes") or _in_json(metadata.get("json_file"), dataset))
 
 
-def _in_json(path: str) -> Tuple[str, ...]:
-    return read_summary(path, path)[1] if os.path.isfile(path) else ()
+def _in_json(path: Optional[str], dataset: str) -> Tuple[str, ...]:
+    return read_summary(path, f"Data set {dataset}")[1] if path and os.path.isfile(path) else ()

@@ -47,7 +47,8 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = 
     name = cfg.DATASETS.TEST[0]
     where = f"on {len(images)} images of {name}"
     if classes:
-        where += f", {len(classes.student)} of its {len(classes.student_names)} classes,"
+        evaluated = len(set(_places(classes).values()))
+        where += f", {evaluated} of its {len(classes.student_names)} classes,"
     ap = _evaluate(cfg, teacher, name, images, classes)
     logger.info(f"The teacher has {ap:.1f} AP {where.rstrip(',')}.")
     if not ap >= node.MIN_AP:

@@ -92,13 +92,19 @@ class MergeClasses(nn.Module):
 class CommonClassesView:
     """
     A DetectorView with C common classes in place of its K: class logits, the boxes that depend on
-    the class, and labels, in which C is background or a class that only this detector knows.
+    the class, and labels, in which C is background or a class that only the student knows.
     Everything else is the view's own.
     """
 
-    def __init__(self, view: DetectorView, merge: MergeClasses):
+    def __init__(self, view: DetectorView, merge: MergeClasses, merge_labels: MergeClasses):
+        """
+        Args:
+            merge: from the detector's classes
+            merge_labels: from the student's, which are those of the data, also for a teacher
+        """
         self._view = view
         self._merge = merge
+        self._merge_labels = merge_labels
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._view, name)
@@ -143,16 +149,15 @@ class CommonClassesView:
         )
 
     def _anchor_labels(self) -> AnchorLabels:
-        maps = [self._merge.labels(x) for x in self._view.anchor_labels().maps]
+        maps = [self._merge_labels.labels(x) for x in self._view.anchor_labels().maps]
         return AnchorLabels(maps, self._merge.num_classes)
 
     def _relabelled(self, name: str) -> List[Instances]:
         return self._view._once(f"common {name}", lambda: self._relabel(getattr(self._view, name)))
 
     def _relabel(self, instances: List[Instances]) -> List[Instances]:
+        labels = [self._merge_labels.labels(x.gt_classes) for x in instances]
         return [
-            Instances(
-                x.image_size, **{**x.get_fields(), "gt_classes": self._merge.labels(x.gt_classes)}
-            )
-            for x in instances
+            Instances(x.image_size, **{**x.get_fields(), "gt_classes": y})
+            for x, y in zip(instances, labels)
         ]

@@ -63,7 +63,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     # are not the student's, heads that compare logits compare the common ones
     node.TEACHER.CLASSES = []
     # [[student's class, teacher's class], ...] that are the same, of other names; several of one
-    # side are joined. "" on one side: the other class has no equal, whatever its name
+    # side are joined. A class that is named here is what the pairs say and nothing else, whatever
+    # its name; "" on one side: the other has no equal
     node.TEACHER.ALIASES = []
     # Go on where no class is in both, with heads that compare features
     node.TEACHER.ALLOW_OTHER_CLASSES = False

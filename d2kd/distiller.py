@@ -1,7 +1,7 @@
 """The meta-architecture that trains a student with a frozen teacher beside it."""
 
 import logging
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -135,15 +135,25 @@ class Distiller(nn.Module):
         self.latest = {"student": student, "teacher": teacher, "terms": {}, "keys": {}, "maps": {}}
         with student.record(self.members):
             losses = dict(self.student(batched_inputs))
-        views = student, teacher
-        in_common = [CommonClassesView(*x, self.merges[0]) for x in zip(views, self.merges)]
+        in_common = self._in_common_classes(student, teacher)
         for name, weight in weights.items():
-            logits = compares_logits(self.heads[name])
-            seen = in_common if in_common and logits else views
-            for key, loss in self._distill(name, weight, *seen).items():
+            views = in_common if compares_logits(self.heads[name]) else (student, teacher)
+            for key, loss in self._distill(name, weight, *views).items():
                 assert key not in losses, f"{name} returns {key!r}, a name that is taken"
                 losses[key] = loss
         return losses
+
+    def _in_common_classes(
+        self, student: DetectorView, teacher: DetectorView
+    ) -> Tuple[DetectorView, DetectorView]:
+        """The views as heads see them that compare class logits."""
+        if not self.merges:
+            return student, teacher
+        ours, theirs = self.merges
+        return (
+            CommonClassesView(student, ours, merge_labels=ours),
+            CommonClassesView(teacher, theirs, merge_labels=ours),
+        )
 
     def _distill(
         self, name: str, weight: float, student: DetectorView, teacher: DetectorView

@@ -24,8 +24,8 @@ A head is an nn.Module with
   "roi_features", "roi_predictions", "regions", "region_vectors", "anchor_labels", "tower_<depth>"
   (default: "features"), or a static method that tells it from the config and the
   :class:`DistillPair`; `requires_logits = True` where class logits are compared one by one: a dense
-  pair's anchors must be the same then, and of detectors with other classes the head is given
-  those in common, in logits, labels and `num_classes` alike;
+  pair's anchors must be the same then, and of detectors with other classes the head is given the
+  C in common, in logits, labels and `num_classes` alike (label C: background, or none of them);
 * `__init__`, made @configurable, with `from_config(cls, cfg, pair)`: `pair` is a
   :class:`DistillPair`;
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with

@@ -4,6 +4,7 @@ import pickle
 from typing import Any, Dict, List
 from urllib.parse import parse_qs, urlparse
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,6 +66,21 @@ class PlainCheckpointer(DetectionCheckpointer):
             raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
         finally:
             self._parsed_url_during_load = None  # upstream leaves it set after a failure
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """
+        Raises:
+            FloatingPointError: a weight is not finite, as a gradient of a finite loss may have left
+                it; the checkpoint before is the one to go on from
+        """
+        modules = [self.model, self.checkpointables.get("distill_heads", nn.Module())]
+        bad = next(filter(None, map(_not_finite, modules)), "") if self.save_to_disk else ""
+        if bad:
+            raise FloatingPointError(
+                f"{name}.pth was not saved: {bad} is not finite. What was saved before is as it "
+                "was. Usual cause: a learning rate or loss weight that is too high."
+            )
+        super().save(name, **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         # The best one is no place to go on from, also for a run that is killed right after it.
@@ -146,9 +162,9 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
             "Missing or of another shape:\n"
             f"{shown}{more}\nThe config file and the weights must belong to the same detector."
         )
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{key}: {path!r} has values in {name} that are not finite.")
+    bad = _not_finite(model)
+    if bad:
+        raise ValueError(f"{key}: {path!r} has values in {bad} that are not finite.")
 
 
 def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:
@@ -169,6 +185,16 @@ def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _not_finite(module: nn.Module) -> str:
+    """Name of a parameter or buffer that has NaN or infinite values; "" without."""
+    values = {k: v for k, v in module.state_dict().items() if torch.is_tensor(v)}
+    floats = {k: v for k, v in values.items() if v.is_floating_point()}
+    if not floats:
+        return ""
+    finite = torch.stack([v.isfinite().all() for v in floats.values()]).tolist()  # one transfer
+    return next((k for k, ok in zip(floats, finite) if not ok), "")
 
 
 def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> None:

@@ -57,7 +57,7 @@ class MaskRule:
             )
         if not 0 < node.THRESHOLD < math.inf:
             raise ValueError(
-                f"{key}.THRESHOLD must be above 0, got {node.THRESHOLD}: attention has " "mean 1."
+                f"{key}.THRESHOLD must be above 0, got {node.THRESHOLD}: attention has mean 1."
             )
         if node.RULE == "threshold" and node.HIDE in ("random", "sampled"):
             raise ValueError(

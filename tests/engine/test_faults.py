@@ -202,6 +202,33 @@ def go_on_and_train(runs: List[Tuple[CfgNode, CfgNode]]) -> None:
         assert fork(resume, stopped) == fork(resume, whole) == 0
 
 
+class SpoilStep(HookBase):
+    """As the gradient of a finite loss may: a weight is NaN after the step of iteration 3."""
+
+    def __init__(self, part: str):
+        self.part = part
+
+    def before_step(self) -> None:
+        if self.trainer.iter == 3:
+            module = getattr(self.trainer._module, self.part)
+            next(module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+
+
+@pytest.mark.parametrize("part", ["student", "heads"])
+def test_weights_that_are_not_finite_are_not_saved(
+    part: str, folder: Path, teacher: List[Any], tmp_path: Path
+) -> None:
+    cfg = at(run_config(folder, teacher), tmp_path, "run")
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    with pytest.raises(FloatingPointError, match="model_0000003.pth was not saved: .* not finite"):
+        run(cfg, SpoilStep(part))
+    assert [x.name for x in Path(cfg.OUTPUT_DIR).glob("model*")] == ["model_0000001.pth"]
+    whole = at(cfg, tmp_path, "whole")
+    run(whole)
+    run(cfg, resume=True)
+    assert_same_end(cfg, whole)
+
+
 # Another teacher ----------------------------------------------------------------------------------
 
 

@@ -362,7 +362,8 @@ def test_keys_reach_the_head_and_defaults_are_the_published_ones(
     for depth in (0, 4, -1):
         cfg = config("retinanet", teacher_of("retinanet"), "DEPTH", depth)
         text = refusal_of("CrossKD", cfg, pair)
-        assert f"CrossKD needs tower_{depth}; the student RetinaNet has none. It has " in text
+        needed = f"CrossKD needs tower_{depth} (DISTILL.CrossKD.DEPTH); the student RetinaNet has"
+        assert f"{needed} none. It has " in text
         assert "tower_1, tower_2, tower_3." in text
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: the plain student under "model", what distillation adds beside it."""
 
+import logging
 import pickle
 from typing import Any, Dict, List
 from urllib.parse import parse_qs, urlparse
@@ -13,6 +14,8 @@ from detectron2.utils.file_io import PathManager
 
 from .weights_file import read_weights_file
 from .whole_files import BEST, WholeFiles
+
+logger = logging.getLogger(__name__)
 
 # What reading a file that is no checkpoint, or half of one, has been seen to raise.
 _UNREADABLE = (
@@ -165,6 +168,7 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
     bad = _not_finite(model)
     if bad:
         raise ValueError(f"{key}: {path!r} has values in {bad} that are not finite.")
+    logger.info(f"{key}: {path!r} covers all of the detector, {checkpointer.loaded_keys} entries.")
 
 
 def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:

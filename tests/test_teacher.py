@@ -183,6 +183,13 @@ def test_weights_that_cover_less_are_refused_with_every_key(
     assert "\n  head.bbox_pred.bias\n" in message and "\n  head.cls_score.bias\n" in message
 
 
+def test_coverage_is_told(retinanet: List[Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="d2kd")
+    change(retinanet)()
+    total = len(torch.load(retinanet[3])["model"])
+    assert f"{retinanet[3]!r} covers all of the detector, {total} entries" in caplog.text
+
+
 def test_an_imagenet_backbone_is_no_teacher(retinanet: List[Any], tmp_path: Path) -> None:
     model = build_model(detector_config("retinanet"))
     weights = save(model.backbone.bottom_up, tmp_path / "backbone.pth")

@@ -49,7 +49,8 @@ def check_json(json_file: str, image_root: str, key: str) -> List[str]:
         image = os.path.join(image_root, file_name)
         if not PathManager.exists(image):
             raise FileNotFoundError(
-                f"{key}: {json_file} names the image {file_name}, missing at {os.path.abspath(image)}"
+                f"{key}: {json_file} names the image {file_name}, missing at "
+                f"{os.path.abspath(image)}"
             )
     return list(classes)
 

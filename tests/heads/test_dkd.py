@@ -293,7 +293,4 @@ def test_unequal_classes_are_refused_with_the_heads_that_fit(
     ).student
     pair = describe_pair(cfg, distiller.student, other)
     text = refusal_of("DKD", cfg, pair)
-    assert (
-        "DKD compares class logits, but the student has 3 classes and the teacher 5, and their names"
-        in text
-    )
+    assert "DKD compares class logits, but the student has 3 classes and the teacher 5" in text

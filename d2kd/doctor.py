@@ -3,7 +3,7 @@ Look at a distillation before it is run: python -m d2kd.doctor --config-file run
 
 Builds student, teacher and heads, takes a few steps on two images of noise, and prints what was
 built, which heads fit this pair and why the others do not, what each loss does, and what a run will
-cost. Nothing is written and no data set is read.
+cost. Nothing is written, and of data sets nothing is read but the names of their classes.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Iterator, List
@@ -45,7 +45,7 @@ def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
             "room, or name another folder; a run goes on with --resume."
         ) from error
     finally:
-        if os.path.exists(unfinished):
+        with suppress(OSError):  # on a disk that is now read-only, it must not hide the error
             os.remove(unfinished)
 
 

@@ -32,9 +32,9 @@ def read_yaml(path: str, above: Tuple[str, ...] = ()) -> Dict[str, Any]:
         if not isinstance(base, str) or not base:
             raise ValueError(f"{path}: _BASE_ must name a YAML or a list of them, got {base!r}.")
         base = os.path.expanduser(base)
-        is_url = base.startswith(("http://", "https://"))
-        base = base if is_url else os.path.join(os.path.dirname(path), base)
-        if not is_url and not os.path.isfile(base):
+        if not _is_url(base):  # relative to the YAML, which may be a URL itself
+            base = os.path.join(os.path.dirname(path), base)
+        if not _is_url(base) and not os.path.isfile(base):
             raise FileNotFoundError(f"{path}: its _BASE_ {base!r} does not exist.")
         _update(merged, read_yaml(base, (*above, path)), base)
     _update(merged, own, path)
@@ -57,8 +57,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse(path: str) -> Dict[str, Any]:
-    own = os.path.dirname(detectron2.__file__)
-    trusted = os.path.abspath(path).startswith(os.path.abspath(own) + os.sep)
+    own = os.path.abspath(os.path.dirname(detectron2.__file__)) + os.sep
+    # A URL's "absolute path" would begin with the current folder, which may be Detectron2's.
+    trusted = not _is_url(path) and os.path.abspath(path).startswith(own)
     try:
         with PathManager.open(path, "rb") as file:
             content = yaml.load(file, yaml.UnsafeLoader if trusted else _Loader)
@@ -79,6 +80,10 @@ def _parse(path: str) -> Dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not keys with values.")
     return content
+
+
+def _is_url(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
 
 
 def _update(merged: Dict[str, Any], new: Dict[str, Any], path: str, prefix: str = "") -> None:

@@ -5,10 +5,13 @@ import random
 import zipfile
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List, Sequence, Tuple
 
 import pytest
 import torch
+
+import detectron2
 
 from d2kd import doctor, load_config
 from d2kd.config import flatten
@@ -16,6 +19,7 @@ from d2kd.data import register_datasets
 from d2kd.engine.preflight import check_config
 from d2kd.heads.build import head_class, head_names
 from d2kd.pairs import ANY_PAIR
+from d2kd.yaml_file import read_yaml
 
 from toys import distill_config, write_teacher
 
@@ -186,6 +190,25 @@ def test_bytes_are_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "odd.yaml").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match="odd.yaml is not YAML"):
         load_config(str(tmp_path / "odd.yaml"))
+
+
+def test_base_of_a_url_may_be_relative_and_a_url_never_runs_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = {
+        "https://host/a/run.yaml": "_BASE_: base.yaml",
+        "https://host/a/base.yaml": "VERSION: 2",
+        "https://host/code.yaml": "VERSION: !!python/object/apply:os.getcwd []",
+    }
+    monkeypatch.setattr(
+        "d2kd.yaml_file.PathManager",
+        SimpleNamespace(open=lambda path, mode: io.BytesIO(files[path].encode())),
+    )
+    assert read_yaml("https://host/a/run.yaml") == {"VERSION": 2}
+    # Detectron2's own files may.
+    monkeypatch.chdir(Path(detectron2.__file__).parent)
+    with pytest.raises(ValueError, match="https://host/code.yaml wants to run code"):
+        read_yaml("https://host/code.yaml")
 
 
 TEACHERS = {

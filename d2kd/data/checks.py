@@ -45,12 +45,12 @@ def check_json(json_file: str, image_root: str, key: str) -> List[str]:
         the class names in the order of their ids, which is Detectron2's class order
     """
     file_names, classes = read_summary(json_file, key)
-    path = json_file
     for file_name in file_names:
         image = os.path.join(image_root, file_name)
         if not PathManager.exists(image):
             raise FileNotFoundError(
-                f"{key}: {path} names the image {file_name}, missing at {os.path.abspath(image)}"
+                f"{key}: {json_file} names the image {file_name}, missing at "
+                f"{os.path.abspath(image)}"
             )
     return list(classes)
 

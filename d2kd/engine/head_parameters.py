@@ -44,10 +44,10 @@ class HeadParameters:
 
     def problems(self, name: str) -> List[str]:
         """What is certainly wrong after some looks at a head, as clauses of a sentence."""
-        mine = self._of(name)
+        mine = [k for k, p in self._of(name).items() if p.requires_grad]
         if mine and not any(k in self.taught for k in mine):
             return [f"none of the {len(mine)} parameters of {name} has a gradient"]
-        unused = [k for k, p in mine.items() if p.requires_grad and k not in self.used]
+        unused = [k for k in mine if k not in self.used]
         stuck = self.stuck(name)
         found = [f"no loss depends on {_listed(unused)}"] if unused else []
         return found + ([f"{_listed(stuck)} has a gradient but is not moved"] if stuck else [])

@@ -86,8 +86,8 @@ class Liveness(HookBase):
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
         proofs = [self.proofs[name] for name in self.found.heads]
         due = [x for x in proofs if not x.is_done]
-        # Of all processes alike: they must go on to look together.
-        if due and not all(comm.all_gather(self._proves_something())):
+        # The main process's answer for all: it judges, and they must go on to look together.
+        if due and not comm.all_gather(self._proves_something())[0]:
             return
         for proof in due:
             proof.add(self.found)

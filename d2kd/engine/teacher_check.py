@@ -33,9 +33,17 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = 
     Raises:
         ValueError: its AP is below DISTILL.TEACHER.MIN_AP
     """
-    node = cfg.DISTILL.TEACHER
-    if not node.EVAL_IMAGES or not comm.is_main_process():
+    if not cfg.DISTILL.TEACHER.EVAL_IMAGES:
         return
+    # The main process asks. The others wait here, and are refused with it, on other machines too.
+    problem = comm.all_gather(_problem(cfg, teacher, pair) if comm.is_main_process() else "")[0]
+    if problem:
+        raise ValueError(problem)
+
+
+def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str:
+    """Evaluate, and say in the log what was found; "" unless it is too little."""
+    node = cfg.DISTILL.TEACHER
     classes = None if pair is None or pair.same_classes else pair.classes
     reason = _why_not(cfg, teacher)
     # Read before the classes are compared: it tells Detectron2 their names.
@@ -43,7 +51,7 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = 
     reason = reason or _other_classes(cfg, teacher, classes)
     if reason:
         logger.warning(f"The teacher is not evaluated: {reason}.")
-        return
+        return ""
     name = cfg.DATASETS.TEST[0]
     where = f"on {len(images)} images of {name}"
     if classes:
@@ -51,13 +59,14 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = 
         where += f", {evaluated} of its {len(classes.student_names)} classes,"
     ap = _evaluate(cfg, teacher, name, images, classes)
     logger.info(f"The teacher has {ap:.1f} AP {where.rstrip(',')}.")
-    if not ap >= node.MIN_AP:
-        raise ValueError(
-            f"DISTILL.TEACHER: {where} it has {ap:.2f} AP, less than DISTILL.TEACHER.MIN_AP "
-            f"{node.MIN_AP}. Is it trained for these classes, in this order? Are MODEL.PIXEL_MEAN, "
-            "PIXEL_STD and INPUT.FORMAT in its config those that it was trained with? (EVAL_IMAGES "
-            "0 does not ask.)"
-        )
+    if ap >= node.MIN_AP:
+        return ""
+    return (
+        f"DISTILL.TEACHER: {where} it has {ap:.2f} AP, less than DISTILL.TEACHER.MIN_AP "
+        f"{node.MIN_AP}. Is it trained for these classes, in this order? Are MODEL.PIXEL_MEAN, "
+        "PIXEL_STD and INPUT.FORMAT in its config those that it was trained with? (EVAL_IMAGES "
+        "0 does not ask.)"
+    )
 
 
 def _why_not(cfg: CfgNode, teacher: Teacher) -> str:
@@ -106,7 +115,8 @@ def _evaluate(
     classes: Optional[CommonClasses],
 ) -> float:
     """Box AP in percent, a mean over the common classes; 0 where nothing is detected."""
-    evaluator = COCOEvaluator(name, distributed=False, use_fast_impl=False)
+    # Boxes alone: a data set of boxes has nothing to compare a Mask R-CNN's masks with.
+    evaluator = COCOEvaluator(name, ("bbox",), distributed=False, use_fast_impl=False)
     mapper = DatasetMapper(cfg, is_train=False)
     evaluator.reset()
     for image in images:

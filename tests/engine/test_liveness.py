@@ -99,7 +99,8 @@ class Odd(nn.Module):
         super().__init__()
         self.levels = levels
         self.adapter = nn.Linear(1, 1)
-        self.adapter.bias.requires_grad_(self.kind != "frozen")
+        self.adapter.weight.requires_grad_(self.kind != "all frozen")
+        self.adapter.bias.requires_grad_("frozen" not in self.kind)
         self.calls = 0
 
     @staticmethod
@@ -123,6 +124,7 @@ class Odd(nn.Module):
         loss = {
             "unused": lambda: x.square().mean() * own,
             "frozen": lambda: work,
+            "all frozen": lambda: work,
             "sound": lambda: work,
             "later": lambda: work if self.calls < 4 else work.detach() + own,
             "detached": lambda: x.detach().square().mean() + own,
@@ -173,6 +175,7 @@ def test_term_that_does_nothing_stops_the_run_in_its_first_steps(
     "kind, named",
     [
         ("frozen", r"Odd.adapter.bias \(requires_grad is False\)"),
+        ("all frozen", r"Odd.adapter.weight, Odd.adapter.bias \(requires_grad is False\)"),
         ("by level", r": p4 \(no gradient there\)\."),
         ("sound", r"p4, p5, p6, p7 \(no gradient there\)\."),
     ],

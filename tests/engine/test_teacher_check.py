@@ -116,6 +116,16 @@ def test_what_cannot_be_evaluated_is_said(
     assert "The teacher is not evaluated: " in caplog.text
 
 
+def test_masks_of_a_teacher_are_not_asked_of_a_data_set_of_boxes(
+    cfg: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="d2kd")
+    opts = write_teacher(tmp_path, "mask_rcnn", MODEL__ROI_HEADS__NUM_CLASSES=6)
+    cfg.merge_from_list(opts + ["DISTILL.TEACHER.EVAL_IMAGES", 2, "DISTILL.TEACHER.MIN_AP", 0.0])
+    check_teacher(cfg, build_teacher(cfg))
+    assert ap_in(caplog.text) < 10
+
+
 def test_images_are_taken_at_equal_distances() -> None:
     images = [{"i": i} for i in range(10)]
     assert [x["i"] for x in _some(images, 4)] == [0, 2, 5, 7]
@@ -124,9 +134,8 @@ def test_images_are_taken_at_equal_distances() -> None:
 
 # Other classes -----------------------------------------------------------------------------------
 
-NAMES = list(
-    CLASSES
-)  # what the quickstart's teacher knows: disc, ring, triangle, square, star, cross
+# What the quickstart's teacher knows: disc, ring, triangle, square, star, cross
+NAMES = list(CLASSES)
 Detections = List[Tuple[Dict[str, Any], Instances]]
 
 

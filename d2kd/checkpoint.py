@@ -2,11 +2,10 @@
 
 import logging
 import pickle
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Mapping
 from urllib.parse import parse_qs, urlparse
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -76,8 +75,10 @@ class PlainCheckpointer(DetectionCheckpointer):
             FloatingPointError: a weight is not finite, as a gradient of a finite loss may have left
                 it; the checkpoint before is the one to go on from
         """
-        modules = [self.model, self.checkpointables.get("distill_heads", nn.Module())]
-        bad = next(filter(None, map(_not_finite, modules)), "") if self.save_to_disk else ""
+        heads = self.checkpointables.get("distill_heads", nn.Module())
+        # Not their buffers: a running minimum may rightly begin at infinity.
+        weights = {**dict(self.model.named_parameters()), **dict(heads.named_parameters())}
+        bad = _not_finite(weights) if self.save_to_disk else ""
         if bad:
             raise FloatingPointError(
                 f"{name}.pth was not saved: {bad} is not finite. What was saved before is as it "
@@ -165,7 +166,7 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
             "Missing or of another shape:\n"
             f"{shown}{more}\nThe config file and the weights must belong to the same detector."
         )
-    bad = _not_finite(model)
+    bad = _not_finite(model.state_dict())
     if bad:
         raise ValueError(f"{key}: {path!r} has values in {bad} that are not finite.")
     logger.info(f"{key}: {path!r} covers all of the detector, {checkpointer.loaded_keys} entries.")
@@ -191,14 +192,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _not_finite(module: nn.Module) -> str:
-    """Name of a parameter or buffer that has NaN or infinite values; "" without."""
-    values = {k: v for k, v in module.state_dict().items() if torch.is_tensor(v)}
-    floats = {k: v for k, v in values.items() if v.is_floating_point()}
-    if not floats:
-        return ""
-    finite = torch.stack([v.isfinite().all() for v in floats.values()]).tolist()  # one transfer
-    return next((k for k, ok in zip(floats, finite) if not ok), "")
+def _not_finite(values: Mapping[str, Tensor]) -> str:
+    """Name of the first that has NaN or infinite values; "" without."""
+    floats = (k for k, v in values.items() if v.is_floating_point() and not v.isfinite().all())
+    return next(floats, "")
 
 
 def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@ Look at a distillation before it is run: python -m d2kd.doctor --config-file run
 
 Builds student, teacher and heads, takes a few steps on two images of noise, and prints what was
 built, which heads fit this pair and why the others do not, what each loss does, and what a run will
-cost. Nothing is written, and of data sets nothing is read but the names of their classes.
+cost; at last, whether the data sets are there. Nothing is written.
 """
 
 import argparse
@@ -22,10 +22,13 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from .config import load_config
+from .config import load_config, student_config
+from .data import register_datasets
 from .data.noise import noise_batch
+from .data.shapes import SPLITS
 from .distiller import Distiller
-from .engine.loss_gradients import LossGradients, describe, suggest_weights
+from .engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
+from .engine.loss_gradients import LossGradients, describe, loss_scale, suggest_weights
 from .engine.optimizer import build_optimizer
 from .engine.preflight import check_config
 from .engine.stages import plan_stages
@@ -69,10 +72,25 @@ def main(argv: Sequence[str] = None) -> int:
                 print(f"\n{stage}")
             with stage.in_errors():
                 examine(stage.cfg, args.images)
+        check_data(cfg)  # last: there is much to see without it
     except (ValueError, OSError, RuntimeError) as error:
         print(f"\nThis cannot be run: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def check_data(cfg: CfgNode) -> None:
+    """
+    As a run does, but for the built-in set, which it would draw.
+
+    Raises:
+        ValueError, OSError: a data set is not known, or its files are not there or not sound
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    for part in ("TRAIN", "TEST"):
+        cfg.DATASETS[part] = tuple(x for x in cfg.DATASETS[part] if x not in SPLITS)
+    register_datasets(cfg, student_config(cfg).MODEL.META_ARCHITECTURE)
 
 
 def examine(cfg: CfgNode, num_images: int) -> None:
@@ -101,27 +119,29 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
         LossGradients of the first step, and the Cost of the steps after it
     """
     device = torch.device(cfg.MODEL.DEVICE)
-    optimizer = build_optimizer(cfg, distiller)
     classes = find_view(distiller.student, "student").num_classes(distiller.student)
     height = cfg.INPUT.MIN_SIZE_TRAIN[0]
     size = height, min(4 * height // 3, cfg.INPUT.MAX_SIZE_TRAIN)
+    batches = [noise_batch(num_images, *size, 4, classes) for _ in range(STEPS)]
+    kind = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
+    trainer = kind(distiller, batches, build_optimizer(cfg, distiller))
+    found: List[LossGradients] = []
+
+    def look(module: Distiller, inputs: Any, losses: Dict[str, torch.Tensor]) -> None:
+        if not found:
+            found.append(LossGradients.measure(losses, module.latest, loss_scale(trainer)))
+
+    distiller.register_forward_hook(look)
     seconds: List[float] = []
     with EventStorage():
-        for step in range(STEPS):
-            batch = noise_batch(num_images, *size, boxes=4, num_classes=classes)
+        for trainer.iter in range(STEPS):
             start = time.perf_counter()
-            with _told_by_weights(cfg, step):
-                losses = distiller(batch)
-                _check_finite(losses)
-            if step == 0:
-                found = LossGradients.measure(losses, distiller.latest)
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
+            with _told_by_weights(cfg, trainer.iter):
+                trainer.run_step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-    return found, Cost(min(seconds[1:]), _peak_mib(device), num_images, size)
+    return found[0], Cost(min(seconds[1:]), _peak_mib(device), num_images, size)
 
 
 @contextmanager
@@ -137,12 +157,6 @@ def _told_by_weights(cfg: CfgNode, step: int) -> Iterator[None]:
             f"Step {step + 1} on images of noise: {error} Too large for it may be SOLVER.BASE_LR "
             f"{cfg.SOLVER.BASE_LR}, or of the heads {weights} and what else weighs their terms."
         ) from error
-
-
-def _check_finite(losses: Dict[str, torch.Tensor]) -> None:
-    bad = [k for k, v in losses.items() if not torch.isfinite(v)]
-    if bad:
-        raise FloatingPointError(f"{', '.join(bad)} is not finite.")
 
 
 def _peak_mib(device: torch.device) -> float:

@@ -15,7 +15,7 @@ class HeadParameters:
     def __init__(self, heads: nn.ModuleDict, optimizer: torch.optim.Optimizer):
         """
         Raises:
-            ValueError: the optimizer lacks one of them, or has it with a learning rate of 0
+            ValueError: the optimizer lacks one of them, or moves none of a head
         """
         self.heads, self.optimizer = heads, optimizer
         self.before: Dict[str, torch.Tensor] = {}
@@ -84,19 +84,17 @@ class HeadParameters:
                 f"The optimizer does not have {_listed(missing)} of the heads: they would never "
                 "train."
             )
-        idle = {
-            id(p)
-            for group in groups
-            if group.get("initial_lr", group["lr"]) == 0
-            for p in group["params"]
-        }
-        names = [k for k, p in trained.items() if id(p) in idle]
-        # Where the student's rest too, SOLVER says so.
-        if names and len(idle) == len(names):
-            raise ValueError(
-                f"The optimizer has {_listed(names)} of the heads with a learning rate of 0: they "
-                "would never train."
-            )
+        moving = {id(p) for x in groups if x.get("initial_lr", x["lr"]) for p in x["params"]}
+        heads: Dict[str, List[str]] = {}
+        for key in trained:
+            heads.setdefault(key.split(".")[0], []).append(key)
+        for name, keys in heads.items():
+            # Where some move, or the student's do not either, SOLVER says so.
+            if moving and not any(id(trained[k]) in moving for k in keys):
+                raise ValueError(
+                    f"The optimizer has {_listed(keys)} of {name} with a learning rate of 0: they "
+                    "would never train."
+                )
 
 
 def _listed(names: List[str]) -> str:

@@ -31,19 +31,25 @@ class HeadProof:
     def is_done(self) -> bool:
         return len(self.seen) >= self.steps
 
-    def add(self, found: LossGradients) -> None:
-        """After a step, before its gradients are cleared."""
-        self.seen.append(found)
-        self.parameters.look(self.name)
-
-    def judge(self) -> None:
+    def add(self, found: LossGradients, judged_here: bool) -> None:
         """
-        Raises:
-            RuntimeError: a term does nothing, or parameters of the head do not train
+        After a step, before its gradients are cleared.
+
+        Args:
+            judged_here: by this process
+        """
+        self.seen.append(found)
+        if judged_here:
+            self.parameters.look(self.name)
+
+    def verdict(self) -> str:
+        """
+        What is wrong: a term that does nothing, parameters that do not train; "" if nothing is.
+        What may be right is named in the log.
         """
         problems = self._problems()
         if problems:
-            raise RuntimeError(
+            return (
                 f"Distillation does not work: in the first {self.steps} steps of {self.name}, "
                 f"{'; '.join(problems)}. (DISTILL.LIVENESS.ENABLED False goes on all the same.)"
             )
@@ -55,6 +61,7 @@ class HeadProof:
                 f"In its first {self.steps} steps, {self.name} did not train everything, which may "
                 f"be right where there is nothing to learn: {'; '.join(resting)}."
             )
+        return ""
 
     def dead(self, now: LossGradients) -> List[str]:
         """What worked in the first steps and does nothing in a later one, with how that is seen."""
@@ -68,6 +75,11 @@ class HeadProof:
 
     def _problems(self) -> List[str]:
         problems, terms = [], self._terms()
+        if not self.seen[-1].losses[TASK].levels:
+            logger.warning(
+                "The student's pyramid is frozen: no loss has a gradient to look at there."
+            )
+            return self.parameters.problems(self.name)
         some_work = any(x.norm > 0 for steps in terms.values() for x in steps)
         for key, steps in terms.items():
             if not all(math.isfinite(x.norm) for x in steps):

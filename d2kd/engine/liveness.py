@@ -17,7 +17,7 @@ from ..distiller import Distiller
 from ..views import DetectorView
 from .head_parameters import HeadParameters
 from .head_proof import HeadProof
-from .loss_gradients import LossGradients, describe, suggest_weights
+from .loss_gradients import LossGradients, describe, loss_scale, suggest_weights
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ class Liveness(HookBase):
 
     def before_train(self) -> None:
         self.teacher = fingerprint(self.distiller.teacher.model)
-        self.parameters.remember()
+        if comm.is_main_process():
+            self.parameters.remember()
 
     def before_step(self) -> None:
         iteration = self.trainer.iter
@@ -69,8 +70,7 @@ class Liveness(HookBase):
 
     def _look(self, module: nn.Module, inputs: Any, losses: Mapping[str, Tensor]) -> None:
         first, start = self.found is None, time.perf_counter()
-        scaler = getattr(self.trainer._trainer, "grad_scaler", None)
-        self.scale = scaler.get_scale() if scaler else 1.0
+        self.scale = loss_scale(self.trainer._trainer)
         self.found = LossGradients.measure(losses, self.distiller.latest, self.scale)
         self.seconds = time.perf_counter() - start
         if first:
@@ -89,14 +89,16 @@ class Liveness(HookBase):
         # The main process's answer for all: it judges, and they must go on to look together.
         if due and not comm.all_gather(self._proves_something())[0]:
             return
+        is_main = comm.is_main_process()
         for proof in due:
-            proof.add(self.found)
-        if not comm.is_main_process():
-            return
+            proof.add(self.found, judged_here=is_main)
         proved = [x for x in due if x.is_done]
-        for proof in proved:
-            proof.judge()
-        if not due or proved:
+        if proved:
+            # The main process's verdict stops all of them, on other machines too.
+            verdict = comm.all_gather([x.verdict() for x in proved] if is_main else [])[0]
+            if any(verdict):
+                raise RuntimeError(" ".join(filter(None, verdict)))
+        if is_main and (proved or not due):
             self._warn_of_the_dead([x for x in proofs if x not in due])
             self.parameters.remember()
             self._tell("What each loss does to the student")
@@ -110,8 +112,7 @@ class Liveness(HookBase):
 
     def _proves_something(self) -> bool:
         """Not where a loss on objects is rightly 0, nor where mixed precision skips a step."""
-        scaler = getattr(self.trainer._trainer, "grad_scaler", None)
-        skipped = scaler is not None and scaler.get_scale() < self.scale
+        skipped = loss_scale(self.trainer._trainer) < self.scale
         return has_boxes(self.distiller.latest["student"]) and not skipped
 
     def _warn_of_the_dead(self, proofs: List[HeadProof]) -> None:

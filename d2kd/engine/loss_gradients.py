@@ -8,6 +8,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from detectron2.engine import SimpleTrainer
+
 TASK = "student's own"
 
 
@@ -78,6 +80,12 @@ class LossGradients:
                 scalars[f"gradient_{level}/{name}"] = norm
                 scalars[f"gradient_share_{level}/{name}"] = self.share(key, level)
         return scalars
+
+
+def loss_scale(trainer: SimpleTrainer) -> float:
+    """By which a trainer with mixed precision multiplies losses; 1 of others."""
+    scaler = getattr(trainer, "grad_scaler", None)
+    return scaler.get_scale() if scaler else 1.0
 
 
 def describe(found: LossGradients) -> str:

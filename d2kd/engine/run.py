@@ -41,7 +41,7 @@ def train(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
     # Of a run that is done the last stage: it is only evaluated again.
     stages = [x for x in stages if x.end > done] or stages[-1:]
     for stage in stages:
-        _try_out(stage)
+        _try_out(stage, begun=stage.start < done)
     results: Dict[str, Any] = {}
     for stage in stages:
         gc.collect()  # trainers hold themselves: two teachers would be in memory at a time
@@ -90,20 +90,26 @@ def _train_stage(stage: Stage, done: int, resume: bool) -> Dict[str, Any]:
         trainer.begin_stage()
     else:
         trainer.resume_or_load(resume)
-    if trainer.start_iter == stage.start and trainer.teacher is not None:
+    if stage.is_whole_run and trainer.start_iter == 0 and trainer.teacher is not None:
         check_teacher(stage.cfg, trainer.teacher, trainer.pair)
     trainer.train()
     comm.synchronize()  # the next stage reads the checkpoint that the main process has written
     return getattr(trainer, "_last_eval_results", None) or {}
 
 
-def _try_out(stage: Stage) -> None:
-    """Build a stage's model: a second teacher that is wrong is found now, not after the first."""
+def _try_out(stage: Stage, begun: bool) -> None:
+    """
+    Build a stage's model, and evaluate its teacher unless it has begun: a second teacher that is
+    wrong is found now, not after the first.
+    """
     if stage.is_whole_run:
         return
     logger.info(f"Trying out stage {stage.index} of {stage.count}.")
     with stage.in_errors():
-        build_model(stage.cfg).inherit_from_teacher()
+        distiller = build_model(stage.cfg)
+        distiller.inherit_from_teacher()
+        if not begun:
+            check_teacher(stage.cfg, distiller.teacher, distiller.pair)
 
 
 def _progress(cfg: CfgNode) -> Tuple[int, int]:

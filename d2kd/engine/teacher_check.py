@@ -49,6 +49,8 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
     # Read before the classes are compared: it tells Detectron2 their names.
     images = [] if reason else _some(DatasetCatalog.get(cfg.DATASETS.TEST[0]), node.EVAL_IMAGES)
     reason = reason or _other_classes(cfg, teacher, classes)
+    if not reason and not any(x["annotations"] for x in images):
+        reason = f"there is no object in {len(images)} images of {cfg.DATASETS.TEST[0]}"
     if reason:
         logger.warning(f"The teacher is not evaluated: {reason}.")
         return ""

@@ -1,5 +1,6 @@
 """Detectron2's build_model, with errors that say whose config is wrong."""
 
+import torch
 from torch import nn
 
 from detectron2.config import CfgNode
@@ -16,6 +17,8 @@ def build_detector(cfg: CfgNode, source: str) -> nn.Module:
     """
     try:
         return build_model(cfg)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # a KeyError, an AssertionError, ... of whatever met the value
         raise ValueError(
             f"{source}: {cfg.MODEL.META_ARCHITECTURE} cannot be built from these keys of MODEL: "

@@ -107,6 +107,8 @@ class CommonClassesView:
         self._merge_labels = merge_labels
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_view":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._view, name)
 
     def num_classes(self, detector: nn.Module) -> int:

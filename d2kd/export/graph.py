@@ -3,7 +3,7 @@
 import inspect
 import os
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .student import fixed_images, load_student
 
 FORMATS = ("torchscript", "onnx")
 
+# image (3, H, W) -> the tensors of its detections
+Graph = Callable[[Tensor], Sequence[Tensor]]
+
 # Of two detections that are the same one: pixels of each coordinate, and score. ONNX's runtimes
 # round otherwise than PyTorch.
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.05, 1e-3
@@ -25,7 +28,8 @@ WANTED_SHARE = 0.95
 def export_graph(cfg: CfgNode, weights: str, name: str, folder: str) -> Dict[str, Any]:
     """
     Trace a student on one image: image (3, H, W) in INPUT.FORMAT -> what Detectron2's
-    TracingAdapter makes of its detections, boxes in pixels of that image.
+    TracingAdapter makes of its detections, boxes in pixels of that image. Run the file on two sizes
+    of image, and so a second graph that detects at any score: random images may hold no object.
 
     Args:
         cfg: of the run
@@ -34,31 +38,37 @@ def export_graph(cfg: CfgNode, weights: str, name: str, folder: str) -> Dict[str
         folder: receives student.ts or student.onnx
 
     Returns:
-        "file"; "verified": a graph of the student that detects at any score gives the student's
-        detections, on another size of image than the traced one too: TorchScript to the bit, ONNX
-        in onnxruntime all but a few, and these nearly; "detections", "equal": how many there were
-        and were the same. "not_run" where there is no onnxruntime, "error" where the export failed
+        "file"; "verified": the graphs' detections are the student's, TorchScript's to the bit,
+        ONNX's in onnxruntime all but a few, and these nearly; "detections", "equal": how many there
+        were, and how many were the same. "error" where the export failed, or nothing can run it
     """
     try:
         from detectron2.export import TracingAdapter
     except ImportError:
         return {"error": "the installed Detectron2 has no TracingAdapter"}
     images = [x["image"] for x in fixed_images(cfg)]
-
-    def adapter(any_score: bool) -> nn.Module:
-        student = load_student(cfg, weights, any_score)
-        return TracingAdapter(student, [{"image": images[0]}], _detect).eval()
-
-    export, compare = {
-        "torchscript": (_to_torchscript, _compare_torchscript),
-        "onnx": (_to_onnx, _compare_onnx),
+    export, run, count, wanted, suffix = {
+        "torchscript": (_to_torchscript, _torchscript, _count_same, 1.0, "ts"),
+        "onnx": (_to_onnx, _onnx, _count_alike, WANTED_SHARE, "onnx"),
     }[name]
+    path, total, equal = os.path.join(folder, f"student.{suffix}"), 0, 0
     try:
-        with torch.no_grad():
-            path = export(adapter(any_score=False), images[0], folder)
-            return {"file": path, **compare(adapter(any_score=True), images)}
+        with torch.no_grad(), TemporaryDirectory() as scratch:
+            other = os.path.join(scratch, os.path.basename(path))
+            for file, any_score in ((path, False), (other, True)):
+                student = load_student(cfg, weights, any_score)
+                adapter = TracingAdapter(student, [{"image": images[0]}], _detect).eval()
+                export(adapter, images[0], file)
+                graph = run(file)
+                for image in images:
+                    found, expected = graph(image), adapter(image)
+                    found, expected = (_instances(adapter, x) for x in (found, expected))
+                    total += max(len(found), len(expected))
+                    equal += count(found, expected)
     except Exception as error:  # whatever the installed torch and its exporters say
         return {"error": f"{type(error).__name__}: {error}"[:500]}
+    verified = total > 0 and equal >= wanted * total
+    return {"file": path, "verified": verified, "detections": total, "equal": equal}
 
 
 def _detect(student: nn.Module, inputs: List[Dict[str, Tensor]]) -> List[Dict[str, Any]]:
@@ -68,15 +78,11 @@ def _detect(student: nn.Module, inputs: List[Dict[str, Tensor]]) -> List[Dict[st
     return student(inputs)
 
 
-def _to_torchscript(adapter: nn.Module, image: Tensor, folder: str) -> str:
-    path = os.path.join(folder, "student.ts")
+def _to_torchscript(adapter: nn.Module, image: Tensor, path: str) -> None:
     torch.jit.save(torch.jit.trace(adapter, (image,)), path)
-    torch.jit.load(path)
-    return path
 
 
-def _to_onnx(adapter: nn.Module, image: Tensor, folder: str) -> str:
-    path = os.path.join(folder, "student.onnx")
+def _to_onnx(adapter: nn.Module, image: Tensor, path: str) -> None:
     # Detectron2's adapter is made for tracing; torch.export, the default of newer PyTorch, cannot
     # follow it.
     traced = (
@@ -91,43 +97,33 @@ def _to_onnx(adapter: nn.Module, image: Tensor, folder: str) -> str:
         dynamic_axes={"image": {1: "height", 2: "width"}},
         **traced,
     )
-    return path
 
 
-def _compare_torchscript(adapter: nn.Module, images: Sequence[Tensor]) -> Dict[str, Any]:
-    traced, total, equal = torch.jit.trace(adapter, (images[0],)), 0, 0
-    for image in images:
-        found, expected = traced(image), adapter(image)
-        total += len(expected[0])
-        equal += len(expected[0]) * all(torch.equal(a, b) for a, b in zip(found, expected))
-    return {"verified": equal == total > 0, "detections": total, "equal": equal}
+def _torchscript(path: str) -> Graph:
+    return torch.jit.load(path)
 
 
-def _compare_onnx(adapter: nn.Module, images: Sequence[Tensor]) -> Dict[str, Any]:
-    try:
-        import onnxruntime
-    except ImportError:
-        return {"not_run": "onnxruntime is not installed"}
-    with TemporaryDirectory() as scratch:
-        path = _to_onnx(adapter, images[0], scratch)
-        # A runtime that also knows GPUs wants to be told.
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    total, equal = 0, 0
-    for image in images:
-        expected = _instances(adapter, adapter(image))
-        outputs = session.run(None, {"image": image.numpy()})
-        found = _instances(adapter, [torch.from_numpy(x) for x in outputs])
-        total += max(len(expected), len(found))
-        equal += count_equal(found, expected)
-    verified = total > 0 and equal >= WANTED_SHARE * total
-    return {"verified": verified, "detections": total, "equal": equal}
+def _onnx(path: str) -> Graph:
+    import onnxruntime
+
+    # A runtime that also knows GPUs wants to be told.
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda image: [torch.from_numpy(x) for x in session.run(None, {"image": image.numpy()})]
 
 
 def _instances(adapter: nn.Module, flattened: Sequence[Tensor]) -> Instances:
     return adapter.outputs_schema(tuple(flattened))[0]["instances"]
 
 
-def count_equal(found: Instances, expected: Instances) -> int:
+def _count_same(found: Instances, expected: Instances) -> int:
+    """All of them or none: every field is equal to the bit, in the same order."""
+    ours, theirs = (
+        [getattr(v, "tensor", v) for v in x.get_fields().values()] for x in (found, expected)
+    )
+    return len(expected) * all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def _count_alike(found: Instances, expected: Instances) -> int:
     """How many of the expected detections were found, in whatever order, within the tolerances."""
     if not (len(found) and len(expected)):
         return 0

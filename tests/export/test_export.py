@@ -18,8 +18,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from d2kd.config import flatten
-from d2kd.export import export_student, verify, why_no_yaml
-from d2kd.export.graph import count_equal, export_graph
+from d2kd.export import export_student, graph, verify, why_no_yaml
+from d2kd.export.graph import _count_alike, export_graph
 from d2kd.export.student import find_weights
 
 from runs import run, run_config
@@ -154,6 +154,33 @@ def test_onnx_detects_what_the_student_does(name: str, saved: Any, tmp_path: Pat
     assert os.path.isfile(found["file"]) and found["equal"] > 50
 
 
+def test_graph_of_another_student_is_told(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, weights = saved("retinanet", MODEL__RETINANET__NORM="")
+    write = graph._to_torchscript
+
+    def write_another(adapter: torch.nn.Module, *args: Any) -> None:
+        bias = adapter.model.head.bbox_pred.bias
+        bias.data += 0.1
+        write(adapter, *args)
+        bias.data -= 0.1
+
+    monkeypatch.setattr(graph, "_to_torchscript", write_another)
+    found = graph.export_graph(cfg, weights, "torchscript", str(tmp_path))
+    assert found["verified"] is False and found["equal"] < found["detections"]
+
+
+def test_graph_that_nothing_can_run_is_not_verified(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    cfg, weights = saved("retinanet", MODEL__RETINANET__NORM="")
+    found = graph.export_graph(cfg, weights, "onnx", str(tmp_path))
+    assert "onnxruntime" in found["error"] and "verified" not in found
+
+
 def detections(boxes: List[List[float]], scores: List[float], classes: List[int]) -> Instances:
     found = Instances((64, 64))
     found.pred_boxes = Boxes(torch.tensor(boxes))
@@ -165,12 +192,12 @@ def test_detections_are_equal_in_any_order_but_not_of_another_box_score_or_class
     boxes = [[0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 30.0, 20.0], [5.0, 5.0, 30.0, 20.0]]
     expected = detections(boxes, [0.9, 0.8, 0.7], [0, 1, 2])
     order = torch.tensor([2, 0, 1])
-    assert count_equal(expected[order], expected) == 3
+    assert _count_alike(expected[order], expected) == 3
     moved = detections([[0.0, 0.0, 9.0, 9.1], *boxes[1:]], [0.9, 0.8, 0.7], [0, 1, 2])
-    assert count_equal(moved, expected) == 2
-    assert count_equal(detections(boxes, [0.9, 0.802, 0.7], [0, 1, 2]), expected) == 2
-    assert count_equal(detections(boxes, [0.9, 0.8, 0.7], [0, 1, 1]), expected) == 2
-    assert count_equal(expected[:0], expected) == count_equal(expected, expected[:0]) == 0
+    assert _count_alike(moved, expected) == 2
+    assert _count_alike(detections(boxes, [0.9, 0.802, 0.7], [0, 1, 2]), expected) == 2
+    assert _count_alike(detections(boxes, [0.9, 0.8, 0.7], [0, 1, 1]), expected) == 2
+    assert _count_alike(expected[:0], expected) == _count_alike(expected, expected[:0]) == 0
 
 
 def test_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ COCO = "[{'NAME': 'gone', 'JSON': 'gone.json', 'IMAGES': '.'}]"
     "opts, words",
     [
         (
-            ["DATASETS.TRAIN", "('nowhere',)", "DATASETS.TEST", "('d2kd_shapes_val',)"],
+            ["DATASETS.TRAIN", "('nowhere',)"],
             "DATASETS.TRAIN: no data set is registered as 'nowhere'",
         ),
         (

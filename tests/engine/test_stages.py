@@ -95,6 +95,16 @@ def train_stages(cfg: CfgNode, *hooks: HookBase, resume: bool = False) -> List[T
     return trainers
 
 
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> List[str]:
+    """The weights of the teachers that a run evaluates, one after the other."""
+    weights: List[str] = []
+    monkeypatch.setattr(
+        "d2kd.engine.run.check_teacher", lambda cfg, *_: weights.append(cfg.DISTILL.TEACHER.WEIGHTS)
+    )
+    return weights
+
+
 def all_scalars(trainers: List[Trainer]) -> Dict[str, Dict[int, float]]:
     merged: Dict[str, Dict[int, float]] = {}
     for trainer in trainers:
@@ -244,6 +254,49 @@ def test_later_stage_that_cannot_be_built_is_found_before_the_first_step(
     monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("it began to train"))
     with pytest.raises(ValueError, match=r"(?s)STAGES\[1\]: DISTILL.TEACHER.WEIGHTS.*covers"):
         train(staged)
+
+
+def test_teacher_of_a_later_stage_that_knows_nothing_is_refused_before_the_first_step(
+    staged: CfgNode, tmp_path: Path
+) -> None:
+    # The first one has 3 classes, for data of 6: it cannot be asked.
+    (tmp_path / "six").mkdir()
+    values = {"MODEL__FPN__OUT_CHANNELS": 64, "MODEL__RETINANET__NUM_CLASSES": 6}
+    six = write_teacher(tmp_path / "six", "retinanet", **values)
+    staged.DISTILL.STAGES[1]["TEACHER"] = {"CONFIG_FILE": six[1], "WEIGHTS": six[3]}
+    staged.DATASETS.TEST = ("d2kd_shapes_val",)
+    staged.DISTILL.TEACHER.EVAL_IMAGES = 4
+    with pytest.raises(ValueError, match=r"STAGES\[1\]: DISTILL.TEACHER: on 4 .* has 0.00 AP"):
+        train(staged)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+# Stages are counted from 1.
+@pytest.mark.parametrize("dies_in, again", [(2, [2]), (3, [2]), (5, [])])
+def test_teacher_is_evaluated_until_its_stage_has_begun(
+    dies_in: int, again: List[int], staged: CfgNode, evaluated: List[str], stronger: Dict[str, str]
+) -> None:
+    both = [staged.DISTILL.TEACHER.WEIGHTS, stronger["WEIGHTS"]]
+    train_stages(staged, Interrupt(dies_in))
+    assert evaluated == both
+    evaluated.clear()
+    with mock.patch.object(Trainer, "train", side_effect=Interruption):
+        train_stages(staged, resume=True)
+    assert evaluated == [both[i - 1] for i in again]
+
+
+def test_teacher_of_a_run_without_stages_is_evaluated_once(
+    staged: CfgNode, evaluated: List[str]
+) -> None:
+    staged.DISTILL.STAGES = []
+    train_stages(staged, Interrupt(0))
+    assert evaluated == [staged.DISTILL.TEACHER.WEIGHTS]
+    # Nothing was saved: it begins anew, and dies behind a checkpoint.
+    train_stages(staged, Interrupt(2), resume=True)
+    assert len(evaluated) == 2
+    with mock.patch.object(Trainer, "train", side_effect=Interruption):
+        train_stages(staged, resume=True)
+    assert len(evaluated) == 2
 
 
 def test_one_trainer_does_not_run_several_stages(staged: CfgNode) -> None:

@@ -24,8 +24,10 @@ from detectron2.utils.events import EventStorage
 
 from .config import load_config, student_config
 from .data import register_datasets
+from .data.checks import check_num_classes
 from .data.noise import noise_batch
-from .data.shapes import SPLITS
+from .data.outlines import CLASSES
+from .data.shapes import SPLITS, read_settings
 from .distiller import Distiller
 from .engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .engine.loss_gradients import LossGradients, describe, loss_scale, suggest_weights
@@ -81,16 +83,19 @@ def main(argv: Sequence[str] = None) -> int:
 
 def check_data(cfg: CfgNode) -> None:
     """
-    As a run does, but for the built-in set, which it would draw.
+    As a run does, but without drawing the built-in set.
 
     Raises:
         ValueError, OSError: a data set is not known, or its files are not there or not sound
     """
-    cfg = cfg.clone()
+    cfg, student = cfg.clone(), student_config(cfg).MODEL.META_ARCHITECTURE
     cfg.defrost()
     for part in ("TRAIN", "TEST"):
+        for name in set(cfg.DATASETS[part]) & set(SPLITS):
+            read_settings(cfg.DATASETS.SHAPES, SPLITS[name])
+            check_num_classes(cfg, student, name, list(CLASSES))
         cfg.DATASETS[part] = tuple(x for x in cfg.DATASETS[part] if x not in SPLITS)
-    register_datasets(cfg, student_config(cfg).MODEL.META_ARCHITECTURE)
+    register_datasets(cfg, student)
 
 
 def examine(cfg: CfgNode, num_images: int) -> None:

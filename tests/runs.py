@@ -1,5 +1,6 @@
 """Tiny training runs that the integration tests share: a toy student on a few built-in shapes."""
 
+from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence
 
 import torch
@@ -56,6 +57,18 @@ def run_config(
         return detector_config(student, **values)
     values.setdefault("DISTILL__TEACHER__EVAL_IMAGES", 0)  # toy teachers know nothing
     return distill_config(student, teacher_opts, heads, **values)
+
+
+def at(cfg: CfgNode, folder: Path, name: str) -> CfgNode:
+    """The same run with the output in another place."""
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = str(folder / name)
+    return cfg
+
+
+def saved(cfg: CfgNode, name: str = "model_final.pth") -> Dict[str, Any]:
+    """A checkpoint of a run."""
+    return torch.load(Path(cfg.OUTPUT_DIR) / name, weights_only=True)
 
 
 def build_trainer(cfg: CfgNode, resume: bool = False) -> Trainer:
@@ -126,6 +139,15 @@ def assert_same_tensors(actual: Dict[str, Any], expected: Dict[str, Any]) -> Non
     assert list(actual) == list(expected)
     different = [k for k in expected if not torch.equal(actual[k], expected[k])]
     assert not different, f"{len(different)} of {len(expected)} differ, such as {different[:3]}"
+
+
+def assert_same_checkpoint(actual: Dict[str, Any], expected: Dict[str, Any]) -> None:
+    """Student, heads and optimizer of two checkpoints agree bit for bit."""
+    for part in ("model", "distill_heads"):
+        assert_same_tensors(actual[part], expected[part])
+    ours, theirs = (list(tensors_in(x["trainer"]["_trainer"])) for x in (actual, expected))
+    assert len(ours) == len(theirs) > 100
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
 def tensors_in(tree: Any) -> Iterable[torch.Tensor]:

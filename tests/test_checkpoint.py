@@ -1,6 +1,7 @@
 """What is in a checkpoint, what it loads into, and what is refused."""
 
 import io
+import math
 import pickle
 from pathlib import Path
 from typing import Any, Dict, List
@@ -86,6 +87,26 @@ def test_no_weight_of_the_teacher_is_in_the_file(finished: CfgNode, teacher: Lis
     assert len(own) > 100
     saved = {(x.shape, float(x.double().sum())) for x in tensors_in(read(finished))}
     assert not [x.shape for x in own if (x.shape, float(x.double().sum())) in saved]
+
+
+def test_infinite_buffer_is_saved_and_a_parameter_that_is_not_finite_is_not(
+    teacher: List[Any], tmp_path: Path
+) -> None:
+    distiller = new_distiller(teacher)
+    checkpointer = PlainCheckpointer(distiller, str(tmp_path))
+    for part in (distiller.student, distiller.heads):
+        part.register_buffer("running_min", torch.tensor(math.inf))
+    checkpointer.save("whole")
+    content = torch.load(tmp_path / "whole.pth", weights_only=True)
+    assert content["model"]["running_min"] == content["distill_heads"]["running_min"] == math.inf
+    for part, value in ((distiller.student, math.nan), (distiller.heads, math.inf)):
+        name, parameter = next(part.named_parameters())
+        kept = parameter.detach().clone()
+        parameter.data.view(-1)[0] = value
+        with pytest.raises(FloatingPointError, match=f"half.pth was not saved: {name} is not"):
+            checkpointer.save("half")
+        parameter.data.copy_(kept)
+    assert not (tmp_path / "half.pth").exists()
 
 
 # Resuming ----------------------------------------------------------------------------------------

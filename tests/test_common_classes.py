@@ -1,5 +1,6 @@
 """From the classes of one detector to those it shares with another, beside loops in float64."""
 
+import copy
 import itertools
 import math
 from typing import Any, List, Sequence
@@ -392,3 +393,10 @@ def test_everything_else_is_the_view_s_own() -> None:
     assert common.dense() is common.dense() and view.asked == ["dense"]
     with pytest.raises(AttributeError, match="nonsense"):
         common.nonsense
+
+
+def test_view_can_be_copied() -> None:
+    _, common = view_of(two_stage=False)
+    for copied in (copy.copy(common), copy.deepcopy(common)):
+        assert torch.equal(copied.dense().logits[0], common.dense().logits[0])
+        assert copied.num_classes(None) == 2 and copied.num_anchors(None) == 2

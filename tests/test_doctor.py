@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 from d2kd import doctor
+from d2kd.data.shapes import SPLITS
 from d2kd.heads.build import head_names
 
 from toys import distill_config, write_teacher
@@ -23,6 +26,22 @@ def config_file(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """Data sets that the test registers; others may have registered the built-in ones."""
+    for name in set(SPLITS) & set(DatasetCatalog.list()):
+        remove(name)
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        remove(name)
+
+
+def remove(name: str) -> None:
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
 
 
 def test_run_that_works_is_described(
@@ -57,6 +76,7 @@ def test_every_head_is_listed_with_its_reason(
         (["DISTILL.HEADS", "['DKD']"], "DKD takes two-stage -> two-stage.*Heads that fit"),
         (["DISTILL.HAEDS", "['PKD']"], "did you mean DISTILL.HEADS"),
         (["MODEL.FPN.OUT_CHANELS", "3"], "did you mean MODEL.FPN.OUT_CHANNELS"),
+        (["SOLVER.MAX_ITER", str(10**15)], f"SOLVER.MAX_ITER must be .*got {10**15}"),
     ],
 )
 def test_what_is_wrong_is_the_last_line_and_the_exit_code(
@@ -66,6 +86,59 @@ def test_what_is_wrong_is_the_last_line_and_the_exit_code(
         doctor.main(["--config-file", config_file("retinanet", "retinanet", ["PKD"]), *opts]) == 1
     )
     assert re.search(f"(?s)This cannot be run: .*{words}", capsys.readouterr().err)
+
+
+COCO = "[{'NAME': 'gone', 'JSON': 'gone.json', 'IMAGES': '.'}]"
+
+
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        (
+            ["DATASETS.TRAIN", "('nowhere',)"],
+            "DATASETS.TRAIN: no data set is registered as 'nowhere'",
+        ),
+        (
+            ["DATASETS.COCO_FORMAT", COCO, "DATASETS.TEST", "('gone',)"],
+            r"DATASETS.COCO_FORMAT\[0\]: the annotation file of gone is missing: .*/gone.json",
+        ),
+        (
+            ["DATASETS.TRAIN", "('d2kd_shapes_train',)"],
+            "MODEL.RETINANET.NUM_CLASSES is 3, but data set d2kd_shapes_train has 6 classes",
+        ),
+        (
+            ["DATASETS.TEST", "('d2kd_shapes_val',)", "DATASETS.SHAPES.NOISE", "-1.0"],
+            "DATASETS.SHAPES.NOISE is -1.0: must be in",
+        ),
+    ],
+)
+def test_data_that_is_not_there_or_does_not_fit_is_told_behind_the_plan(
+    opts: List[str],
+    words: str,
+    config_file: Callable,
+    forget: None,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:
+    path = config_file("retinanet", "retinanet", ["PKD"])
+    before = sorted(tmp_path.iterdir())
+    root = ["DATASETS.SHAPES.ROOT", str(tmp_path)]
+    assert doctor.main(["--config-file", path, *root, *opts]) == 1
+    said = capsys.readouterr()
+    for part in ("Heads for this pair:", "loss_pkd", "s a step of 2 images"):
+        assert part in said.out
+    assert re.fullmatch(f"\nThis cannot be run: {words}.*\n", said.err)
+    assert sorted(tmp_path.iterdir()) == before, "nothing is written"
+
+
+def test_built_in_shapes_are_not_drawn(
+    config_file: Callable, forget: None, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    path = config_file("retinanet", "retinanet", ["PKD"], MODEL__RETINANET__NUM_CLASSES=6)
+    before = sorted(tmp_path.iterdir())
+    opts = ["DATASETS.SHAPES.ROOT", str(tmp_path), "DATASETS.TRAIN", "('d2kd_shapes_train',)"]
+    assert doctor.main(["--config-file", path, *opts]) == 0
+    assert sorted(tmp_path.iterdir()) == before and "d2kd_shapes_train" not in DatasetCatalog
 
 
 def test_each_stage_is_tried_out(config_file: Callable, capsys: pytest.CaptureFixture) -> None:

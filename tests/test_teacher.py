@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, Callable, List
+from unittest import mock
 
 import pytest
 import torch
@@ -350,3 +351,30 @@ def test_formats_that_cannot_be_turned_into_each_other_are_refused(
     cfg = distill_config("retinanet", retinanet, INPUT__FORMAT=image_format)
     with pytest.raises(ValueError, match=f"wants 'BGR', the student '{image_format}'"):
         build_teacher(cfg)
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, kind, message",
+    [
+        (torch.cuda.OutOfMemoryError("out of memory"), torch.cuda.OutOfMemoryError, "^out of"),
+        (
+            RuntimeError("size"),
+            ValueError,
+            "CONFIG_FILE: .* cannot be built from these keys .*size",
+        ),
+    ],
+)
+def test_memory_that_ran_out_is_not_blamed_on_the_config(
+    error: Exception,
+    kind: type,
+    message: str,
+    retinanet: List[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("d2kd.modeling.build.build_model", mock.Mock(side_effect=error))
+    with pytest.raises(kind, match=f"(?s){message}") as info:
+        build_teacher(distill_config("retinanet", retinanet))
+    assert (info.value is error) == (kind is not ValueError)

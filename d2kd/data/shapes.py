@@ -42,7 +42,7 @@ def make_shapes(cfg: CfgNode, split: str) -> str:
     Returns:
         the split's folder, with `annotations.json` and the folder `images`
     """
-    settings = _settings(cfg.DATASETS.SHAPES, split)
+    settings = read_settings(cfg.DATASETS.SHAPES, split)
     root = cfg.DATASETS.SHAPES.ROOT or os.getenv("DETECTRON2_DATASETS", "datasets")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = os.path.join(os.path.expanduser(root), "d2kd_shapes", f"{split}_{digest}")
@@ -122,7 +122,7 @@ def draw_one(settings: Dict[str, Any], index: int) -> Drawing:
     )
 
 
-def _settings(node: CfgNode, split: str) -> Dict[str, Any]:
+def read_settings(node: CfgNode, split: str) -> Dict[str, Any]:
     """Returns: everything that the bytes of a split depend on, checked."""
     for key, (low, high) in _ranges(node).items():
         if not low <= node[key] <= high:

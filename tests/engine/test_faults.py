@@ -28,27 +28,8 @@ from d2kd.whole_files import (
 )
 
 from forks import fork, in_clean_process
-from runs import assert_same_tensors, interrupt, run, run_config, tensors_in
+from runs import assert_same_checkpoint, at, interrupt, run, run_config, saved
 from toys import ROOT, write_teacher
-
-
-def at(cfg: CfgNode, folder: Path, name: str) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.OUTPUT_DIR = str(folder / name)
-    return cfg
-
-
-def final(cfg: CfgNode) -> Any:
-    return torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
-
-
-def assert_same_end(cfg: CfgNode, other: CfgNode) -> None:
-    """Student, heads and optimizer are equal to the bit."""
-    ours, theirs = final(cfg), final(other)
-    for part in ("model", "distill_heads"):
-        assert_same_tensors(ours[part], theirs[part])
-    optimizers = [list(tensors_in(x["trainer"]["_trainer"]["optimizer"])) for x in (ours, theirs)]
-    assert all(torch.equal(a, b) for a, b in zip(*optimizers)) and optimizers[0]
 
 
 def resume(cfg: CfgNode) -> None:
@@ -103,7 +84,7 @@ def test_damaged_last_checkpoint_is_told_and_the_one_before_is_used(
     assert str(last) in caplog.text and "Going on from" in caplog.text
     assert "model_0000000.pth" in caplog.text
     run(whole)
-    assert_same_end(broken, whole)
+    assert_same_checkpoint(saved(broken), saved(whole))
 
 
 def test_name_of_the_last_checkpoint_may_be_lost(tmp_path: Path) -> None:
@@ -192,7 +173,7 @@ def test_nan_in_an_image_stops_the_run_with_its_name_and_it_goes_on_without(
     assert [x.name for x in Path(stopped.OUTPUT_DIR).glob("*model*")] == ["model_0000001.pth"]
     resume(stopped)
     run(whole)
-    assert_same_end(stopped, whole)
+    assert_same_checkpoint(saved(stopped), saved(whole))
 
 
 class SpoilStep(HookBase):
@@ -219,7 +200,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     whole = at(cfg, tmp_path, "whole")
     run(whole)
     run(cfg, resume=True)
-    assert_same_end(cfg, whole)
+    assert_same_checkpoint(saved(cfg), saved(whole))
 
 
 # Another teacher ----------------------------------------------------------------------------------
@@ -238,7 +219,7 @@ def test_teacher_swapped_while_the_run_is_down_is_refused_with_both_hashes(
         train(cfg, resume=True)
     file.write_bytes(kept)
     run(cfg, resume=True)
-    assert final(cfg)["teacher"]["weights_sha256"] == right
+    assert saved(cfg)["teacher"]["weights_sha256"] == right
 
 
 def sha256(path: str) -> str:
@@ -268,20 +249,29 @@ def test_disk_without_room_is_told_and_what_was_saved_is_kept(
     assert files == ["model_0000001.pth"], "neither a half one nor one that is left over"
     run(full, resume=True)  # there is room again
     run(whole)
-    assert_same_end(full, whole)
+    assert_same_checkpoint(saved(full), saved(whole))
+
+
+def checkpoint_size(cfg: CfgNode, folder: Path) -> int:
+    """In bytes, with all that the optimizer keeps."""
+    cfg = at(cfg, folder, "measured")
+    cfg.SOLVER.MAX_ITER = 1
+    run(cfg)
+    return Path(cfg.OUTPUT_DIR, "model_final.pth").stat().st_size
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 7 MB, room for one checkpoint of these runs and not for two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
+def full(folder: Path, teacher: List[Any], tmp_path: Path) -> Iterator[CfgNode]:
+    """A run whose OUTPUT_DIR is a file system with room for one checkpoint and not for two."""
+    cfg = at(run_config(folder, teacher, SOLVER__MAX_ITER=6), tmp_path, "disk")
+    room = checkpoint_size(cfg, tmp_path) * 3 // 2
+    Path(cfg.OUTPUT_DIR).mkdir()
     try:
-        mount("-t", "tmpfs", "-o", "size=7m", "tmpfs", str(folder))
+        mount("-t", "tmpfs", "-o", f"size={room}", "tmpfs", cfg.OUTPUT_DIR)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"a tmpfs cannot be mounted here: {getattr(error, 'stderr', error)}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    yield cfg
+    subprocess.run(["umount", cfg.OUTPUT_DIR], check=True)
 
 
 def mount(*args: str) -> None:
@@ -351,7 +341,8 @@ def fill_and_resume(cfg: CfgNode, whole: CfgNode, config_file: str) -> None:
     # The disk fails and is mounted read-only, as systems do.
     mount("-o", "remount,ro", str(disk))
     assert fork(resume_by_command, cfg, config_file) == 0
-    mount("-o", "remount,rw,size=40m", str(disk))
+    room = 6 * Path(disk, "model_0000001.pth").stat().st_size
+    mount("-o", f"remount,rw,size={room}", str(disk))
     check_left("model_0000001.pth")
     # Not a byte is left, for the log of the error neither.
     assert fork(stops, checkpoint, cfg, WriteEachStep(), Fill(3)) == 0
@@ -364,14 +355,13 @@ def fill_and_resume(cfg: CfgNode, whole: CfgNode, config_file: str) -> None:
 
 
 def test_full_or_read_only_disk_stops_the_run_and_it_goes_on_when_there_is_room(
-    disk: Path, folder: Path, teacher: List[Any], tmp_path: Path
+    full: CfgNode, tmp_path: Path
 ) -> None:
-    cfg = run_config(folder, teacher, SOLVER__MAX_ITER=6)
-    full, whole = at(cfg, tmp_path, disk.name), at(cfg, tmp_path, "whole")
+    whole = at(full, tmp_path, "whole")
     config_file = tmp_path / "run.yaml"
     config_file.write_text(full.dump())
     in_clean_process(fill_and_resume, full, whole, str(config_file))
-    assert_same_end(full, whole)
+    assert_same_checkpoint(saved(full), saved(whole))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")

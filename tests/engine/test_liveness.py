@@ -20,7 +20,16 @@ from d2kd.heads import DistillPair
 from d2kd.pyramid import LevelPair
 from d2kd.views import DetectorView
 
-from runs import assert_same_tensors, build_trainer, run, run_config, snapshot
+from runs import (
+    SHAPES_CLASSES,
+    assert_same_tensors,
+    build_trainer,
+    run,
+    run_config,
+    scalars,
+    snapshot,
+)
+from toys import write_teacher
 
 # What is measured ---------------------------------------------------------------------------------
 
@@ -411,6 +420,40 @@ def test_learning_rate_of_0_is_refused(folder: Path, teacher: List[Any]) -> None
     ]
     with pytest.raises(ValueError, match="MGD.adapter.* with a learning rate of 0"):
         Liveness(model, torch.optim.SGD(groups), trainer.cfg)
+
+
+def test_learning_rate_of_0_for_one_head_is_refused_and_for_its_biases_is_not(
+    folder: Path, teacher: List[Any]
+) -> None:
+    cfg = run_config(folder, teacher, ["MGD", "FGD"], SOLVER__BIAS_LR_FACTOR=0.0)
+    trainer = run(cfg)
+    groups, mine = trainer.optimizer.param_groups, trainer._module.heads.MGD
+    biases = {id(p) for k, p in mine.named_parameters() if k.endswith(".bias")}
+    assert biases & {id(p) for x in groups if x["initial_lr"] == 0 for p in x["params"]}
+    of_mgd = {id(p) for p in mine.parameters()}
+    for group in groups:
+        group["initial_lr"] *= not of_mgd & {id(p) for p in group["params"]}
+    with pytest.raises(ValueError, match="MGD.adapter.* of MGD with a learning rate of 0"):
+        Liveness(trainer._module, trainer.optimizer, cfg)
+
+
+class FreezeThePyramid(HookBase):
+    def before_train(self) -> None:
+        self.trainer._module.student.backbone.requires_grad_(False)
+
+
+def test_frozen_pyramid_is_warned_of_and_a_head_on_logits_goes_on(
+    odd: Callable, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {"MODEL__FPN__OUT_CHANNELS": 64, "MODEL__RETINANET__NUM_CLASSES": SHAPES_CLASSES}
+    opts = write_teacher(tmp_path, "retinanet", **values)
+    cfg = run_config(folder, opts, ["BCKD"], DISTILL__LIVENESS__PERIOD=4)
+    assert scalars(run(cfg, FreezeThePyramid()))["loss_bckd_cls"].keys() == {0, 1, 2, 3}
+    assert "The student's pyramid is frozen: no loss has a gradient to look at" in caplog.text
+    # What is certainly wrong still is.
+    odd("still")
+    with pytest.raises(RuntimeError, match="none of the 2 parameters of Odd has a gradient"):
+        run(run_config(folder, opts, ["Odd"]), FreezeThePyramid())
 
 
 def test_student_alone_is_not_watched(folder: Path) -> None:

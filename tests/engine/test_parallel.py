@@ -2,23 +2,36 @@
 
 from pathlib import Path
 from typing import Any, Dict, List
+from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from d2kd.engine import Trainer, launch
+from d2kd import DISTILL_HEAD_REGISTRY, build_teacher
+from d2kd.engine import Trainer, launch, train
 from d2kd.engine.liveness import Liveness
 from d2kd.engine.parallel import data_parallel
+from d2kd.engine.teacher_check import check_teacher
+from d2kd.heads import DistillPair
+from d2kd.views import DetectorView
 
-from runs import assert_same_tensors, build_trainer, interrupt, run, run_config, tensors_in
-from toys import batch, distill_config
+from runs import (
+    SHAPES_CLASSES,
+    assert_same_tensors,
+    build_trainer,
+    interrupt,
+    run,
+    run_config,
+    tensors_in,
+)
+from toys import batch, distill_config, write_teacher
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 
@@ -63,6 +76,26 @@ class CountTeacher(HookBase):
         backbone.register_forward_hook(lambda *_: self.calls.append(self.trainer.iter))
 
 
+class HalfDeadHead(nn.Module):
+    """In the main process it teaches nothing, in the others it does."""
+
+    @configurable
+    def __init__(self) -> None:
+        super().__init__()
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        node.LOSS_WEIGHT = 1.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        return {}
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
+        x = student.features["p3"]
+        return {"loss_half_dead": (x.detach() if comm.is_main_process() else x).square().mean()}
+
+
 def in_each_process(folder: Path, teacher: List[Any]) -> None:
     """All that is done with two processes; what they found is left in files."""
     rank, found = comm.get_rank(), {}
@@ -91,6 +124,30 @@ def in_each_process(folder: Path, teacher: List[Any]) -> None:
     with pytest.raises(ValueError) as info:
         build_trainer(cfg)
     found["error"] = str(info.value)
+
+    # Of 6 classes it can be asked, and knows none of them.
+    (folder / f"six_{rank}").mkdir()
+    values = {"MODEL__FPN__OUT_CHANNELS": 64, "MODEL__RETINANET__NUM_CLASSES": SHAPES_CLASSES}
+    cfg = run_config(folder, write_teacher(folder / f"six_{rank}", "retinanet", **values))
+    cfg.DATASETS.TEST, cfg.DISTILL.TEACHER.EVAL_IMAGES = ("d2kd_shapes_val",), 4
+    cfg.OUTPUT_DIR = str(folder / "refused")
+    went_on = AssertionError("without the other process, for which it would wait for ever")
+    with pytest.raises(ValueError) as info, mock.patch.object(
+        Trainer, "train", side_effect=went_on
+    ):
+        train(cfg)
+    found["refused"] = str(info.value)
+    cfg.DISTILL.TEACHER.EVAL_IMAGES = 0
+    with mock.patch.object(comm, "all_gather", side_effect=AssertionError("it waits")):
+        check_teacher(cfg, build_teacher(cfg))
+
+    # Last, as one that went on alone would wait for the other.
+    DISTILL_HEAD_REGISTRY.register(HalfDeadHead)
+    cfg = run_config(folder, teacher, ["HalfDead"], OUTPUT_DIR=str(folder / "half_dead"))
+    cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = (), 3
+    with pytest.raises(RuntimeError) as info:
+        run(cfg)
+    found["verdict"] = str(info.value)
     torch.save(found, folder / f"rank_{rank}.pth")
 
 
@@ -161,6 +218,19 @@ def test_term_that_has_stopped_is_safe_with_two_processes(ranks: List[Dict[str, 
 
 def test_processes_look_at_gradients_together(ranks: List[Dict[str, Any]]) -> None:
     assert [x["looks"] for x in ranks] == [3, 3]
+
+
+def test_main_process_s_verdict_stops_all(ranks: List[Dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "the first 3 steps of HalfDead, loss_half_dead has no gradient" in found["verdict"]
+
+
+def test_teacher_that_knows_nothing_is_refused_in_each_process(
+    ranks: List[Dict[str, Any]], folder: Path
+) -> None:
+    for found in ranks:
+        assert "on 4 images of d2kd_shapes_val it has 0.00 AP, less than" in found["refused"]
+    assert not list((folder / "refused").glob("model*"))
 
 
 def test_batch_size_that_cannot_be_divided_is_refused(ranks: List[Dict[str, Any]]) -> None:

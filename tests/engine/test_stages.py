@@ -24,11 +24,12 @@ from d2kd.engine.stages import plan_stages
 from runs import (
     Interrupt,
     Interruption,
+    assert_same_checkpoint,
     assert_same_tensors,
     run_config,
+    saved,
     scalars,
     snapshot,
-    tensors_in,
 )
 from toys import write_teacher
 
@@ -94,27 +95,22 @@ def train_stages(cfg: CfgNode, *hooks: HookBase, resume: bool = False) -> List[T
     return trainers
 
 
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> List[str]:
+    """The weights of the teachers that a run evaluates, one after the other."""
+    weights: List[str] = []
+    monkeypatch.setattr(
+        "d2kd.engine.run.check_teacher", lambda cfg, *_: weights.append(cfg.DISTILL.TEACHER.WEIGHTS)
+    )
+    return weights
+
+
 def all_scalars(trainers: List[Trainer]) -> Dict[str, Dict[int, float]]:
     merged: Dict[str, Dict[int, float]] = {}
     for trainer in trainers:
         for key, values in scalars(trainer).items():
             merged.setdefault(key, {}).update(values)
     return merged
-
-
-def load(cfg: CfgNode, name: str) -> Dict[str, Any]:
-    return torch.load(Path(cfg.OUTPUT_DIR) / name, weights_only=True)
-
-
-def assert_same_checkpoint(actual: Dict[str, Any], expected: Dict[str, Any]) -> None:
-    """Student, heads, optimizer, teacher and learning rate agree bit for bit."""
-    for key in ("model", "distill_heads"):
-        assert_same_tensors(actual[key], expected[key])
-    momentum = [list(tensors_in(x["trainer"]["_trainer"])) for x in (actual, expected)]
-    assert len(momentum[0]) == len(momentum[1]) > 100
-    assert all(torch.equal(x, y) for x, y in zip(*momentum))
-    assert actual["teacher"] == expected["teacher"]
-    assert actual["trainer"]["hooks"] == expected["trainer"]["hooks"]
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +256,49 @@ def test_later_stage_that_cannot_be_built_is_found_before_the_first_step(
         train(staged)
 
 
+def test_teacher_of_a_later_stage_that_knows_nothing_is_refused_before_the_first_step(
+    staged: CfgNode, tmp_path: Path
+) -> None:
+    # The first one has 3 classes, for data of 6: it cannot be asked.
+    (tmp_path / "six").mkdir()
+    values = {"MODEL__FPN__OUT_CHANNELS": 64, "MODEL__RETINANET__NUM_CLASSES": 6}
+    six = write_teacher(tmp_path / "six", "retinanet", **values)
+    staged.DISTILL.STAGES[1]["TEACHER"] = {"CONFIG_FILE": six[1], "WEIGHTS": six[3]}
+    staged.DATASETS.TEST = ("d2kd_shapes_val",)
+    staged.DISTILL.TEACHER.EVAL_IMAGES = 4
+    with pytest.raises(ValueError, match=r"STAGES\[1\]: DISTILL.TEACHER: on 4 .* has 0.00 AP"):
+        train(staged)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+# Stages are counted from 1.
+@pytest.mark.parametrize("dies_in, again", [(2, [2]), (3, [2]), (5, [])])
+def test_teacher_is_evaluated_until_its_stage_has_begun(
+    dies_in: int, again: List[int], staged: CfgNode, evaluated: List[str], stronger: Dict[str, str]
+) -> None:
+    both = [staged.DISTILL.TEACHER.WEIGHTS, stronger["WEIGHTS"]]
+    train_stages(staged, Interrupt(dies_in))
+    assert evaluated == both
+    evaluated.clear()
+    with mock.patch.object(Trainer, "train", side_effect=Interruption):
+        train_stages(staged, resume=True)
+    assert evaluated == [both[i - 1] for i in again]
+
+
+def test_teacher_of_a_run_without_stages_is_evaluated_once(
+    staged: CfgNode, evaluated: List[str]
+) -> None:
+    staged.DISTILL.STAGES = []
+    train_stages(staged, Interrupt(0))
+    assert evaluated == [staged.DISTILL.TEACHER.WEIGHTS]
+    # Nothing was saved: it begins anew, and dies behind a checkpoint.
+    train_stages(staged, Interrupt(2), resume=True)
+    assert len(evaluated) == 2
+    with mock.patch.object(Trainer, "train", side_effect=Interruption):
+        train_stages(staged, resume=True)
+    assert len(evaluated) == 2
+
+
 def test_one_trainer_does_not_run_several_stages(staged: CfgNode) -> None:
     with pytest.raises(ValueError, match="d2kd.engine.train runs them all"):
         Trainer(staged)
@@ -276,7 +315,7 @@ def test_student_and_its_running_mean_are_carried_over(whole: Dict[str, Any]) ->
     recorder = whole["recorder"]
     end = part(recorder.end[0], "student.")
     assert_same_tensors(part(recorder.start[1], "student."), end)
-    assert_same_tensors(load(whole["cfg"], "model_stage_1_final.pth")["model"], end)
+    assert_same_tensors(saved(whole["cfg"], "model_stage_1_final.pth")["model"], end)
     assert recorder.means[2] == recorder.means[1] != recorder.means[0]
 
 
@@ -291,7 +330,7 @@ def test_heads_start_anew(whole: Dict[str, Any]) -> None:
 def test_teacher_and_heads_are_those_of_the_stage(
     whole: Dict[str, Any], teacher: List[Any], stronger: Dict[str, str]
 ) -> None:
-    checkpoints = [load(whole["cfg"], x) for x in ("model_stage_1_final.pth", "model_final.pth")]
+    checkpoints = [saved(whole["cfg"], x) for x in ("model_stage_1_final.pth", "model_final.pth")]
     assert len({x["teacher"]["weights_sha256"] for x in checkpoints}) == 2
     assert [x["trainer"]["heads"] for x in checkpoints] == [["MGD"], ["MGD", "PKD"]]
     assert sorted(whole["scalars"]["loss_mgd"]) == [0, 1, 2, 3, 4, 5]
@@ -388,7 +427,11 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     resumed = all_scalars(trainers)
     for name, values in whole["scalars"].items():
         assert resumed[name] == {i: v for i, v in values.items() if i >= goes_on_at}, name
-    assert_same_checkpoint(load(staged, "model_final.pth"), load(whole["cfg"], "model_final.pth"))
+    ours, theirs = saved(staged), saved(whole["cfg"])
+    assert_same_checkpoint(ours, theirs)
+    assert ours["teacher"] == theirs["teacher"]
+    # The learning rate among them
+    assert ours["trainer"]["hooks"] == theirs["trainer"]["hooks"]
 
 
 def test_run_without_a_seed_resumes_in_the_second_stage_with_that_of_the_first(
@@ -423,7 +466,7 @@ def test_best_value_is_carried_over_and_the_end_of_a_stage_is_evaluated(
     values = iter([9.0, 5.0])
     monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": next(values)}})
     train(staged)
-    best, first = load(staged, "model_best.pth"), load(staged, "model_stage_1_final.pth")
+    best, first = saved(staged, "model_best.pth"), saved(staged, "model_stage_1_final.pth")
     assert_same_tensors(best["model"], first["model"])
     assert next(values, None) is None
 
@@ -446,9 +489,9 @@ def test_second_process_begins_a_stage_with_what_the_first_has_saved(
 ) -> None:
     launch(in_each_process, 2, device="cpu", args=(folder, teacher, stronger, tmp_path))
     ranks = [torch.load(tmp_path / f"rank_{i}.pth") for i in range(2)]
-    saved = torch.load(tmp_path / "model_stage_1_final.pth", weights_only=True)["model"]
+    end = torch.load(tmp_path / "model_stage_1_final.pth", weights_only=True)["model"]
     for found in ranks:
-        assert_same_tensors(part(found["start"][1], "student."), saved)
+        assert_same_tensors(part(found["start"][1], "student."), end)
         assert found["means"][2] == found["means"][1]
     assert ranks[0]["means"][2] != ranks[1]["means"][2], "each process has its own"
     # So has BatchNorm its own statistics, of each process's images.

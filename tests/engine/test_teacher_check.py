@@ -126,6 +126,17 @@ def test_masks_of_a_teacher_are_not_asked_of_a_data_set_of_boxes(
     assert ap_in(caplog.text) < 10
 
 
+def test_slice_without_an_object_is_said_and_not_refused(
+    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [{**x, "annotations": []} for x in DatasetCatalog.get("d2kd_shapes_val")]
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: images)
+    cfg.DISTILL.TEACHER.EVAL_IMAGES, cfg.DISTILL.TEACHER.MIN_AP = 5, 99.0
+    check_teacher(cfg, build_teacher(cfg))
+    reason = "there is no object in 5 images of d2kd_shapes_val"
+    assert f"The teacher is not evaluated: {reason}." in caplog.text
+
+
 def test_images_are_taken_at_equal_distances() -> None:
     images = [{"i": i} for i in range(10)]
     assert [x["i"] for x in _some(images, 4)] == [0, 2, 5, 7]

@@ -49,8 +49,9 @@ def _check_run(cfg: CfgNode) -> None:
     """What Detectron2 reads unchecked: it would fail late, or train something else."""
     check_range("SEED", cfg.SEED, -math.inf, 2**31 - 1, "below 0 is a random one")
     check_range("VIS_PERIOD", cfg.VIS_PERIOD, 0, math.inf)
-    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        check_range(f"SOLVER.{key}", cfg.SOLVER[key], 1, 10**9)
+    check_range("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1, 10**9)
+    for key in ("IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        check_range(f"SOLVER.{key}", cfg.SOLVER[key], 1, math.inf)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED:
         check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)

@@ -51,7 +51,7 @@ MISTAKES = [
     ({"DISTILL.TEACHER.MIN_AP": math.nan}, r"TEACHER.MIN_AP must be in \[0, 100\], got nan"),
     ({"SEED": 2**32}, "SEED must be in .*, got 4294967296"),
     ({"VIS_PERIOD": -1}, "VIS_PERIOD must be 0 or more, got -1"),
-    ({"SOLVER.MAX_ITER": -1}, "SOLVER.MAX_ITER must be 1 or more, got -1"),
+    ({"SOLVER.MAX_ITER": -1}, "SOLVER.MAX_ITER must be in .*, got -1"),
     ({"SOLVER.IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH must be 1 or more, got 0"),
     ({"SOLVER.CHECKPOINT_PERIOD": 0}, "SOLVER.CHECKPOINT_PERIOD must be 1 or more, got 0"),
     (

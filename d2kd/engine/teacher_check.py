@@ -49,7 +49,7 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
     # Read before the classes are compared: it tells Detectron2 their names.
     images = [] if reason else _some(DatasetCatalog.get(cfg.DATASETS.TEST[0]), node.EVAL_IMAGES)
     reason = reason or _other_classes(cfg, teacher, classes)
-    if not reason and not any(x["annotations"] for x in images):
+    if not reason and not any(x.get("annotations", True) for x in images):
         reason = f"there is no object in {len(images)} images of {cfg.DATASETS.TEST[0]}"
     if reason:
         logger.warning(f"The teacher is not evaluated: {reason}.")
@@ -78,7 +78,7 @@ def _why_not(cfg: CfgNode, teacher: Teacher) -> str:
     if not cfg.DATASETS.TEST:
         return "DATASETS.TEST is empty"
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    if metadata.evaluator_type != "coco":
+    if metadata.get("evaluator_type") != "coco":
         return f"{metadata.name} is not in COCO's format"
     return ""
 

@@ -19,9 +19,9 @@ class HeadParameters:
         """
         self.heads, self.optimizer = heads, optimizer
         self.before: Dict[str, torch.Tensor] = {}
-        self.used: Set[str] = set()  # in some step a loss depended on it,
-        self.taught: Set[str] = set()  # and in some its gradient was not 0,
-        self.pushed: Set[str] = set()  # and in some SGD's step was not too small to change it
+        self.in_graph: Set[str] = set()  # in some step a loss depended on it,
+        self.has_gradient: Set[str] = set()  # and in some its gradient was not 0,
+        self.should_move: Set[str] = set()  # and in some SGD's step was not too small to change it
         self._check_optimizer()
 
     def remember(self) -> None:
@@ -36,37 +36,39 @@ class HeadParameters:
         for key, p in self._of(name).items():
             if p.grad is None:
                 continue
-            self.used.add(key)
+            self.in_graph.add(key)
             if p.grad.any():
-                self.taught.add(key)
+                self.has_gradient.add(key)
             if not torch.equal(p.detach() - rates.get(id(p), 0.0) * p.grad, p.detach()):
-                self.pushed.add(key)
+                self.should_move.add(key)
 
     def problems(self, name: str) -> List[str]:
         """What is certainly wrong after some looks at a head, as clauses of a sentence."""
         mine = [k for k, p in self._of(name).items() if p.requires_grad]
-        if mine and not any(k in self.taught for k in mine):
+        if mine and not any(k in self.has_gradient for k in mine):
             return [f"none of the {len(mine)} parameters of {name} has a gradient"]
-        unused = [k for k in mine if k not in self.used]
+        unused = [k for k in mine if k not in self.in_graph]
         stuck = self.stuck(name)
         found = [f"no loss depends on {_listed(unused)}"] if unused else []
         return found + ([f"{_listed(stuck)} has a gradient but is not moved"] if stuck else [])
 
     def stuck(self, name: str) -> List[str]:
         """Parameters that a step would have changed, and that are where they were."""
-        return [k for k in self.still(name) if k in self.pushed]
+        return [k for k in self.unmoved(name) if k in self.should_move]
 
-    def resting(self, name: str) -> List[str]:
+    def untrained(self, name: str) -> List[str]:
         """What did not train, perhaps rightly, with the reason, as clauses of a sentence."""
-        mine, still = self._of(name), self.still(name)
+        mine, unmoved = self._of(name), self.unmoved(name)
         reasons = {
             "requires_grad is False": [k for k, p in mine.items() if not p.requires_grad],
-            "gradient 0": [k for k, p in mine.items() if p.requires_grad and k not in self.taught],
-            "too small a step to change it": [k for k in still if k in self.taught],
+            "gradient 0": [
+                k for k, p in mine.items() if p.requires_grad and k not in self.has_gradient
+            ],
+            "too small a step to change it": [k for k in unmoved if k in self.has_gradient],
         }
         return [f"{', '.join(keys)} ({reason})" for reason, keys in reasons.items() if keys]
 
-    def still(self, name: str) -> List[str]:
+    def unmoved(self, name: str) -> List[str]:
         """Parameters that are where they were at :meth:`remember`."""
         mine = self._of(name)
         return [k for k, p in mine.items() if k in self.before and p.equal(self.before[k])]

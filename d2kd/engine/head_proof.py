@@ -55,7 +55,7 @@ class HeadProof:
             )
         levels = self._silent_levels()
         resting = [f"{', '.join(levels)} (no gradient there)"] if levels else []
-        resting += self.parameters.resting(self.name)
+        resting += self.parameters.untrained(self.name)
         if resting:
             logger.warning(
                 f"In its first {self.steps} steps, {self.name} did not train everything, which may "

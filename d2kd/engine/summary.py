@@ -4,6 +4,7 @@ from tabulate import tabulate
 from torch import nn
 
 from ..distiller import Distiller
+from ..pairs import DistillPair
 from ..pyramid import describe_plan
 
 
@@ -11,12 +12,19 @@ def summary(distiller: Distiller) -> str:
     """Modules with their sizes, which level learns from which, which class is which."""
     pair = distiller.pair
     plan = describe_plan(pair.levels, pair.student.shapes, pair.teacher.shapes)
-    classes = pair.classes or "  their names are not known of both: class i is taken for class i"
     return (
         f"Distilling {pair.teacher.name} -> {pair.student.name}\n\n"
         f"{_modules(distiller)}\n\nLevels, student's <- teacher's:\n{plan}\n\n"
-        f"Classes, student's <- teacher's:\n{classes}"
+        f"Classes, student's <- teacher's:\n{pair.classes or _unnamed_classes(pair)}"
     )
+
+
+def _unnamed_classes(pair: DistillPair) -> str:
+    ours, theirs = pair.student.num_classes, pair.teacher.num_classes
+    names = "  their names are not known of both"
+    if ours == theirs:
+        return f"{names}: class i is taken for class i"
+    return f"{names}, and there are {ours} and {theirs}: logits cannot be compared"
 
 
 def _modules(distiller: Distiller) -> str:

@@ -38,8 +38,8 @@ class Liveness(HookBase):
             cfg: of the stage
 
         Raises:
-            ValueError: a parameter of a head that the optimizer does not have, or has with a
-                learning rate of 0
+            ValueError: a parameter of a head that the optimizer does not have, or a head of which
+                it would move none
         """
         node = cfg.DISTILL.LIVENESS
         self.distiller = distiller

@@ -1,33 +1,21 @@
 """Checkpoints: the plain student under "model", what distillation adds beside it."""
 
 import logging
-import pickle
-from typing import Any, Dict, List, Mapping
+import os
+from typing import Any, Dict, List, Mapping, Optional
 from urllib.parse import parse_qs, urlparse
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils.file_io import PathManager
 
-from .weights_file import read_weights_file
+from .coverage import report_coverage
+from .named_weights import advice, check_named, describe, without_prefix
+from .weights_file import UNREADABLE, read_weights_file
 from .whole_files import BEST, WholeFiles
 
 logger = logging.getLogger(__name__)
-
-# What reading a file that is no checkpoint, or half of one, has been seen to raise.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-)
 
 
 class PlainCheckpointer(DetectionCheckpointer):
@@ -55,16 +43,25 @@ class PlainCheckpointer(DetectionCheckpointer):
         self.path_manager = WholeFiles(self.path_manager)
         self.missing_keys: List[str] = []  # of the model, not in the file or of another shape
         self.unexpected_keys: List[str] = []  # in the file, not of the model
+        self.wrong_shapes: Dict[str, str] = {}  # name to both shapes, in words
         self.loaded_keys = 0
+        self.found = ""  # what the file is, in words
+        self.advice = ""  # what to do where nothing in it fits
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+    def load(self, path: str, checkpointables: Optional[List[str]] = None) -> Dict[str, Any]:
+        """
+        Raises:
+            ValueError: not a checkpoint, or none to resume from though it should be
+        """
+        self._resumes = checkpointables is None and "trainer" in self.checkpointables
+        self._path = path
         address = urlparse(path or "")
         self._queries = parse_qs(address.query)  # 0.5 does not know them
         if address.query:
             path = address._replace(query="").geturl()
         try:
-            return super().load(path, *args, **kwargs)
-        except _UNREADABLE as error:
+            return super().load(path, checkpointables)
+        except UNREADABLE as error:
             raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
         finally:
             self._parsed_url_during_load = None  # upstream leaves it set after a failure
@@ -102,15 +99,28 @@ class PlainCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
-        if not isinstance(checkpoint.get("model"), dict):
-            raise TypeError('it has no "model" with named weights')
-        given = len(checkpoint["model"])
+        check_named(checkpoint["model"])
+        if self._resumes and "trainer" not in checkpoint:
+            raise ValueError(
+                f"{self._path} is no checkpoint to resume from: it has weights, but not the "
+                "optimizer and iteration of a run of d2kd. To start from its weights, name it in "
+                "MODEL.WEIGHTS and leave out --resume."
+            )
+        wanted = self.model.state_dict()
+        if not checkpoint.get("matching_heuristics"):
+            checkpoint["model"] = without_prefix(checkpoint["model"], wanted)
+        given = dict(checkpoint["model"])
+        self.found = describe(checkpoint, given)
         incompatible = super()._load_model(checkpoint)
-        wrong_shape = [key for key, *_ in incompatible.incorrect_shapes]
-        self.missing_keys = sorted({*incompatible.missing_keys, *wrong_shape})
+        self.wrong_shapes = {
+            key: f"{key}: {tuple(theirs)} in the file, {tuple(ours)} in the detector"
+            for key, theirs, ours in incompatible.incorrect_shapes
+        }
+        self.missing_keys = sorted({*incompatible.missing_keys, *self.wrong_shapes})
         self.unexpected_keys = list(incompatible.unexpected_keys)
         # Not what is left of the model's: PyTorch does not miss BatchNorm's counters.
-        self.loaded_keys = given - len(self.unexpected_keys) - len(wrong_shape)
+        self.loaded_keys = len(given) - len(self.unexpected_keys) - len(self.wrong_shapes)
+        self.advice = "" if self.loaded_keys else advice(given, wanted)
         return incompatible
 
 
@@ -157,14 +167,14 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
     checkpointer = PlainCheckpointer(model)
     _load(checkpointer, path, key)
     if checkpointer.missing_keys:
-        keys, total = checkpointer.missing_keys, len(model.state_dict())
-        loaded = checkpointer.loaded_keys
-        shown = "\n".join(f"  {k}" for k in keys[:20])
+        keys, shapes = checkpointer.missing_keys, checkpointer.wrong_shapes
+        shown = "\n".join(f"  {shapes.get(k, k)}" for k in keys[:20])
         more = f"\n  and {len(keys) - 20} more" if len(keys) > 20 else ""
         raise ValueError(
-            f"{key}: {path!r} covers {loaded} of the detector's {total} entries. "
-            "Missing or of another shape:\n"
-            f"{shown}{more}\nThe config file and the weights must belong to the same detector."
+            f"{key}: {path!r} covers {checkpointer.loaded_keys} of the detector's "
+            f"{len(model.state_dict())} entries. Found: {checkpointer.found}. "
+            f"Missing or of another shape:\n{shown}{more}\n"
+            + (checkpointer.advice or "The config file and the weights must belong together.")
         )
     bad = _not_finite(model.state_dict())
     if bad:
@@ -177,14 +187,25 @@ def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:
     Load MODEL.WEIGHTS into a student: an ImageNet backbone, a zoo detector or a plain .pth.
 
     Raises:
-        ValueError: not a checkpoint, or one that covers nothing of the student
+        ValueError: not a checkpoint, or one that covers no part of the student by half
     """
     _load(checkpointer, path, "MODEL.WEIGHTS", checkpointables=[])
-    if path and not checkpointer.loaded_keys:
-        raise ValueError(
-            f"MODEL.WEIGHTS: nothing in {path!r} fits the model by name and shape. An empty value "
-            "trains from scratch."
-        )
+    if path:
+        missing = checkpointer.missing_keys
+        report_coverage(checkpointer.model, missing, path, checkpointer.found, checkpointer.advice)
+
+
+def check_is_file(path: str, key: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: there is no such file, naming the key, and, of a folder, what is in it
+    """
+    if os.path.isdir(path):
+        inside = sorted(x for x in os.listdir(path) if x.endswith((".pth", ".pkl")))
+        hint = f"one of those in it: {', '.join(inside[:5])}" if inside else "a file"
+        raise FileNotFoundError(f"{key}: {path!r} is a folder; name {hint}.")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{key}: there is no file {path!r}.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -201,8 +222,8 @@ def _not_finite(values: Mapping[str, Tensor]) -> str:
 def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> None:
     """`checkpointer.load`, with the config key that named the path in its errors."""
     try:
-        if path and not urlparse(path).scheme and not PathManager.isfile(path):
-            raise FileNotFoundError(f"{key}: there is no file {path!r}.")
+        if path and not urlparse(path).scheme:
+            check_is_file(urlparse(path)._replace(query="").geturl(), key)
         checkpointer.load(path, **kwargs)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error

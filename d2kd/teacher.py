@@ -13,7 +13,7 @@ from torch import nn
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.utils.file_io import PathManager
 
-from .checkpoint import load_whole_detector
+from .checkpoint import check_is_file, load_whole_detector
 from .data.class_names import class_names, names_in_sets
 from .modeling.build import build_detector
 
@@ -102,8 +102,8 @@ def resolve_teacher(cfg: CfgNode) -> Tuple[str, str]:
             f"path of a checkpoint of {node.CONFIG_FILE}. (MODEL.WEIGHTS in that file is not used: "
             "it usually names an ImageNet backbone.)"
         )
-    if "://" not in weights and not os.path.isfile(weights):
-        raise FileNotFoundError(f"DISTILL.TEACHER.WEIGHTS: there is no file {weights!r}.")
+    if "://" not in weights:
+        check_is_file(weights, "DISTILL.TEACHER.WEIGHTS")
     return config_file, weights
 
 

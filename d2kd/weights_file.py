@@ -1,12 +1,29 @@
 """Read weights from a file without running code that somebody may have put into it."""
 
 import pickle
+import zipfile
 from typing import IO, Any, Dict, Tuple
 
 import numpy as np
 import torch
 
 from detectron2.utils.file_io import PathManager
+
+from .file_kinds import is_pickle_of_arrays, objects_in, why_no_checkpoint
+from .named_weights import WANTED, with_model
+
+# What reading a file that is no checkpoint, or half of one, has been seen to raise.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+)
 
 
 class _Dtype:
@@ -89,16 +106,67 @@ def read_weights_file(path: str) -> Dict[str, Any]:
     Returns:
         "model", name to tensor or array, and what else is in the file; "matching_heuristics" where
         names are those of other projects
+
+    Raises:
+        ValueError: naming the path; the file is no checkpoint, has more in it than is read safely,
+            no weights or several sets of them
     """
-    with PathManager.open(path, "rb") as file:
-        if not path.endswith(".pkl"):
-            data = torch.load(file, map_location="cpu", weights_only=True)
-        else:
+    try:
+        return _read(path)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
+
+
+def _read(path: str) -> Dict[str, Any]:
+    reason = why_no_checkpoint(path)
+    if reason:
+        raise pickle.UnpicklingError(reason)
+    if not path.endswith(".pkl"):
+        data = load_tensors(path)
+    elif zipfile.is_zipfile(path):
+        raise pickle.UnpicklingError("it is a file of torch.save: name it .pth")
+    else:
+        with PathManager.open(path, "rb") as file:
             data = read_arrays(file)
-    if path.endswith(".pyth"):
+    if not isinstance(data, dict):
+        raise TypeError(f"it holds a {type(data).__name__}; {WANTED}")
+    if path.endswith(".pyth") and "model_state" in data:
         state = {k: v for k, v in data["model_state"].items() if "num_batches_tracked" not in k}
         return {"model": state, "__author__": "pycls", "matching_heuristics": True}
     if path.endswith(".pkl") and not {"model", "__author__"} <= set(data):
         state = {k: v for k, v in data.get("blobs", data).items() if not k.endswith("_momentum")}
         return {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
-    return data if "model" in data else {"model": data}
+    return with_model(data, path)
+
+
+def load_tensors(path: str) -> Any:
+    """
+    PyTorch's weights-only loader. Its errors advise to load without it; these do not.
+
+    Raises:
+        pickle.UnpicklingError: it is no file of torch.save, or holds other objects than tensors
+    """
+    try:
+        with PathManager.open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = _why_not_tensors(path, str(error))
+    raise pickle.UnpicklingError(reason)
+
+
+def _why_not_tensors(path: str, said: str) -> str:
+    if is_pickle_of_arrays(path):
+        return "it is a pickle of arrays, not a file of torch.save: name it .pkl"
+    objects = objects_in(path)
+    if objects:
+        whole = any(x.startswith("torch.nn.modules") for x in objects)
+        kind = "a whole model, not its" if whole else "more than"
+        more = f" and {len(objects) - 4} more" if len(objects) > 4 else ""
+        return (
+            f"it holds {kind} named weights: {', '.join(objects[:4])}{more}. To read such "
+            "objects is to run code, so d2kd does not. Where the file was made, save its weights "
+            'alone: torch.save({"model": model.state_dict()}, "weights.pth").'
+        )
+    if "weights_only" in said or "safe_globals" in said:
+        return "it is not what torch.save writes of named weights"
+    return said.splitlines()[0] if said else "it is not what torch.save writes"

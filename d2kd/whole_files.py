@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Iterator, List
 
-import torch
+from .file_kinds import why_no_checkpoint
+from .weights_file import load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +125,15 @@ def damage_of(path: str) -> str:
     """What is wrong with a file of torch.save; "" if nothing is."""
     if not os.path.isfile(path):
         return "there is no such file"
+    reason = why_no_checkpoint(path)
+    if reason:
+        return reason
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()  # a checksum for every tensor, which PyTorch does not look at
         if broken:
             return f"{broken} is corrupt"
-        torch.load(path, map_location="cpu", weights_only=True)
+        load_tensors(path)
     except Exception as error:  # whatever the bytes look like to the two readers
         return str(error) or type(error).__name__
     return ""

@@ -49,7 +49,7 @@ def test_the_attack_of_the_test_above_works_on_a_trusting_reader(tmp_path: Path)
 
 def test_what_a_pickle_wanted_to_run_is_named(tmp_path: Path) -> None:
     path = write_pickle(tmp_path / "weights.pkl", {"model": Attack(tmp_path / "trap")})
-    with pytest.raises(pickle.UnpicklingError, match=r"wants to run posix\.system"):
+    with pytest.raises(ValueError, match=r"weights\.pkl.*wants to run posix\.system"):
         read_weights_file(path)
 
 
@@ -81,7 +81,7 @@ RECONSTRUCT = np.zeros(0).__reduce__()[0]
 )
 def test_bytes_of_a_pickle_do_not_become_objects(made: Any, tmp_path: Path) -> None:
     path = write_pickle(tmp_path / "weights.pkl", {"model": {"x": made}, "__author__": "x"})
-    with pytest.raises(pickle.UnpicklingError, match="it has an array"):
+    with pytest.raises(ValueError, match=r"weights\.pkl.*it has an array"):
         read_weights_file(path)
 
 

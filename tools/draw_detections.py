@@ -16,6 +16,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
 from d2kd import load_config, student_config
+from d2kd.checkpoint import load_whole_detector
 from d2kd.data import register_datasets
 
 Panel = Tuple[str, str, str]  # title, config file, weights
@@ -42,8 +43,9 @@ def draw_detections(
     truth = [canvas.draw_dataset_dict(x) for canvas, x in zip(canvases, images)]
     columns = [_column("ground truth", truth)]
     for (title, _, weights), cfg in zip(panels, configs):
-        cfg.MODEL.WEIGHTS = weights
+        cfg.MODEL.WEIGHTS = ""  # Detectron2 would run what is in the file, and load a part of it
         predictor, drawn = DefaultPredictor(cfg), []
+        load_whole_detector(predictor.model, weights, f"--detector {title}")
         for record in images:
             instances = predictor(cv2.imread(record["file_name"]))["instances"].to("cpu")
             instances = instances[instances.scores > threshold]

@@ -27,7 +27,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from d2kd import Distiller, load_config, panel, student_config
-from d2kd.checkpoint import PlainCheckpointer
+from d2kd.checkpoint import PlainCheckpointer, check_is_file
 from d2kd.data import class_names, register_datasets
 from d2kd.engine.hooks import seed_everything
 from d2kd.engine.preflight import check_config
@@ -74,12 +74,13 @@ def load_weights(distiller: Distiller, path: str) -> None:
     Raises:
         ValueError: a file that is no checkpoint, or one of another student, teacher or heads
     """
+    check_is_file(path, "--weights")
     checkpointer = PlainCheckpointer(distiller)
     rest = checkpointer.load(path, checkpointables=["teacher"])
     if checkpointer.missing_keys:
         raise ValueError(
             f"--weights: {path!r} is of another student: it lacks {checkpointer.missing_keys[0]!r} "
-            "of the config's, or has it in another shape."
+            f"of the config's, or has it in another shape. Found: {checkpointer.found}."
         )
     if "distill_heads" not in rest:
         logger.warning(f"{path} is a student alone: adapters and generators are untrained.")

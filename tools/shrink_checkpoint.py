@@ -11,6 +11,9 @@ import os
 
 import torch
 
+from d2kd.checkpoint import check_is_file
+from d2kd.weights_file import read_weights_file
+
 
 def shrink(source: str, target: str) -> str:
     """
@@ -20,8 +23,12 @@ def shrink(source: str, target: str) -> str:
 
     Returns:
         sha256 of the written file
+
+    Raises:
+        ValueError: no checkpoint, or weights beyond what float16 holds
     """
-    model = torch.load(source, map_location="cpu", weights_only=True)["model"]
+    check_is_file(source, "source")
+    model = read_weights_file(source)["model"]
     halves = {k: v.half() if v.is_floating_point() else v for k, v in model.items()}
     for key, value in halves.items():
         if value.is_floating_point() and not value.isfinite().all():

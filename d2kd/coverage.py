@@ -1,0 +1,58 @@
+"""Say how much of a detector its initial weights cover, part by part."""
+
+import logging
+from typing import Collection, Dict, List
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# Of the parameters of a part: with fewer than LEAST of every part, the file is of another detector.
+# A backbone of the right depth has at least USUAL; what Detectron2 adds to one is less.
+LEAST, USUAL = 0.5, 0.75
+
+
+def report_coverage(
+    model: nn.Module, missing: Collection[str], path: str, found: str, advice: str
+) -> None:
+    """
+    Log how many parameters of each part MODEL.WEIGHTS has covered.
+
+    Args:
+        missing: names that were not in the file, or of another shape
+        found: what the file is, in words
+        advice: what to do where nothing fits
+
+    Raises:
+        ValueError: no part is covered by half
+    """
+    covered = coverage(model, missing)
+    total, loaded = (sum(map(f, covered.values())) for f in (len, sum))
+    text = ", ".join(f"{part} {sum(x)} of {len(x)}" for part, x in covered.items())
+    summary = f"MODEL.WEIGHTS: {path!r} covers {loaded} of {total} parameters of the model: {text}."
+    shares = {part: sum(x) / len(x) for part, x in covered.items()}
+    if max(shares.values(), default=1.0) < LEAST:
+        if not loaded:
+            summary = f"MODEL.WEIGHTS: nothing in {path!r} fits the model by name and shape."
+        advice = advice or "These are weights of another detector or backbone."
+        name = next(x for x, _ in model.named_parameters() if x in missing)
+        raise ValueError(
+            f"{summary} Found: {found}. Looked for: {total} parameters such as {name}. {advice} "
+            "An empty value trains from scratch."
+        )
+    if shares.get("backbone", 1.0) < USUAL:
+        logger.warning(f"{summary} Of the backbone that is little: is the file of another one?")
+    else:
+        logger.info(summary)
+
+
+def coverage(model: nn.Module, missing: Collection[str]) -> Dict[str, List[bool]]:
+    """Name of a part to whether each of its parameters is covered; "neck" is a pyramid's own."""
+    has_neck = hasattr(getattr(model, "backbone", None), "bottom_up")
+    found: Dict[str, List[bool]] = {}
+    for name, _ in model.named_parameters():
+        part = name.partition(".")[0]
+        if part == "backbone" and has_neck and not name.startswith("backbone.bottom_up."):
+            part = "neck"
+        found.setdefault(part, []).append(name not in missing)
+    return found

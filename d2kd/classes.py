@@ -100,13 +100,16 @@ def match_classes(
             joined. "" on one side: the other is no class that both know
 
     Raises:
-        ValueError: an alias that is no such pair
+        ValueError: an alias that is no such pair; two classes of one name, which a name cannot tell
+            apart
     """
     for alias in aliases:
         _check_alias(alias, student, teacher)
     if tuple(student) == tuple(teacher) and not aliases:  # also where a name is there twice
         one_by_one = tuple((i,) for i in range(len(student)))
         return CommonClasses(tuple(student), tuple(teacher), one_by_one, one_by_one)
+    for side, names in (("student", student), ("teacher", teacher)):
+        _check_distinct(names, side)
     ours, theirs = {x[0] for x in aliases}, {x[1] for x in aliases}
     links = [(s, t) for s, t in aliases if s and t]
     links += [(x, x) for x in student if x in teacher and x not in ours and x not in theirs]
@@ -144,6 +147,17 @@ def _check_classes(names: Sequence[Any], count: int) -> None:
         found = f"{odd[0]!r} in {list(names)}" if odd else f"{len(names)}: {list(names)}"
         raise ValueError(
             f"DISTILL.TEACHER.CLASSES must name each of the teacher's {count} classes, got {found}."
+        )
+
+
+def _check_distinct(names: Sequence[str], side: str) -> None:
+    twice = [x for x in dict.fromkeys(names) if list(names).count(x) > 1]
+    if twice:
+        indices = ", ".join(str(i) for i, x in enumerate(names) if x == twice[0])
+        where = "DISTILL.TEACHER.CLASSES" if side == "teacher" else "the data set's categories"
+        raise ValueError(
+            f"The {side}'s classes {indices} are all called {twice[0]!r}, so that names do not tell "
+            f"which is which. Give each a name of its own in {where}."
         )
 
 

@@ -17,10 +17,17 @@ from .heads import DistillPair, build_head, head_class
 from .heads.build import compares_logits, required_members
 from .inherit import inherit
 from .modeling.build import build_detector
+from .pairs import DENSE
 from .pyramid import pair_levels
 from .schedule import WeightSchedule
 from .teacher import Teacher, build_teacher
-from .views import CommonClassesView, DetectorView, MergeClasses, find_view
+from .views import (
+    CommonClassesView,
+    DetectorView,
+    MergeClasses,
+    ReorderedAnchorsView,
+    find_view,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +77,7 @@ class Distiller(nn.Module):
         self.members = members
         self.pair = pair
         self.merges = _merges(pair)
+        self.anchor_orders = pair.anchor_orders if pair and pair.kind in DENSE else {}
         # The run's iteration from which the schedules count: where its stage began.
         self.start_iter = 0
         # Of the latest batch, to explain and draw it: views, unweighted terms, which head each of
@@ -135,18 +143,23 @@ class Distiller(nn.Module):
         self.latest = {"student": student, "teacher": teacher, "terms": {}, "keys": {}, "maps": {}}
         with student.record(self.members):
             losses = dict(self.student(batched_inputs))
-        in_common = self._in_common_classes(student, teacher)
+        comparable = self._comparable(student, teacher)
         for name, weight in weights.items():
-            views = in_common if compares_logits(self.heads[name]) else (student, teacher)
+            views = comparable if compares_logits(self.heads[name]) else (student, teacher)
             for key, loss in self._distill(name, weight, *views).items():
                 assert key not in losses, f"{name} returns {key!r}, a name that is taken"
                 losses[key] = loss
         return losses
 
-    def _in_common_classes(
+    def _comparable(
         self, student: DetectorView, teacher: DetectorView
     ) -> Tuple[DetectorView, DetectorView]:
-        """The views as heads see them that compare class logits."""
+        """
+        The views as heads see them that compare class logits: the teacher's anchors in the
+        student's order, and both in the classes that they have in common.
+        """
+        if self.anchor_orders:
+            teacher = ReorderedAnchorsView(teacher, self.anchor_orders)
         if not self.merges:
             return student, teacher
         ours, theirs = self.merges

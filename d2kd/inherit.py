@@ -2,21 +2,27 @@
 
 import logging
 import re
-from typing import List, Mapping
+from typing import Any, Iterator, List, Mapping
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from .views import find_view
 
-Tensors = Mapping[str, Tensor]
+logger = logging.getLogger(__name__)
 
 PARTS = ("neck", "head")
 
 # Layers with rows of their own for each class, in Detectron2's detectors, and how many a
 # class-agnostic one has.
 PER_CLASS = {r"cls_score": 0, r"box_predictor.*bbox_pred": 4, r"mask_head\.predictor": 1}
+
+# Layers with rows of their own for each anchor of a cell, and layers that predict boxes.
+PER_ANCHOR = (
+    r"^(head|proposal_generator)\..*(cls_score|bbox_pred|objectness_logits|anchor_deltas)\."
+)
+BOXES = r"(bbox_pred|anchor_deltas)\."
 
 
 def part_of(key: str) -> str:
@@ -45,10 +51,16 @@ def inherit(
         ValueError: an unknown part, or one of which nothing fits
     """
     target, source = student.state_dict(), teacher.state_dict()
+    other_anchors = _have_other_anchors(student, teacher)
     rows, copied = [], []
     for part in parts:
         keys = [k for k in target if part_of(k) == part]
-        fits = [k for k in keys if not _why(k, source, target, same_classes)]
+        reasons = {
+            k: _why_not_like(k, source, target)
+            or _why_not_same(k, student, teacher, same_classes, other_anchors)
+            for k in keys
+        }
+        fits = [k for k in keys if not reasons[k]]
         if not fits:
             raise ValueError(
                 f"DISTILL.INHERIT: nothing of the student's {part!r} has the name and shape of the "
@@ -57,20 +69,73 @@ def inherit(
         for k in fits:
             target[k].copy_(source[k])
         copied += fits
-        skipped = [f"{k} ({_why(k, source, target, same_classes)})" for k in keys if k not in fits]
+        skipped = [f"{k} ({reason})" for k, reason in reasons.items() if reason]
         rows.append([part, f"{len(fits)} of {len(keys)}", "\n".join(skipped) or "-"])
     table = tabulate(rows, headers=["part", "entries copied", "skipped"], tablefmt="simple")
     logger.info(f"The student inherits from the teacher:\n{table}")
     return copied
 
 
-def _why(key: str, source: Tensors, target: Tensors, same_classes: bool) -> str:
+def _why_not_like(key: str, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
     """A reason why an entry cannot be copied; "" if it can."""
     if key not in source:
         return "not in the teacher"
     if source[key].shape != target[key].shape:
         return f"teacher {tuple(source[key].shape)}, student {tuple(target[key].shape)}"
-    if same_classes:
-        return ""
-    by_class = (re.search(k, key) and len(target[key]) > rows for k, rows in PER_CLASS.items())
-    return "the classes are others" if any(by_class) else ""
+    return ""
+
+
+def _why_not_same(
+    key: str, student: nn.Module, teacher: nn.Module, same_classes: bool, other_anchors: bool
+) -> str:
+    """A reason why an entry of one name and shape means something else; "" if it does not."""
+    if not same_classes:
+        per_class = [rows for layer, rows in PER_CLASS.items() if re.search(layer, key)]
+        if any(len(student.get_parameter(key)) > rows for rows in per_class):
+            return "the classes are others"
+    if other_anchors and re.search(PER_ANCHOR, key):
+        return "the anchors are others"
+    theirs, ours = list(_owners(key, teacher)), list(_owners(key, student))
+    if re.search(BOXES, key) and _box_coding(theirs) != _box_coding(ours):
+        return "box deltas mean other boxes"
+    if (
+        "box_predictor" in key
+        and "cls_score" in key
+        and _found(theirs, "use_sigmoid_ce") != _found(ours, "use_sigmoid_ce")
+    ):
+        return "one is for a softmax, the other for sigmoids"
+    if isinstance(theirs[0], nn.GroupNorm) != isinstance(ours[0], nn.GroupNorm):
+        return f"teacher {type(theirs[0]).__name__}, student {type(ours[0]).__name__}"
+    if "top_block" in key and _found(theirs, "in_feature") != _found(ours, "in_feature"):
+        return (
+            f"from {_found(theirs, 'in_feature')}, the student's from {_found(ours, 'in_feature')}"
+        )
+    return ""
+
+
+def _owners(key: str, model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that an entry of the state_dict is in, innermost first."""
+    path = key.split(".")[:-1]
+    for end in range(len(path), -1, -1):
+        yield model.get_submodule(".".join(path[:end]))
+
+
+def _found(owners: List[nn.Module], attribute: str) -> Any:
+    """Of the innermost module that has it."""
+    return next((getattr(x, attribute) for x in owners if hasattr(x, attribute)), None)
+
+
+def _box_coding(owners: List[nn.Module]) -> Any:
+    transform = _found(owners, "box2box_transform")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(transform).items()}
+    return type(transform).__name__, values
+
+
+def _have_other_anchors(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether the cells of some stride, on which both predict, have anchors in another order."""
+    infos = [find_view(x, "detector").info(x) for x in (student, teacher)]
+    ours, theirs = (
+        {info.shapes[level].stride: anchors for level, anchors in info.anchors.items()}
+        for info in infos
+    )
+    return any(ours[k] != theirs[k] for k in ours.keys() & theirs.keys())

@@ -1,11 +1,11 @@
 """Student, teacher, and which kinds of them a method takes."""
 
 from dataclasses import dataclass, replace
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 from .classes import CommonClasses
 from .pyramid import LevelPair
-from .views import DetectorInfo
+from .views import DetectorInfo, anchor_order
 
 # "teacher -> student". A dense detector predicts at every cell of its pyramid, a two-stage one in
 # regions.
@@ -48,6 +48,23 @@ class DistillPair:
         count = len(self.classes.student)
         student, teacher = (replace(x, num_classes=count) for x in (self.student, self.teacher))
         return replace(self, student=student, teacher=teacher)
+
+    @property
+    def anchor_orders(self) -> Dict[str, Tuple[int, ...]]:
+        """
+        Where each of the student's anchors stands in a cell of the teacher's, by the teacher's
+        level; without the levels on which they stand in the same order, or are not the same.
+        """
+        orders = {}
+        for level in self.levels:
+            ours, theirs = (
+                x.anchors.get(k, ())
+                for x, k in ((self.student, level.student), (self.teacher, level.teacher))
+            )
+            order = anchor_order(ours, theirs)
+            if order and order != tuple(range(len(order))):
+                orders[level.teacher] = order
+        return orders
 
     @property
     def dense_levels(self) -> Tuple[LevelPair, ...]:

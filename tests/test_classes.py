@@ -94,16 +94,20 @@ def test_alias_without_a_partner_takes_a_class_away(alias: str) -> None:
     assert pairs("ab", "ab", alias, "aa") == [({"a"}, {"a"}), ({"b"}, {"b"})]
 
 
-def test_classes_of_one_name_are_one_class() -> None:
-    found = match_classes(["cat", "dog", "cat"], ["dog", "cat"])
-    assert (found.student, found.teacher) == (((0, 2), (1,)), ((1,), (0,)))
-    found = match_classes(["cat", "dog"], ["cat", "dog", "cat"])
-    assert (found.student, found.teacher) == (((0,), (1,)), ((0, 2), (1,)))
-
-
-def test_classes_of_the_same_data_are_the_same_also_where_a_name_is_there_twice() -> None:
-    assert match_classes(["cat", "dog", "cat"], ["cat", "dog", "cat"]).same
-    assert not match_classes(["cat", "dog", "cat"], ["cat", "cat", "dog"]).same
+@pytest.mark.parametrize(
+    "student, teacher, text",
+    [
+        ("cat dog cat", "dog cat", "student's classes 0, 2 are all called 'cat'"),
+        ("cat dog", "cat dog cat", "teacher's classes 0, 2 .* in DISTILL.TEACHER.CLASSES"),
+        ("cat dog cat", "cat cat dog", "student's classes 0, 2 .* in the data set's categories"),
+    ],
+)
+def test_name_that_two_classes_have_is_refused_where_names_decide(
+    student: str, teacher: str, text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        match_classes(student.split(), teacher.split())
+    assert match_classes(student.split(), student.split()).same
 
 
 def connected(student: Sequence[str], teacher: Sequence[str], links: Set[Tuple[str, str]]) -> Pairs:

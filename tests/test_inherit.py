@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from d2kd.data.outlines import CLASSES
@@ -165,3 +166,87 @@ def test_distiller_inherits_rows_of_the_same_classes_only(
     ours, theirs = (x.head.state_dict() for x in (distiller.student, distiller.teacher.model))
     equal = {k for k, v in ours.items() if torch.equal(v, theirs[k])}
     assert ("cls_score.weight" in equal) == same and "bbox_pred.weight" in equal
+
+
+# Entries of one name and shape that mean something else ----------------------------------------
+
+RATIOS = "MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS"
+ANCHOR_ROWS = {
+    "retinanet": ["head.cls_score", "head.bbox_pred"],
+    "faster_rcnn": [
+        f"proposal_generator.rpn_head.{x}" for x in ("objectness_logits", "anchor_deltas")
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name, values, layers, reason",
+    [
+        (name, values, rows, "the anchors are others")
+        for name, rows in ANCHOR_ROWS.items()
+        for values in ({RATIOS: [[2.0, 1.0, 0.5]]}, {"MODEL__ANCHOR_GENERATOR__OFFSET": 0.5})
+    ]
+    + [
+        (
+            "retinanet",
+            {"MODEL__RETINANET__BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0)},
+            ["head.bbox_pred"],
+            "box deltas mean other boxes",
+        ),
+        (
+            "faster_rcnn",
+            {"MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)},
+            ["roi_heads.box_predictor.bbox_pred"],
+            "box deltas mean other boxes",
+        ),
+        (
+            "faster_rcnn",
+            {"MODEL__RPN__BBOX_REG_WEIGHTS": (2.0, 2.0, 2.0, 2.0)},
+            ["proposal_generator.rpn_head.anchor_deltas"],
+            "box deltas mean other boxes",
+        ),
+    ],
+)
+def test_rows_that_mean_other_anchors_or_boxes_are_left_alone(
+    name: str,
+    values: Dict[str, object],
+    layers: List[str],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    student, teacher = build(name, seed=1), build(name, seed=2, **values)
+    with caplog.at_level(logging.INFO, logger="d2kd.inherit"):
+        copied = inherit(student, teacher, ["head"])
+    left = {k for k in snapshot(student) if part_of(k) == "head"} - set(copied)
+    assert left == {f"{layer}.{x}" for layer in layers for x in ("weight", "bias")}
+    assert all(f"{key} ({reason})" in caplog.text for key in left)
+
+
+def test_norms_of_another_kind_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    student = build("retinanet", seed=1, MODEL__FPN__NORM="GN")
+    teacher = build("retinanet", seed=2, MODEL__FPN__NORM="BN")
+    with caplog.at_level(logging.INFO, logger="d2kd.inherit"):
+        copied = inherit(student, teacher, ["neck"])
+    assert copied and not any("norm" in k for k in copied)
+    assert (
+        "backbone.fpn_lateral3.norm.weight (teacher BatchNorm2d, student GroupNorm)" in caplog.text
+    )
+
+
+def test_coarse_levels_computed_from_another_feature_are_left_alone() -> None:
+    student, teacher = build("retinanet", seed=1), build("retinanet", seed=2)
+    teacher.backbone.top_block.in_feature = "p5"  # as in FCOS; here both have as many channels
+    copied = inherit(student, teacher, ["neck"])
+    left = {k for k in snapshot(student) if part_of(k) == "neck"} - set(copied)
+    assert left and all(k.startswith("backbone.top_block.") for k in left)
+
+
+@pytest.mark.skipif(
+    "USE_SIGMOID_CE" not in get_cfg().MODEL.ROI_BOX_HEAD, reason="came after Detectron2 0.6"
+)
+def test_classifier_of_sigmoids_does_not_start_one_of_a_softmax() -> None:
+    student = build("faster_rcnn", seed=1)
+    teacher = build("faster_rcnn", seed=2, MODEL__ROI_BOX_HEAD__USE_SIGMOID_CE=True)
+    copied = inherit(student, teacher, ["head"])
+    left = {k for k in snapshot(student) if part_of(k) == "head"} - set(copied)
+    assert left == {f"roi_heads.box_predictor.cls_score.{x}" for x in ("weight", "bias")}

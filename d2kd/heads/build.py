@@ -1,14 +1,15 @@
 """The contract of a distillation head, and how YAML names one."""
 
 import difflib
-from typing import Any, FrozenSet, Iterable, List, Optional, Type
+from typing import Any, FrozenSet, Iterable, List, Optional, Sequence, Type
 
 from fvcore.common.registry import Registry
 from torch import nn
 
 from detectron2.config import CfgNode
 
-from ..pairs import ANY_PAIR, DistillPair
+from ..pairs import ANY_PAIR, DENSE, TWO_STAGE, DistillPair
+from ..views import anchor_order
 
 DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
 DISTILL_HEAD_REGISTRY.__doc__ = """
@@ -24,8 +25,11 @@ A head is an nn.Module with
   "roi_features", "roi_predictions", "regions", "region_vectors", "anchor_labels", "tower_<depth>"
   (default: "features"), or a static method that tells it from the config and the
   :class:`DistillPair`; `requires_logits = True` where class logits are compared one by one: a dense
-  pair's anchors must be the same then, and of detectors with other classes the head is given the
-  C in common, in logits, labels and `num_classes` alike (label C: background, or none of them);
+  pair's anchors must be the same then, the teacher's predictions are put into the student's order
+  of anchors, and of detectors with other classes the head is given the C in common, in logits,
+  labels and `num_classes` alike (label C: background, or none of them);
+* `class_activations`, what of {"softmax", "sigmoid"} it can make of the logits of
+  `roi_predictions` (default: {"softmax"}, over classes and background);
 * `__init__`, made @configurable, with `from_config(cls, cfg, pair)`: `pair` is a
   :class:`DistillPair`;
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with
@@ -107,7 +111,28 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
                 f"{name} needs {_listed(missing)}{asked}; the {side} {detector.name} has none. It "
                 f"has {_listed(detector.members)}."
             )
+    if "roi_predictions" in required_members(cls, cfg, pair) and pair.kind in TWO_STAGE:
+        problem = _other_activation(name, pair)
+        if problem:
+            return problem
     return _other_logits(name, pair) if compares_logits(cls) else None
+
+
+def _other_activation(name: str, pair: DistillPair) -> Optional[str]:
+    student, teacher = pair.student.class_activation, pair.teacher.class_activation
+    key = "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE"
+    if student != teacher:
+        return (
+            f"{name} compares class probabilities, which the student's box head has from a "
+            f"{student} and the teacher's from a {teacher}: set {key} alike in both."
+        )
+    known = getattr(head_class(name), "class_activations", {"softmax"})
+    if student not in known:
+        return (
+            f"{name} takes class probabilities from a {_listed(known)}; the box heads have {key} "
+            f"{student == 'sigmoid'}, a {student}."
+        )
+    return None
 
 
 def _other_logits(name: str, pair: DistillPair) -> Optional[str]:
@@ -120,12 +145,31 @@ def _other_logits(name: str, pair: DistillPair) -> Optional[str]:
         )
     if not student.num_classes:
         return f"{name} compares class logits, but the detectors have no class in common."
-    if pair.kind == "dense -> dense" and student.num_anchors != teacher.num_anchors:
+    return _other_anchors(name, pair) if pair.kind in DENSE else None
+
+
+def _other_anchors(name: str, pair: DistillPair) -> Optional[str]:
+    student, teacher = pair.student, pair.teacher
+    if student.num_anchors != teacher.num_anchors:
         return (
             f"{name} compares logits cell by cell, but the student has {student.num_anchors} "
             f"anchors per cell and the teacher {teacher.num_anchors} (MODEL.ANCHOR_GENERATOR)."
         )
+    for level in pair.levels:
+        ours, theirs = student.anchors.get(level.student), teacher.anchors.get(level.teacher)
+        if ours and theirs and anchor_order(ours, theirs) is None:
+            return (
+                f"{name} compares logits anchor by anchor, but on {level.student} they differ: the "
+                f"student's first cell has {_boxes(ours)}, the teacher's on {level.teacher} "
+                f"{_boxes(theirs)}. Train the student with the teacher's SIZES, ASPECT_RATIOS and "
+                "OFFSET in MODEL.ANCHOR_GENERATOR."
+            )
     return None
+
+
+def _boxes(anchors: Sequence[Sequence[float]]) -> str:
+    shown = ["(" + ", ".join(f"{x:g}" for x in anchor) + ")" for anchor in sorted(anchors)]
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 def fitting(cfg: CfgNode, pair: DistillPair) -> List[str]:

@@ -19,14 +19,16 @@ class DISTHead(nn.Module):
     probabilities are to correlate with the teacher's, over the classes of each prediction (inter)
     and over the predictions of each class (intra); their values are free.
 
-    Two-stage pairs compare the softmax of the student's own sampled proposals; dense ones the
-    sigmoids of every cell, of all its anchors in one row.
+    Two-stage pairs compare the softmax of the student's own sampled proposals, or the sigmoids of
+    two detectors that ask of each class by itself; dense ones the sigmoids of every cell, of all
+    its anchors in one row.
 
     Shapes: R proposals; K classes; N images; A anchors; Hi, Wi height and width of level i.
     """
 
     pairs = SAME_KIND
     requires_logits = True
+    class_activations = frozenset({"softmax", "sigmoid"})
 
     @configurable
     def __init__(
@@ -85,7 +87,8 @@ class DISTHead(nn.Module):
     ) -> Dict[str, Union[Tensor, Dict[str, Tensor]]]:
         """
         Args:
-            student, teacher: views with logits: (R, K+1), or dense ones (N, A*K, Hi, Wi)
+            student, teacher: views with logits: (R, K+1), or (R, K) of a sigmoid each, or dense
+                ones (N, A*K, Hi, Wi)
 
         Returns:
             {"loss_dist_inter", "loss_dist_intra": scalar, or of dense pairs {level: scalar}}: 1
@@ -100,13 +103,8 @@ class DISTHead(nn.Module):
 
     def _on_regions(self, student: DetectorView, teacher: DetectorView) -> Tuple[Tensor, Tensor]:
         regions = student.regions()
-        x, target = (
-            (view.float() / self.temperature).softmax(dim=1)
-            for view in (
-                student.roi_predictions().logits,
-                teacher.roi_predictions(regions.boxes).logits.detach(),
-            )
-        )
+        x = student.roi_predictions().probabilities(self.temperature)
+        target = teacher.roi_predictions(regions.boxes).probabilities(self.temperature).detach()
         inter = distance(x, target, dims=(1,)).sum() / regions.mean_count
         # Without proposals no class has anything to correlate; the zero keeps its gradient.
         intra = distance(x, target, dims=(0,)).mean() * min(len(x), 1)

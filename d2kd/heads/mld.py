@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from detectron2.config import CfgNode, configurable
 
 from ..checks import check_choice, check_temperature
-from ..layers import mean_one_softmax
+from ..layers import class_divergence, mean_one_softmax
 from ..pairs import SAME_KIND, DistillPair
 from ..pyramid import LevelPair, match_levels
 from ..views import DetectorView
@@ -22,14 +22,16 @@ class MLDHead(nn.Module):
     from the abstracts of its two versions; no code was released): imitate the teacher's class
     probabilities where the two detectors differ more than on average.
 
-    Dense pairs compare sigmoids at every cell, two-stage pairs the softmax of the student's own
-    sampled proposals, from the pass of its detection loss.
+    Dense pairs compare sigmoids at every cell, two-stage pairs the softmax (or the sigmoids, where
+    both detectors have those) of the student's own sampled proposals, from the pass of its
+    detection loss.
 
     Shapes: N images; A anchors, K classes; Hi, Wi height and width of level i; R proposals.
     """
 
     pairs = SAME_KIND
     requires_logits = True
+    class_activations = frozenset({"softmax", "sigmoid"})
     zero_at_equal = True
 
     @configurable
@@ -98,7 +100,7 @@ class MLDHead(nn.Module):
         """
         Args:
             student, teacher: views with logits: dense ones, per level (N, A*K, Hi, Wi), or those of
-                the student's sampled proposals, (R, K+1)
+                the student's sampled proposals, (R, K+1) or, of a sigmoid each, (R, K)
 
         Returns:
             {"loss_mld": ...}, 0 at equal logits. Dense, {level: scalar}: the weighted sum of the
@@ -130,11 +132,12 @@ class MLDHead(nn.Module):
         return {level: loss / positives.clamp(min=1) for level, loss in losses.items()}
 
     def _on_regions(self, student: DetectorView, teacher: DetectorView) -> Tensor:
-        x = student.roi_predictions().logits.float() / self.temperature
-        target = teacher.roi_predictions(student.sampled_boxes).logits.detach().float()
-        target = target / self.temperature
-        divergence = F.kl_div(
-            x.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True
+        ours = student.roi_predictions()
+        theirs = teacher.roi_predictions(student.sampled_boxes)
+        divergence = class_divergence(
+            ours.logits.float() / self.temperature,
+            theirs.logits.float() / self.temperature,
+            theirs.activation,
         ).sum(dim=1)
         if self.guide == "features":
             for pair in self.levels:
@@ -144,9 +147,10 @@ class MLDHead(nn.Module):
             maps = self.maps["weight"]
             weight = student.mean_in_boxes(maps, student.sampled_boxes)[:, 0]
         else:
-            difference = (x.detach().softmax(1) - target.softmax(1)).abs().mean(dim=1)
+            x, target = (p.probabilities(self.temperature).detach() for p in (ours, theirs))
+            difference = (x - target).abs().mean(dim=1)
             weight = self._weight(difference.view(1, 1, 1, -1), None).flatten()
-        return self.temperature**2 * (weight * divergence).sum() / max(len(x), 1)
+        return self.temperature**2 * (weight * divergence).sum() / max(len(divergence), 1)
 
     def _feature_difference(
         self, pair: LevelPair, student: DetectorView, teacher: DetectorView

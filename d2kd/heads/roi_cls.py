@@ -1,11 +1,11 @@
 from typing import Dict
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from detectron2.config import CfgNode, configurable
 
 from ..checks import check_temperature
+from ..layers import class_divergence
 from ..pairs import TWO_STAGE, DistillPair
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
@@ -24,6 +24,7 @@ class RoIClsHead(nn.Module):
     pairs = TWO_STAGE
     requires = frozenset({"regions", "roi_predictions"})
     requires_logits = True
+    class_activations = frozenset({"softmax", "sigmoid"})
     zero_at_equal = True
 
     @configurable
@@ -49,16 +50,18 @@ class RoIClsHead(nn.Module):
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         """
         Args:
-            student, teacher: views with logits (R, K+1), background last
+            student, teacher: views with logits (R, K+1), background last, or (R, K) of a sigmoid
+                each
 
         Returns:
             {"loss_roicls": scalar}, temperature^2 KL(teacher || student), summed over classes and
             averaged over proposals
         """
         regions = student.regions()
-        x = student.roi_predictions().logits.float() / self.temperature
-        target = teacher.roi_predictions(regions.boxes).logits.detach().float() / self.temperature
-        divergence = F.kl_div(
-            x.log_softmax(1), target.log_softmax(1), reduction="sum", log_target=True
+        ours, theirs = student.roi_predictions(), teacher.roi_predictions(regions.boxes)
+        divergence = class_divergence(
+            ours.logits.float() / self.temperature,
+            theirs.logits.float() / self.temperature,
+            theirs.activation,
         )
-        return {"loss_roicls": self.temperature**2 * divergence / regions.mean_count}
+        return {"loss_roicls": self.temperature**2 * divergence.sum() / regions.mean_count}

@@ -23,6 +23,7 @@ class RoILocHead(nn.Module):
     pairs = TWO_STAGE
     requires = frozenset({"regions", "roi_predictions"})
     requires_logits = True
+    class_activations = frozenset({"softmax", "sigmoid"})
     zero_at_equal = True
 
     @configurable
@@ -57,7 +58,9 @@ class RoILocHead(nn.Module):
         """
         regions = student.regions()
         target = teacher.roi_predictions(regions.boxes)
-        confidence = target.logits.detach().float().softmax(dim=1)[:, :-1]  # (R, K)
+        confidence = target.probabilities().detach()
+        if target.activation == "softmax":
+            confidence = confidence[:, :-1]  # (R, K), without background
         theirs = _expected(target.deltas.detach(), confidence)
         ours = _expected(student.roi_predictions().deltas, confidence)
         return {"loss_roiloc": (theirs - ours).abs().sum() / regions.mean_count}

@@ -21,6 +21,7 @@ from .relation import average_cells, relation_error
 from .review import ReviewFusion, pyramid_error
 from .scales import cut_windows, max_pool, pool_inside
 from .soft_labels import (
+    class_divergence,
     difference_weighted,
     giou_distance,
     largest_probability,

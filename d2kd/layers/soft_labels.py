@@ -1,4 +1,4 @@
-"""Imitating what a teacher says of each anchor: a probability for every class, and a box."""
+"""Imitating what a teacher says of each anchor or region: class probabilities, and a box."""
 
 from typing import Tuple
 
@@ -26,6 +26,29 @@ def difference_weighted(logits: Tensor, target_logits: Tensor) -> Tuple[Tensor, 
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     weight = (logits.sigmoid() - target).abs()
     return weight * cross_entropy, weight.detach()
+
+
+def class_divergence(logits: Tensor, target_logits: Tensor, activation: str) -> Tensor:
+    """
+    What each class adds to KL(target || student) between the class probabilities of a region.
+
+    Args:
+        logits, target_logits: (R, K+1), or (R, K); the target gets no gradient
+        activation: "softmax", one distribution over all columns; "sigmoid", a yes or no for each
+
+    Returns:
+        of the shape of the logits, float32, 0 at equal logits, finite at any finite ones; summed
+        over classes it is the divergence, or with sigmoids the sum of their divergences
+    """
+    x, target = logits.float(), target_logits.detach().float()
+    if activation == "softmax":
+        x, target = x.log_softmax(dim=1), target.log_softmax(dim=1)
+        return F.kl_div(x, target, reduction="none", log_target=True)
+    cross_entropy, entropy = (
+        F.binary_cross_entropy_with_logits(v, target.sigmoid(), reduction="none")
+        for v in (x, target)
+    )
+    return cross_entropy - entropy
 
 
 def largest_probability(logits: Tensor, num_anchors: int) -> Tensor:

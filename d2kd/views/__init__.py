@@ -1,4 +1,5 @@
 from .base import DETECTOR_VIEW_REGISTRY, DetectorView, find_view  # noqa isort:skip
+from .anchors import ReorderedAnchorsView, anchor_order
 from .common_classes import CommonClassesView, MergeClasses
 from .dense import DenseView
 from .info import DetectorInfo

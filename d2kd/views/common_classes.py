@@ -5,6 +5,7 @@ from typing import Any, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from detectron2.structures import Boxes, Instances
 
@@ -52,7 +53,7 @@ class MergeClasses(nn.Module):
         return len(self.groups)
 
     def sigmoids(self, logits: Tensor) -> Tensor:
-        """(N, A*K, H, W) -> (N, A*C, H, W)"""
+        """(N, A*K, H, W) -> (N, A*C, H, W), or (R, K) -> (R, C)"""
         by_class = logits.unflatten(1, (-1, len(self.new_labels) - 1))
         members = by_class.index_select(2, self.groups.flatten())
         members = members.unflatten(2, self.groups.shape)  # (N, A, C, size, H, W)
@@ -72,7 +73,7 @@ class MergeClasses(nn.Module):
         (R, K*4) -> (R, C*4): the mean over the classes of a group, weighted by how likely they are.
 
         Args:
-            logits: (R, K+1), which get no gradient
+            logits: (R, K+1), or (R, K) log-probabilities of a sigmoid each; they get no gradient
         """
         if deltas.shape[1] == 4 < 4 * (len(self.new_labels) - 1):  # class-agnostic
             return deltas
@@ -145,10 +146,13 @@ class CommonClassesView:
         return replace(dense, logits=[self._merge.sigmoids(x) for x in dense.logits])
 
     def _merged_rois(self, answer: RoIPredictions) -> RoIPredictions:
-        logits = self._merge.softmax(answer.logits)
-        return replace(
-            answer, logits=logits, deltas=self._merge.deltas(answer.deltas, answer.logits)
-        )
+        if answer.activation == "sigmoid":
+            logits = self._merge.sigmoids(answer.logits)
+            deltas = self._merge.deltas(answer.deltas, F.logsigmoid(answer.logits.float()))
+        else:
+            logits = self._merge.softmax(answer.logits)
+            deltas = self._merge.deltas(answer.deltas, answer.logits)
+        return replace(answer, logits=logits, deltas=deltas)
 
     def _anchor_labels(self) -> AnchorLabels:
         maps = [self._merge_labels.labels(x) for x in self._view.anchor_labels().maps]

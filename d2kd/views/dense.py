@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .anchor_labels import AnchorLabels, Listener
+from .anchors import cell_anchors
 from .base import DETECTOR_VIEW_REGISTRY, DetectorView
 from .info import DetectorInfo
 from .parts import ROI_SIZE, DensePredictions, map_of_rows, rows_of_map, unaliased
@@ -42,6 +43,8 @@ class DenseView(DetectorView):
         return replace(
             super().info(detector),
             dense_levels=tuple(detector.head_in_features),
+            anchors=cell_anchors(detector.anchor_generator, detector.head_in_features),
+            box_weights=tuple(getattr(detector.box2box_transform, "weights", ())),
             vector_channels=detector.head.cls_score.in_channels,
             roi_size=ROI_SIZE,
         )

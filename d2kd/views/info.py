@@ -1,7 +1,7 @@
 """What is known of a detector before any batch."""
 
-from dataclasses import dataclass
-from typing import Dict, FrozenSet, Tuple
+from dataclasses import dataclass, field
+from typing import Dict, FrozenSet, Mapping, Tuple
 
 from detectron2.layers import ShapeSpec
 
@@ -14,9 +14,13 @@ class DetectorInfo:
     `name`: meta-architecture; `shapes`: level name to channels and stride; `num_classes`:
     foreground classes; `members`: what the detector's view can give; `num_anchors`: dense
     predictions per cell; `two_stage`: whether classes are told by a head on regions;
-    `dense_levels`: levels with dense predictions; `vector_channels`: length of a region's vector
-    (`region_vectors`), 0 without; `roi_size`: cells along a side of its RoI features;
-    `box_weights`: how a two-stage detector scales box deltas (MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS).
+    `class_activation`: how that head's logits become probabilities, "softmax" over classes and
+    background, or a "sigmoid" for each class (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE);
+    `dense_levels`: levels with dense predictions; `anchors`: of each of them, those of its first
+    cell, XYXY in input pixels, in the order of the predictions; `vector_channels`: length of a
+    region's vector (`region_vectors`), 0 without; `roi_size`: cells along a side of its RoI
+    features; `box_weights`: what its box deltas are multiplied by (BBOX_REG_WEIGHTS of
+    MODEL.ROI_BOX_HEAD, or of MODEL.RETINANET), () of FCOS, which has none.
     """
 
     name: str
@@ -25,7 +29,9 @@ class DetectorInfo:
     members: FrozenSet[str]
     num_anchors: int = 0
     two_stage: bool = False
+    class_activation: str = "softmax"
     dense_levels: Tuple[str, ...] = ()
+    anchors: Mapping[str, Tuple[Tuple[float, ...], ...]] = field(default_factory=dict)
     vector_channels: int = 0
     roi_size: int = 0
     box_weights: Tuple[float, ...] = ()

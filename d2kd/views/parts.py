@@ -42,13 +42,21 @@ class RoIPredictions:
     What a two-stage detector's box head says of R boxes (a cascade: its first stage, whose gradient
     Detectron2 divides by the number of stages before it reaches a student's pyramid).
 
-    `feature`: last vector before the predictors, (R, D); `logits`: (R, K+1), background last;
-    `deltas`: (R, 4*K), or (R, 4) when class-agnostic.
+    `feature`: last vector before the predictors, (R, D); `deltas`: (R, 4*K), or (R, 4) when
+    class-agnostic; `activation`, `logits`: "softmax", (R, K+1) with background last, or "sigmoid",
+    (R, K). (Detectron2's layer has a column for background there too, which such a detector neither
+    trains nor reads.)
     """
 
     feature: Tensor
     logits: Tensor
     deltas: Tensor
+    activation: str = "softmax"
+
+    def probabilities(self, temperature: float = 1.0) -> Tensor:
+        """Of every class, from the logits divided by `temperature`; as `logits`, in float32."""
+        logits = self.logits.float() / temperature
+        return logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(dim=1)
 
 
 def unaliased(logits: Sequence[Tensor], num_classes: int) -> List[Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 
+from .anchors import cell_anchors
 from .base import DETECTOR_VIEW_REGISTRY, DetectorView
 from .info import DetectorInfo
 from .parts import DensePredictions, RoIPredictions, unaliased
@@ -38,7 +39,9 @@ class RCNNView(DetectorView):
     def info(cls, detector: nn.Module) -> DetectorInfo:
         info = super().info(detector)
         if "dense" in info.members:
-            info = replace(info, dense_levels=tuple(detector.proposal_generator.in_features))
+            rpn = detector.proposal_generator
+            anchors = cell_anchors(rpn.anchor_generator, rpn.in_features)
+            info = replace(info, dense_levels=tuple(rpn.in_features), anchors=anchors)
         if "roi_predictions" not in info.members:
             return info
         predictor, has_vectors = _predictor(detector), "region_vectors" in info.members
@@ -47,6 +50,7 @@ class RCNNView(DetectorView):
             vector_channels=predictor.cls_score.in_features if has_vectors else 0,
             roi_size=detector.roi_heads.box_pooler.output_size[0],
             box_weights=tuple(predictor.box2box_transform.weights),
+            class_activation=class_activation(predictor),
         )
 
     @staticmethod
@@ -98,7 +102,13 @@ class RCNNView(DetectorView):
 
     def _roi_predictions(self, boxes: List[Boxes]) -> RoIPredictions:
         feature = self._box_head(self.roi_features(boxes))
-        return RoIPredictions(feature, *self._predictor(feature))
+        return self._read(feature, *self._predictor(feature))
+
+    def _read(self, feature: Tensor, logits: Tensor, deltas: Tensor) -> RoIPredictions:
+        activation = class_activation(self._predictor)
+        # The column of background is what its initialisation made it: no head shall see it.
+        logits = logits[:, :-1] if activation == "sigmoid" else logits
+        return RoIPredictions(feature, logits, deltas, activation)
 
     def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
         handles = super()._add_hooks(members)
@@ -117,7 +127,7 @@ class RCNNView(DetectorView):
         self._keep("own_roi_features", output, [output])
 
     def _on_predictor(self, module: nn.Module, inputs: Tuple[Tensor], output: Any) -> None:
-        predictions = RoIPredictions(inputs[0], *output)
+        predictions = self._read(inputs[0], *output)
         self._keep("roi_predictions", predictions, [inputs[0], *output])
 
     def _on_roi_heads(self, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
@@ -153,6 +163,11 @@ class RCNNView(DetectorView):
 
 def _predictor(detector: nn.Module) -> nn.Module:
     return _first_stage(detector.roi_heads.box_predictor)
+
+
+def class_activation(predictor: nn.Module) -> str:
+    """How a box predictor's class logits become probabilities: "softmax" or "sigmoid"."""
+    return "sigmoid" if getattr(predictor, "use_sigmoid_ce", False) else "softmax"
 
 
 def _first_stage(module: nn.Module) -> nn.Module:

@@ -133,7 +133,7 @@ def merge_mapping(cfg: CfgNode, mapping: Dict[str, Any], source: str) -> None:
         ValueError: an unknown key, or a value of the wrong type
     """
     _refuse_unknown(cfg, list(_unknown(cfg, mapping, source)), source)
-    before = dict(_leaves(cfg))
+    before = dict(leaves(cfg))
     try:
         cfg.merge_from_other_cfg(CfgNode(mapping))
     except (AssertionError, ValueError) as error:  # yacs, of another type, a date, a set or bytes
@@ -150,9 +150,9 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
     """
     if len(opts) % 2:
         raise ValueError(f"{source}: overrides come as KEY VALUE pairs, got {list(opts)}.")
-    known = {**dict.fromkeys(_inner(cfg)), **dict(_leaves(cfg))}
+    known = {**dict.fromkeys(_inner(cfg)), **dict(leaves(cfg))}
     _refuse_unknown(cfg, [str(key) for key in opts[0::2] if str(key) not in known], source)
-    before = dict(_leaves(cfg))
+    before = dict(leaves(cfg))
     for key, value in zip(opts[0::2], opts[1::2]):
         if key not in before:
             raise ValueError(f"{source}: {key} is a group of keys; name one of them, {key}.<KEY>.")
@@ -208,21 +208,21 @@ def student_config(cfg: CfgNode) -> CfgNode:
 
 def _refuse_none(cfg: CfgNode, before: Dict[str, Any], source: str) -> None:
     """yacs lets None take the place of a number, of which somebody else would then complain."""
-    for key, value in _leaves(cfg):
+    for key, value in leaves(cfg):
         if value is None and before.get(key) is not None:
             raise ValueError(f"{source}: {key} is None. Give it a value, or leave the key out.")
 
 
 def flatten(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted names of all leaves."""
-    return (key for key, _ in _leaves(node, prefix))
+    return (key for key, _ in leaves(node, prefix))
 
 
-def _leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+def leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
     """Dotted names and values."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -5,7 +5,7 @@ import math
 import os
 import random
 import time
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 import numpy as np
 import torch
@@ -87,15 +87,19 @@ class BestCheckpointer(HookBase):
     run never starts from the best checkpoint instead of the last.
     """
 
-    def __init__(self, period: int, checkpointer: Checkpointer, metric: str):
+    def __init__(
+        self, period: int, checkpointer: Checkpointer, metric: str, datasets: Sequence[str] = ()
+    ):
         """
         Args:
             period: iterations between evaluations; 0: only after training
             metric: name in the evaluation's flat results, larger is better, such as "bbox/AP"
+            datasets: on which it is measured
         """
         self.period = period
         self.checkpointer = checkpointer
         self.metric = metric
+        self.measure = f"{metric} on {', '.join(datasets)}"
         self.best = -math.inf
         self.run = time.time_ns()  # tells the files of this run from an older one's in the folder
 
@@ -122,9 +126,15 @@ class BestCheckpointer(HookBase):
         self.checkpointer.save(BEST, iteration=iteration)
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"best": self.best, "run": self.run}
+        return {"best": self.best, "run": self.run, "measure": self.measure}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
+        if state.get("measure", self.measure) != self.measure:
+            logger.warning(
+                f"{BEST}.pth was chosen by {state['measure']}; the next evaluation replaces it, "
+                f"and {self.measure} chooses from then on."
+            )
+            return
         self.best, self.run = state["best"], state["run"]
         # The checkpoint was written before the evaluation of its own iteration.
         path = os.path.join(self.checkpointer.save_dir, f"{BEST}.pth")

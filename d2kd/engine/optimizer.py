@@ -1,7 +1,8 @@
 """Detectron2's optimizer from SOLVER, and gradient clipping over the whole model."""
 
 import itertools
-from typing import Any
+import re
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import nn
@@ -37,6 +38,46 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     optimizer.register_step_pre_hook(clip_all)
     return optimizer
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> List[str]:
+    """Names in the order in which the optimizer's state numbers its parameters."""
+    # A student alone has the same names inside and outside a Distiller.
+    names = {id(p): re.sub("^student[.]", "", k) for k, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def placed_state(
+    optimizer: torch.optim.Optimizer,
+    names: List[str],
+    saved: Dict[str, Any],
+    saved_names: Optional[List[str]],
+) -> Dict[str, Any]:
+    """
+    State for an optimizer that may have other groups: what it remembers of each parameter goes to
+    that parameter, while learning rate, momentum and weight decay stay those of the optimizer.
+
+    Args:
+        names: from parameter_names
+        saved: state of the optimizer in a checkpoint
+        saved_names: its parameters; None: a checkpoint without them, whose groups are the same
+
+    Raises:
+        ValueError: of other parameters
+    """
+    new = optimizer.state_dict()
+    if saved_names is None:
+        sizes = [[len(x["params"]) for x in state["param_groups"]] for state in (saved, new)]
+        saved_names = names if sizes[0] == sizes[1] else ["a group of parameters"]
+    other = sorted(set(names) ^ set(saved_names))
+    if other:
+        raise ValueError(
+            f"The checkpoint's optimizer trained other parameters: {other[0]} is not in both. Give "
+            "this run an OUTPUT_DIR of its own."
+        )
+    place = {name: i for i, name in enumerate(names)}
+    state = {place[saved_names[i]]: value for i, value in saved["state"].items()}
+    return {**new, "state": state}
 
 
 def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:

@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, PeriodicCheckpointer, TrainerBase, default_writers
+from detectron2.engine.hooks import LRScheduler
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader, class_names
+from ..data.mapper import CheckedMapper
 from ..pairs import DistillPair
 from ..teacher import Teacher
 from ..whole_files import last_whole_checkpoint, named_when_full
@@ -22,8 +25,9 @@ from .evaluator import build_evaluator
 from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
 from .liveness import liveness_hooks
-from .optimizer import build_optimizer
+from .optimizer import build_optimizer, parameter_names, placed_state
 from .parallel import data_parallel
+from .resume import RunRecord
 from .show_panel import ShowPanel
 from .stages import LogStage, Stage, move_to, only_stage
 from .summary import summary
@@ -64,10 +68,11 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         inner = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
         self._trainer = inner(data_parallel(model), data_loader, optimizer)
-        lr_cfg, lr_start = self.stage.learning_rate
+        lr_cfg, self.lr_start = self.stage.learning_rate
         self.scheduler = self.build_lr_scheduler(lr_cfg, optimizer)
-        if lr_start:
-            move_to(self.scheduler, lr_start)
+        if self.lr_start:
+            move_to(self.scheduler, self.lr_start)
+        self.record = RunRecord(self.stage.run, self.seed, data_loader.dataset.dataset)
         self.checkpointer = PlainCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = self.stage.start, self.stage.end
         if not self.stage.is_whole_run:
@@ -110,9 +115,8 @@ class Trainer(DefaultTrainer):
         if self.stage.count > 1:
             hooks.insert(0, LogStage(self.stage.index))
         if self.cfg.TEST.BEST_METRIC and self.cfg.DATASETS.TEST and comm.is_main_process():
-            best = BestCheckpointer(
-                self.cfg.TEST.EVAL_PERIOD, self.checkpointer, self.cfg.TEST.BEST_METRIC
-            )
+            test, sets = self.cfg.TEST, self.cfg.DATASETS.TEST
+            best = BestCheckpointer(test.EVAL_PERIOD, self.checkpointer, test.BEST_METRIC, sets)
             hooks.insert(-1, best)  # after the evaluation; the writers stay last
         return hooks
 
@@ -152,6 +156,7 @@ class Trainer(DefaultTrainer):
         """
         path = last_whole_checkpoint(self.cfg.OUTPUT_DIR)
         state = self.checkpointer.load(path, checkpointables=[])["trainer"]
+        self.record.compare(state)
         self._check_student()
         kept = {k: v for k, v in state["hooks"].items() if k in KEPT_HOOKS}
         TrainerBase.load_state_dict(self, {**state, "hooks": kept})
@@ -165,7 +170,8 @@ class Trainer(DefaultTrainer):
         state["seed"] = self.seed  # read by d2kd.engine.train where SEED is left to chance
         state["heads"] = self._head_names
         state["stage_start"] = self.stage.start
-        return state
+        state["parameters"] = parameter_names(self.optimizer, self._module)
+        return {**state, **self.record.state_dict()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         if state.get("heads", []) != self._head_names:
@@ -180,9 +186,24 @@ class Trainer(DefaultTrainer):
                 f"DISTILL.STAGES it begins at {self.stage.start}. Give this run an OUTPUT_DIR of "
                 "its own."
             )
+        self.record.compare(state)
         self._check_student()
-        TrainerBase.load_state_dict(self, state)
-        self._trainer.load_state_dict(state["_trainer"])
+        done = state["iteration"] + 1
+        if done > self.max_iter:
+            raise ValueError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the checkpoint has {done} iterations "
+                "behind it. Set it to as many or more, or start a run in an OUTPUT_DIR of its own."
+            )
+        # Not the scheduler's state: it has the old learning rates.
+        hooks = {k: v for k, v in state["hooks"].items() if k != LRScheduler.__qualname__}
+        TrainerBase.load_state_dict(self, {**state, "hooks": hooks})
+        names = parameter_names(self.optimizer, self._module)
+        old = state["_trainer"]
+        optimizer = placed_state(self.optimizer, names, old["optimizer"], state.get("parameters"))
+        # What an AMP run has and one without lacks is new.
+        new = self._trainer.state_dict()
+        self._trainer.load_state_dict({**new, **old, "optimizer": optimizer})
+        move_to(self.scheduler, self.lr_start + done - self.stage.start)
 
     def _check_student(self) -> None:
         # It has just been loaded; its optimizer would not say what is wrong.
@@ -208,6 +229,11 @@ class Trainer(DefaultTrainer):
     @property
     def _head_names(self) -> List[str]:
         return list(getattr(self._module, "heads", []))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        mapper = CheckedMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(

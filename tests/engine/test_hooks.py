@@ -1,5 +1,6 @@
 """Seeds of an iteration, the best checkpoint, the running mean of RetinaNet's losses."""
 
+import math
 import random
 from pathlib import Path
 from typing import Any, Dict, List
@@ -7,6 +8,8 @@ from typing import Any, Dict, List
 import numpy as np
 import pytest
 import torch
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -15,7 +18,7 @@ from detectron2.modeling import build_model
 
 from d2kd.checkpoint import PlainCheckpointer
 from d2kd.engine import Trainer
-from d2kd.engine.hooks import SeedEachIteration, seed_everything
+from d2kd.engine.hooks import BestCheckpointer, SeedEachIteration, seed_everything
 from d2kd.whole_files import last_whole_checkpoint
 
 from runs import Interruption, assert_same_tensors, build_trainer, interrupt, run, run_config
@@ -175,6 +178,22 @@ def test_a_new_run_does_not_inherit_the_best_value_of_an_old_one(
     answers.update({0: 1.0, 1: 1.0, 2: 2.0, 3: 1.0})
     run(best_config(folder, tmp_path))
     assert_same_tensors(weights(tmp_path, "model_best"), weights(tmp_path, "model_0000002"))
+
+
+@pytest.mark.parametrize("key, value", [("metric", "bbox/AP50"), ("datasets", ["b"])])
+def test_best_value_of_another_metric_or_test_set_is_not_compared(
+    key: str, value: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = BestCheckpointer(1, Checkpointer(nn.Linear(1, 1), str(tmp_path)), "bbox/AP", ["a"])
+    old.best = 40.0
+    measure = {"metric": "bbox/AP", "datasets": ["a"], **{key: value}}
+    same = BestCheckpointer(1, old.checkpointer, "bbox/AP", ["a"])
+    same.load_state_dict(old.state_dict())
+    assert (same.best, same.run) == (40.0, old.run) and not caplog.records
+    other = BestCheckpointer(1, old.checkpointer, **measure)
+    other.load_state_dict(old.state_dict())
+    assert other.best == -math.inf
+    assert "chosen by bbox/AP on a;" in caplog.text
 
 
 def test_without_a_test_set_no_best_checkpoint_is_kept(folder: Path, tmp_path: Path) -> None:

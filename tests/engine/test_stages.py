@@ -409,6 +409,24 @@ def test_learning_rate_goes_on_through_stages_and_interruptions(staged: CfgNode)
     assert [seen[i] for i in range(6)] == expected
 
 
+@pytest.mark.parametrize("stage_lr", ["restart", "continue"])
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_new_learning_rate_counts_in_a_resumed_stage(
+    stage_lr: str, whole: Dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = whole["cfg"].clone()
+    cfg.DISTILL.STAGE_LR, cfg.SOLVER.BASE_LR = stage_lr, 0.5
+    stage = plan_stages(cfg)[1]
+    trainer = Trainer(stage.cfg, stage)
+    trainer.resume_or_load()
+    new = Trainer(stage.cfg, stage)
+    for _ in range(stage.end - stage.start):
+        new.scheduler.step()
+    rates = [[x["lr"] for x in t.optimizer.param_groups] for t in (trainer, new)]
+    assert rates[0] == rates[1]
+    assert "SOLVER.BASE_LR" in caplog.text
+
+
 # Resuming ----------------------------------------------------------------------------------------
 
 

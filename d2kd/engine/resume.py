@@ -1,0 +1,147 @@
+"""What a run writes down of itself, and what of it is other when it is resumed."""
+
+import hashlib
+import logging
+import os
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
+
+import torch
+import yaml
+from tabulate import tabulate
+
+import detectron2
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from .. import __version__
+from ..config import leaves, student_config
+from ..heads.build import head_names
+from .resume_rules import REFUSED, TAKEN, UNUSED, rule_of
+
+Change = Tuple[str, Any, Any]  # key, the checkpoint's value, this run's
+
+logger = logging.getLogger(__name__)
+
+WAY_OUT = (
+    "Resume with the checkpoint's values, or start a run in an OUTPUT_DIR of its own; its "
+    "MODEL.WEIGHTS may name this checkpoint."
+)
+
+
+class RunRecord:
+    """What a run is: saved with every checkpoint, compared when the run is resumed."""
+
+    def __init__(self, cfg: CfgNode, seed: int, images: Iterable[Mapping[str, Any]]):
+        """
+        Args:
+            cfg: of the whole run
+            seed: that is used, also where SEED is left to chance
+            images: of DATASETS.TRAIN, in Detectron2's format
+        """
+        distilled = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
+        cfg = student_config(cfg)
+        cfg.SEED = seed
+        if not distilled:
+            cfg.pop("DISTILL")  # the same run with and without these keys
+        self.config = cfg.dump()
+        self.data = fingerprint(images)
+        self.environment = {
+            "d2kd": __version__,
+            "Detectron2": detectron2.__version__,
+            "PyTorch": str(torch.__version__),
+            "number of processes": comm.get_world_size(),
+        }
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Plain values, which PyTorch's weights-only loader reads."""
+        return {"config": self.config, "data": self.data, "environment": self.environment}
+
+    def compare(self, saved: Dict[str, Any]) -> None:
+        """
+        Say in the log what is other than in a checkpoint.
+
+        Args:
+            saved: state of a trainer, of which one of before this record has "seed" alone
+
+        Raises:
+            ValueError: naming each key with which the run would be neither the old nor a new one
+        """
+        if "config" not in saved:
+            logger.warning(
+                "The checkpoint has no config in it to compare this run's with, which counts from "
+                "here on."
+            )
+        theirs = saved.get("config") or f"SEED: {saved['seed']}"
+        changed = _changed(_flat(theirs), _flat(self.config))
+        refused = [x for x in changed if rule_of(x[0]).action == REFUSED]
+        if refused:
+            lines = [f"  {k}: {old!r}, now {new!r}: {rule_of(k).why}" for k, old, new in refused]
+            raise ValueError(
+                "The checkpoint was made with other values, with which this run cannot go on:\n"
+                + "\n".join(lines)
+                + f"\n{WAY_OUT}"
+            )
+        if saved.get("data", self.data) != self.data:
+            raise ValueError(
+                "DATASETS.TRAIN: the images or annotations are not those of the checkpoint "
+                f"({saved['data']['images']} images then, {self.data['images']} now; sizes, boxes "
+                f"and classes are compared, in order). {WAY_OUT}"
+            )
+        _tell(changed)
+        self._tell_environment(saved.get("environment", self.environment))
+
+    def _tell_environment(self, saved: Mapping[str, Any]) -> None:
+        now = self.environment.items()
+        other = [f"{k} {saved.get(k)} (now {v})" for k, v in now if saved.get(k) != v]
+        if other:
+            logger.warning(
+                f"The checkpoint was made with {', '.join(other)}: the run goes on with the same "
+                "images, but not to the bit as it would have."
+            )
+
+
+def fingerprint(images: Iterable[Mapping[str, Any]]) -> Dict[str, Any]:
+    """
+    Of a training set: names without folders, sizes, classes and boxes, in order.
+
+    Returns:
+        "images", how many, and "sha256"
+    """
+    digest, count = hashlib.sha256(), 0
+    for count, x in enumerate(images, start=1):
+        found = x.get("annotations") or ()
+        boxes = [(y.get("category_id"), *map(float, y.get("bbox", ()))) for y in found]
+        name = os.path.basename(str(x.get("file_name", "")))
+        digest.update(repr((name, x.get("height"), x.get("width"), boxes)).encode())
+    return {"images": count, "sha256": digest.hexdigest()}
+
+
+def _flat(text: str) -> Dict[str, Any]:
+    """Dotted names of keys to values, without those that this run does not read."""
+    values = dict(leaves(yaml.safe_load(text)))
+    heads = _heads(values)
+    unread = [f"DISTILL.{x}." for x in head_names() if x not in heads]
+    return {k: v for k, v in values.items() if not k.startswith(tuple(unread))}
+
+
+def _heads(values: Mapping[str, Any]) -> Set[str]:
+    """Names of the heads of all stages."""
+    stages: Sequence[Any] = values.get("DISTILL.STAGES") or ()
+    named = [x["HEADS"] for x in stages if "HEADS" in x]
+    return set(values.get("DISTILL.HEADS") or ()).union(*named)
+
+
+def _changed(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> List[Change]:
+    """What is not equal; keys of one side alone are another version's, and that is told."""
+    return [(k, theirs[k], ours[k]) for k in ours if k in theirs and theirs[k] != ours[k]]
+
+
+def _tell(changed: Sequence[Change]) -> None:
+    rows = []
+    for key, old, new in changed:
+        rule = rule_of(key)
+        if rule.action in (TAKEN, UNUSED):
+            rows.append((key, old, new, ": ".join(filter(None, [rule.action, rule.why]))))
+    if rows:
+        table = tabulate(rows, ["key", "checkpoint", "this run", ""], disable_numparse=True)
+        logger.warning(f"This run's config is not that of the checkpoint:\n\n{table}\n")

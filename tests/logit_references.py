@@ -77,10 +77,16 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     return sum(a * b for a, b in zip(x, y)) / (norms + 1e-8)
 
 
-def dist(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]]) -> Any:
-    """1 - mean of Pearson's correlation over the rows, and over the columns, of probabilities."""
+def dist(
+    student: Sequence[Sequence[float]],
+    teacher: Sequence[Sequence[float]],
+    temperature: float = 1.0,
+) -> Any:
+    """
+    T^2 (1 - mean of Pearson's correlation) over the rows, and over the columns, of probabilities.
+    """
     return tuple(
-        1 - sum(pearson(x, y) for x, y in zip(ours, theirs)) / len(ours)
+        temperature**2 * (1 - sum(pearson(x, y) for x, y in zip(ours, theirs)) / len(ours))
         for ours, theirs in (
             (list(student), list(teacher)),
             (list(zip(*student)), list(zip(*teacher))),

@@ -1,5 +1,6 @@
 """What a view of a dense detector says of its anchors, its boxes and the inside of its head."""
 
+import math
 from typing import Any, Dict, Iterator, List
 
 import pytest
@@ -106,10 +107,42 @@ def test_labels_are_put_where_detectron2_s_order_has_them() -> None:
                     count += 1
 
 
-def test_positives_are_anchors_on_objects_at_least_one() -> None:
-    maps = [torch.tensor([-1, 0, 2, 3, 3, 1]).view(1, 1, 2, 3), torch.tensor([[[[3]]]])]
-    assert AnchorLabels(maps, num_classes=3).mean_positives.item() == 3
-    assert AnchorLabels([torch.tensor([-1, 3])], num_classes=3).mean_positives.item() == 1
+def labels_of(*images: List[int], **values: Any) -> AnchorLabels:
+    """Of each image 6 anchors of one level and 1 of another; 3 is background."""
+    rows = [torch.tensor(x) for x in images]
+    like = [torch.zeros(len(images), 1, 2, 3), torch.zeros(len(images), 1, 1, 1)]
+    return AnchorLabels.from_lists(rows, like, 3, **values)
+
+
+def test_positives_are_anchors_on_objects_at_least_one_of_each_image() -> None:
+    labels = labels_of([-1, 0, 2, 3, 3, 1, 3], [0, 3, 3, 3, 3, 3, 3])
+    assert labels.mean_positives.item() == 4 and labels.level_positives.tolist() == [4, 0]
+    labels = labels_of([-1, 0, 2, 3, 3, 1, 2], [-1, 3, 3, 3, 3, 3, 3], [3] * 7)
+    assert labels.mean_positives.item() == 6 and labels.level_positives.tolist() == [3, 1]
+
+
+def test_centerness_is_summed_over_anchors_on_objects_to_at_least_one() -> None:
+    nothing = float("nan")  # Detectron2's, outside of objects
+    centerness = torch.tensor([[nothing, 0.5, 0.25, nothing, nothing, 0.75, 1.0]])
+    on_objects, away = [3, 0, 2, 3, 3, 1, 1], [3] * 7
+    assert labels_of(on_objects, centerness=centerness).mean_centerness.item() == 2.5
+    assert labels_of(away, centerness=centerness).mean_centerness.item() == 1
+    assert labels_of(on_objects).centerness is None
+
+
+@needs_fcos
+def test_centerness_is_what_fcos_tells_its_own_loss() -> None:
+    # The square root of how much shorter the near side is than the far one, of both directions.
+    view = record(build("fcos"), batch(1, boxes=1), "anchor_labels")
+    labels, (box,) = view.anchor_labels(), view.gt_instances[0].gt_boxes.tensor.tolist()
+    total = 0.0
+    for level, on in zip(range(3, 8), labels.on_objects):
+        for _, _, i, j in on.nonzero().tolist():
+            x, y = (2**level * (v + 0.5) for v in (j, i))
+            sides = (x - box[0], box[2] - x), (y - box[1], box[3] - y)
+            total += math.prod(min(pair) / max(pair) for pair in sides) ** 0.5
+    assert labels.mean_centerness.item() == pytest.approx(max(total, 1.0), rel=1e-5)
+    assert total > 0
 
 
 # What the student's own loss was told ------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import multiprocessing
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from detectron2.utils import comm
 
 from d2kd.compat import create_local_process_group
-from d2kd.heads import BCKDHead, CrossKDHead, DKDHead
+from d2kd.heads import BCKDHead, CrossKDHead, DKDHead, MARHead, MLDHead
 from d2kd.processes import mean_over_processes
 
+from baseline_references import PartsView
 from logit_references import (
     ANCHORS,
     CellView,
@@ -64,12 +65,55 @@ def crosskd(which: List[int]) -> Dict[str, Any]:
     return {k: sum(v.values()).item() for k, v in losses.items()}
 
 
-def dkd(start: int, end: int) -> Dict[str, Any]:
+def mld(which: List[int]) -> Dict[str, Any]:
+    """Of the second image the teacher is sure, of the first it is not."""
+    student, teacher = images(0, which), images(5, which)
+    for view, factor in ((student, 1.0), (teacher, 3.0)):
+        view.detector, view.num_anchors = None, lambda detector: ANCHORS
+        for x in view.logits.values():
+            x -= torch.tensor([12.0, 0.0])[which].view(-1, 1, 1, 1)
+            x *= factor
+    leaves = leaves_of(student)
+    loss = total(MLDHead(levels=LEVELS, two_stage=False, guide="logits")(student, teacher))
+    loss.backward()
+    return {"loss": loss.item(), "gradients": {k: x.grad for k, x in leaves.items() if "l" in k}}
+
+
+def mar(which: List[int]) -> Dict[str, Any]:
+    """The first image has a large object, the second one none."""
+    boxes = [[[2.0, 2.0, 30.0, 22.0]], []]
+    x, target = (noise(2, 4, 3, 4, seed=s).float()[which] for s in (1, 2))
+    student, teacher = (PartsView({"p3": v}, [boxes[i] for i in which]) for v in (x, target))
+    torch.manual_seed(0)
+    head = MARHead(levels=level_pairs(p3=(4, 4)), dense_levels=LEVELS[:1])
+    x.requires_grad_()
+    loss = total({"": head._features(student, teacher)})
+    loss.backward()
+    return {"loss": loss.item(), "gradients": {"": x.grad}}
+
+
+def of_regions(head: torch.nn.Module, start: int, end: int) -> Dict[str, Any]:
     student, teacher = (noise(6, 4, seed=s)[start:end] for s in (1, 2))
     student.requires_grad_()
-    loss = sum(DKDHead()(*region_views(student, teacher, [0, 1, 3, 3, 2, 0][start:end])).values())
+    loss = sum(head(*region_views(student, teacher, [0, 1, 3, 3, 2, 0][start:end])).values())
     loss.backward()
-    return {"loss": loss.item(), "gradient": student.grad}
+    return {"loss": loss.item(), "gradients": {"": student.grad}}
+
+
+def dkd(which: List[int]) -> Dict[str, Any]:
+    return of_regions(DKDHead(), *region_slice(which))
+
+
+def mld_of_regions(which: List[int]) -> Dict[str, Any]:
+    return of_regions(MLDHead(levels=(), two_stage=True, guide="logits"), *region_slice(which))
+
+
+def region_slice(which: List[int]) -> Tuple[int, int]:
+    return REGIONS[which[0]][0], REGIONS[which[-1]][1]
+
+
+# Heads whose two processes, with images or regions of their own, are one with all of them.
+HEADS = {"BCKD": bckd, "MLD": mld, "MAR": mar, "DKD": dkd, "MLD, regions": mld_of_regions}
 
 
 def in_each_process(rank: int, folder: Path) -> None:
@@ -83,9 +127,8 @@ def in_each_process(rank: int, folder: Path) -> None:
     mean, count = mean_over_processes(x), mean_over_processes(torch.tensor(3 + 2 * rank))
     found = {
         "mean": (mean, count, x.detach()),
-        "bckd": bckd([rank]),
         "crosskd": crosskd([rank]),
-        "dkd": dkd(*REGIONS[rank]),
+        **{name: head([rank]) for name, head in HEADS.items()},
     }
     torch.save(found, folder / f"{rank}.pth")
 
@@ -120,12 +163,14 @@ def test_of_one_process_the_mean_is_its_own_value() -> None:
     assert not mean_over_processes(torch.ones(2, requires_grad=True)).requires_grad
 
 
-def test_bckd_of_two_processes_is_that_of_one_with_both_images(ranks: List[Dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", HEADS)
+def test_losses_of_two_processes_are_those_of_one_with_everything(
+    name: str, ranks: List[Dict[str, Any]]
+) -> None:
     # DistributedDataParallel averages gradients, so that each process counts by half.
-    counts = [positives(images(0, [i])) for i in range(2)]
-    assert 0 < counts[0] < counts[1]
-    whole, parts = bckd([0, 1]), [x["bckd"] for x in ranks]
+    whole, parts = HEADS[name]([0, 1]), [x[name] for x in ranks]
     assert sum(x["loss"] for x in parts) / 2 == pytest.approx(whole["loss"], rel=1e-5)
+    assert whole["loss"] > 0.01
     for key, expected in whole["gradients"].items():
         found = torch.cat([x["gradients"][key] for x in parts]) / 2
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
@@ -148,14 +193,7 @@ def test_crosskd_divides_by_the_mean_of_positives(
         sums.append([sum(x) for x in zip(*terms)])
     counts = [positives(images(0, [i])) for i in range(2)]
     count = sum(counts) / 2
-    assert counts[0] != counts[1]
+    assert 0 < counts[0] < counts[1]
     for found, (cls, box) in zip(ranks, sums):
         assert found["crosskd"]["loss_crosskd_cls"] == pytest.approx(cls / count, rel=1e-3)
         assert found["crosskd"]["loss_crosskd_box"] == pytest.approx(box / count, rel=1e-3)
-
-
-def test_dkd_of_two_processes_is_that_of_one_with_all_regions(ranks: List[Dict[str, Any]]) -> None:
-    whole, parts = dkd(0, 6), [x["dkd"] for x in ranks]
-    assert sum(x["loss"] for x in parts) / 2 == pytest.approx(whole["loss"], rel=1e-5)
-    found = torch.cat([x["gradient"] for x in parts]) / 2
-    torch.testing.assert_close(found, whole["gradient"], rtol=1e-4, atol=1e-7)

@@ -64,7 +64,9 @@ class BCKDHead(nn.Module):
             {"loss_bckd_cls", "loss_bckd_box": {level: scalar}}, summed over the anchors inside the
             images (and classes) and divided by the number of the student's positive anchors, a mean
             over processes. cls: |p_t - p_s| BCE(p_s, p_t); box: box_weight times max_c |p_t - p_s|,
-            without gradient, times 1 - GIoU of the decoded boxes.
+            without gradient, times 1 - GIoU of the decoded boxes. A level on which no anchor of the
+            batch is positive, in any process, has a loss of 0, as in the released code (which asks
+            each process by itself).
         """
         ours, theirs = student.dense(), teacher.dense()
         boxes = ours.by_level(student.boxes(ours.deltas))
@@ -74,7 +76,8 @@ class BCKDHead(nn.Module):
             match_levels(self.levels, logits, target_logits),
             match_levels(self.levels, boxes, targets),
         )
-        positives = student.anchor_labels().mean_positives
+        labels = student.anchor_labels()
+        counts = dict(zip(ours.levels, labels.level_positives > 0))
         losses: Dict[str, Dict[str, Tensor]] = {"loss_bckd_cls": {}, "loss_bckd_box": {}}
         for (level, x, target), (_, box, target_box) in matched:
             inside = student.inside_image(level, like=x)
@@ -82,8 +85,9 @@ class BCKDHead(nn.Module):
             classes, differ = difference_weighted(x, target)
             differ = differ.unflatten(1, (self.num_anchors, -1)).amax(dim=2)
             distance = giou_distance(box, target_box, self.num_anchors)
-            losses["loss_bckd_cls"][level] = (classes * inside).sum() / positives
+            scale = counts[level] / labels.mean_positives
+            losses["loss_bckd_cls"][level] = scale * (classes * inside).sum()
             losses["loss_bckd_box"][level] = (
-                self.box_weight * (differ * distance * inside).sum() / positives
+                self.box_weight * scale * (differ * distance * inside).sum()
             )
         return losses

@@ -120,7 +120,9 @@ class CKDHead(nn.Module):
 
         Returns:
             {"loss_ckd": scalar}, -log of the share of a region's own key, averaged over regions;
-            near log(M + Q) for vectors that know nothing of each other
+            near log(M + Q) for vectors that know nothing of each other. A share of all keys, its
+            own among them, as InfoNCE has it; third-party code of this method divides by the others
+            alone, and so gives smaller values, below 0 too.
         """
         regions = student.regions(self.sampler)
         anchor = regions.source.anchor if regions.source else None

@@ -24,10 +24,11 @@ BOX_LOSSES = {"giou": giou_distance, "log_iou": log_iou_distance}
 @DISTILL_HEAD_REGISTRY.register()
 class CrossKDHead(nn.Module):
     """
-    Cross-head distillation, https://arxiv.org/abs/2306.11369 (exact, written from its equations):
-    what the student's head has made of its features by half way is handed to the rest of the
-    teacher's head; the predictions which come out there imitate the teacher's. The student's own
-    predictions are left to the ground truth.
+    Cross-head distillation, https://arxiv.org/abs/2306.11369 (exact, written from its equations;
+    what counts, and what is divided by, after the authors' released code): what the student's head
+    has made of its features by half way is handed to the rest of the teacher's head; the
+    predictions which come out there imitate the teacher's. The student's own predictions are left
+    to the ground truth.
 
     Shapes: N images; A anchors, K classes; C channels of the towers; Hi, Wi of level i.
     """
@@ -109,11 +110,13 @@ class CrossKDHead(nn.Module):
                 (N, A*4, Hi, Wi)
 
         Returns:
-            {"loss_crosskd_cls", "loss_crosskd_box": {level: scalar}}, summed over the anchors that
-            the student's own loss counts and divided by the number of its positive ones, a mean
-            over processes. cls: |p_t - p| BCE(p, p_t), summed over classes; box: box_weight times
-            the teacher's largest class probability times the distance of the decoded boxes. (The
-            authors' FCOS divides both by the sum of the positives' centerness.)
+            {"loss_crosskd_cls", "loss_crosskd_box": {level: scalar}}. cls: |p_t - p| BCE(p, p_t),
+            summed over classes; box: box_weight times the teacher's largest class probability times
+            the distance of the decoded boxes. RetinaNet: summed over the anchors inside the images
+            that its own loss does not ignore, and divided by the number of positive ones. FCOS:
+            summed over all cells, padding too, and divided by the centerness of the positive ones,
+            summed (at least 1; the released code explodes without any). Divisors are means over
+            processes.
         """
         ours, theirs, labels = student.dense(), teacher.dense(), student.anchor_labels()
         crossed = teacher.predict_from(self.depth, self._aligned(student, teacher))
@@ -125,16 +128,18 @@ class CrossKDHead(nn.Module):
         matched = zip(
             *(match_levels(self.levels, ours.by_level(x), theirs.by_level(y)) for x, y in pairs)
         )
-        cls, box, positives = {}, {}, labels.mean_positives
+        of_fcos = labels.centerness is not None
+        divisor = labels.mean_centerness if of_fcos else labels.mean_positives
+        cls, box = {}, {}
         for (level, x, target), (_, boxes, target_boxes), (_, label, _) in matched:
-            inside = student.inside_image(level, like=x)
+            inside = None if of_fcos else student.inside_image(level, like=x)
             counted = label >= 0 if inside is None else (label >= 0) & inside  # (N, A, H, W)
             classes, _ = difference_weighted(x, target)
             classes = classes.unflatten(1, (self.num_anchors, -1))
-            cls[level] = (classes.sum(dim=2) * counted).sum() / positives
+            cls[level] = (classes.sum(dim=2) * counted).sum() / divisor
             weight = largest_probability(target, self.num_anchors) * counted
             distance = BOX_LOSSES[self.box_loss](boxes, target_boxes, self.num_anchors)
-            box[level] = self.box_weight * (distance * weight).sum() / positives
+            box[level] = self.box_weight * (distance * weight).sum() / divisor
         return {"loss_crosskd_cls": cls, "loss_crosskd_box": box}
 
     def _aligned(self, student: DetectorView, teacher: DetectorView) -> Towers:

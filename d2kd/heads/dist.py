@@ -91,9 +91,9 @@ class DISTHead(nn.Module):
                 ones (N, A*K, Hi, Wi)
 
         Returns:
-            {"loss_dist_inter", "loss_dist_intra": scalar, or of dense pairs {level: scalar}}: 1
-            minus Pearson's correlation, averaged over predictions and over classes, each
-            multiplied by its weight
+            {"loss_dist_inter", "loss_dist_intra": scalar, or of dense pairs {level: scalar}}:
+            temperature^2 times 1 minus Pearson's correlation, averaged over predictions and over
+            classes, each multiplied by its weight
         """
         if self.two_stage:
             inter, intra = self._on_regions(student, teacher)
@@ -108,18 +108,20 @@ class DISTHead(nn.Module):
         inter = distance(x, target, dims=(1,)).sum() / regions.mean_count
         # Without proposals no class has anything to correlate; the zero keeps its gradient.
         intra = distance(x, target, dims=(0,)).mean() * min(len(x), 1)
-        return self.inter_weight * inter, self.intra_weight * intra
+        scale = self.temperature**2
+        return scale * self.inter_weight * inter, scale * self.intra_weight * intra
 
     def _on_cells(
         self, student: DetectorView, teacher: DetectorView
     ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
         ours, theirs = student.dense(), teacher.dense()
         logits, targets = ours.by_level(ours.logits), theirs.by_level(theirs.logits)
-        inter, intra = {}, {}
+        inter, intra, scale = {}, {}, self.temperature**2
         for level, x, target in match_levels(self.levels, logits, targets):
             x, target = ((v.float() / self.temperature).sigmoid() for v in (x, target.detach()))
-            inter[level] = self.inter_weight * distance(x, target, dims=(1,)).mean()
-            intra[level] = self.intra_weight * distance(x, target, dims=(0, 2, 3)).mean()
+            of_cells, of_classes = (distance(x, target, dims) for dims in ((1,), (0, 2, 3)))
+            inter[level] = scale * self.inter_weight * of_cells.mean()
+            intra[level] = scale * self.intra_weight * of_classes.mean()
         return inter, intra
 
 

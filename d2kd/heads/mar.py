@@ -7,6 +7,7 @@ from detectron2.config import CfgNode, configurable
 from ..checks import check_choice, check_weight
 from ..layers import ObjectMask, add_object_mask_config, average_cells, relation_error
 from ..pairs import DistillPair
+from ..processes import mean_over_processes
 from ..pyramid import LevelPair, match_inside, match_levels
 from ..views import DetectorView, Regions, RegionSampler
 from .build import DISTILL_HEAD_REGISTRY
@@ -118,10 +119,10 @@ class MARHead(nn.Module):
 
         Returns:
             {"loss_mar_feature": {level: scalar}}: half the squared error, a mean over channels and
-            the cells inside the images that is weighted by the mask, divided by the number of
-            levels; {"loss_mar_relation": scalar, or {level: scalar}}: squared difference of the
-            cosines of each two pixels, averaged over these and over images or regions. Each is
-            multiplied by its weight.
+            the cells inside the images (of all processes) that is weighted by the mask, divided by
+            the number of levels; {"loss_mar_relation": scalar, or {level: scalar}}: squared
+            difference of the cosines of each two pixels, averaged over these and over images or
+            regions. Each is multiplied by its weight.
         """
         relation = self._between_cells if self.dense_levels else self._within_regions
         return {
@@ -139,7 +140,7 @@ class MARHead(nn.Module):
             # The adapter sees 3x3 cells: what it would see were there no padding.
             x = self.adapter[level](x if inside is None else x * inside)
             error = (x.float() - target.float()).square()
-            total = (2 * target.shape[1] * mask.sum()).clamp(min=1)
+            total = mean_over_processes(2 * target.shape[1] * mask.sum()).clamp(min=1)
             losses[level] = self.feature_weight / len(self.levels) * (mask * error).sum() / total
             self.maps["mask"][level] = mask
         return losses

@@ -4,12 +4,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detectron2.config import CfgNode, configurable
+from detectron2.utils import comm
 
 from ..checks import check_choice, check_temperature
-from ..layers import class_divergence, mean_one_softmax
+from ..layers import class_divergence, gather_rows, mean_one_softmax
 from ..pairs import SAME_KIND, DistillPair
+from ..processes import mean_over_processes
 from ..pyramid import LevelPair, match_levels
-from ..views import DetectorView
+from ..views import DetectorView, Regions
 from .build import DISTILL_HEAD_REGISTRY
 
 GUIDES = ("features", "logits")
@@ -61,7 +63,8 @@ class MLDHead(nn.Module):
 
     @staticmethod
     def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
-        return frozenset({"features", "roi_predictions" if pair.student.two_stage else "dense"})
+        of_regions = {"regions", "roi_predictions"}
+        return frozenset({"features"} | (of_regions if pair.student.two_stage else {"dense"}))
 
     @staticmethod
     def add_config(node: CfgNode) -> None:
@@ -106,7 +109,8 @@ class MLDHead(nn.Module):
             {"loss_mld": ...}, 0 at equal logits. Dense, {level: scalar}: the weighted sum of the
             divergence of every cell, anchor and class, divided by the number of the teacher's
             positives (sum over anchors of its largest probability, at least 1). Two-stage: the
-            weighted mean over proposals of temperature^2 times the divergence.
+            weighted mean over proposals of temperature^2 times the divergence. Both are divided by
+            a mean over processes.
         """
         self.maps = {"weight": {}}
         loss = self._on_regions if self.two_stage else self._on_cells
@@ -129,11 +133,12 @@ class MLDHead(nn.Module):
             losses[level] = binary_divergence(x, target, weight)
             positives = positives + _soft_positives(target, num_anchors, inside)
             self.maps["weight"][level] = weight
-        return {level: loss / positives.clamp(min=1) for level, loss in losses.items()}
+        positives = mean_over_processes(positives).clamp(min=1)
+        return {level: loss / positives for level, loss in losses.items()}
 
     def _on_regions(self, student: DetectorView, teacher: DetectorView) -> Tensor:
-        ours = student.roi_predictions()
-        theirs = teacher.roi_predictions(student.sampled_boxes)
+        regions, ours = student.regions(), student.roi_predictions()
+        theirs = teacher.roi_predictions(regions.boxes)
         divergence = class_divergence(
             ours.logits.float() / self.temperature,
             theirs.logits.float() / self.temperature,
@@ -145,12 +150,11 @@ class MLDHead(nn.Module):
                 inside = student.inside_image(pair.student, like=difference)
                 self.maps["weight"][pair.student] = self._weight(difference, inside)
             maps = self.maps["weight"]
-            weight = student.mean_in_boxes(maps, student.sampled_boxes)[:, 0]
+            weight = student.mean_in_boxes(maps, regions.boxes)[:, 0]
         else:
             x, target = (p.probabilities(self.temperature).detach() for p in (ours, theirs))
-            difference = (x - target).abs().mean(dim=1)
-            weight = self._weight(difference.view(1, 1, 1, -1), None).flatten()
-        return self.temperature**2 * (weight * divergence).sum() / max(len(divergence), 1)
+            weight = self._region_weight((x - target).abs().mean(dim=1, keepdim=True), regions)
+        return self.temperature**2 * (weight * divergence).sum() / regions.mean_count
 
     def _feature_difference(
         self, pair: LevelPair, student: DetectorView, teacher: DetectorView
@@ -158,6 +162,13 @@ class MLDHead(nn.Module):
         """(N, 1, Hi, Wi): mean over channels of the absolute difference, without gradient."""
         ((_, x, target),) = match_levels([pair], student.features, teacher.features)
         return (x.detach().float() - target.detach().float()).abs().mean(dim=1, keepdim=True)
+
+    def _region_weight(self, difference: Tensor, regions: Regions) -> Tensor:
+        """(R, 1) -> (R,), of a softmax over the regions of all processes."""
+        everywhere = gather_rows(difference, regions.counts)
+        weight = self._weight(everywhere.view(1, 1, 1, -1), None).flatten()
+        first = int(regions.counts[: comm.get_rank()].sum())
+        return weight[first : first + len(regions)]
 
     def _weight(self, difference: Tensor, inside: Optional[Tensor]) -> Tensor:
         """Mean-1 softmax of the differences, 0 where it is below 1."""

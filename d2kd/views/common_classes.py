@@ -155,8 +155,9 @@ class CommonClassesView:
         return replace(answer, logits=logits, deltas=deltas)
 
     def _anchor_labels(self) -> AnchorLabels:
-        maps = [self._merge_labels.labels(x) for x in self._view.anchor_labels().maps]
-        return AnchorLabels(maps, self._merge.num_classes)
+        labels = self._view.anchor_labels()
+        maps = [self._merge_labels.labels(x) for x in labels.maps]
+        return replace(labels, maps=maps, num_classes=self._merge.num_classes)
 
     def _relabelled(self, name: str) -> List[Instances]:
         return self._view._once(f"common {name}", lambda: self._relabel(getattr(self._view, name)))

@@ -63,8 +63,9 @@ class DenseView(DetectorView):
         labels = self._part("anchor_labels")
         num_classes = self.num_classes(self.detector)
         maps = self.dense().deltas
+        centerness = self._part("centerness") if _has_centerness(self.detector) else None
         return self._once(
-            "anchor_labels", lambda: AnchorLabels.from_lists(labels, maps, num_classes)
+            "anchor_labels", lambda: AnchorLabels.from_lists(labels, maps, num_classes, centerness)
         )
 
     def towers(self, depth: int) -> Towers:
@@ -113,10 +114,17 @@ class DenseView(DetectorView):
         handles = super()._add_hooks(members | {"dense"} if from_dense else members)
         if "anchor_labels" in members:
             handles.append(Listener(self.detector, "label_anchors", self._on_labels))
+            if _has_centerness(self.detector):
+                handles.append(
+                    Listener(self.detector, "compute_ctrness_targets", self._on_centerness)
+                )
         return handles
 
     def _on_labels(self, answer: Any) -> None:
         self._keep("anchor_labels", answer[0], answer[0])
+
+    def _on_centerness(self, answer: Tensor) -> None:
+        self._keep("centerness", answer, [answer])
 
     def _hook_dense(self) -> List[Any]:
         handles, head = super()._hook_dense(), self.detector.head
@@ -145,6 +153,10 @@ class DenseView(DetectorView):
 
     def pooled_levels(self) -> Sequence[str]:
         return list(self.detector.head_in_features)
+
+
+def _has_centerness(detector: nn.Module) -> bool:
+    return hasattr(detector, "compute_ctrness_targets")
 
 
 def _depths(members: FrozenSet[str]) -> List[int]:

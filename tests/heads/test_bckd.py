@@ -154,16 +154,23 @@ def test_sure_logits_give_the_finite_loss_of_float64_and_a_finite_gradient(
     assert all(x.grad.isfinite().all() for x in student.logits.values())
 
 
-def test_without_positives_the_sum_is_divided_by_one() -> None:
+@pytest.mark.parametrize("empty", [["p3"], ["p4"], ["p3", "p4"]])
+def test_levels_without_a_positive_anchor_have_a_zero_that_is_connected(empty: List[str]) -> None:
     student, teacher = cell_view(0), cell_view(5)
-    student.labels = {k: torch.full_like(x, 3) for k, x in student.labels.items()}
-    cls = losses_between(student, teacher)["loss_bckd_cls"]["p3"].item()
-    expected, _ = bckd_sums(
-        (student.logits["p3"], teacher.logits["p3"]),
-        (student.decoded["p3"], teacher.decoded["p3"]),
-        ANCHORS,
-    )
-    assert cls == pytest.approx(expected, rel=1e-4)
+    for level in empty:
+        labels = student.labels[level]
+        student.labels[level] = labels.where(labels < 0, torch.tensor(3))
+    for x in [*student.logits.values(), *student.decoded.values()]:
+        x.requires_grad_()
+    losses = losses_between(student, teacher)
+    total(losses).backward()
+    for level in ("p3", "p4"):
+        found = losses["loss_bckd_cls"][level].item(), losses["loss_bckd_box"][level].item()
+        if level in empty:
+            assert found == (0, 0) and (student.logits[level].grad == 0).all()
+        else:
+            expected = expected_of(student, teacher, level)
+            assert found == pytest.approx(expected, rel=1e-4) and min(found) > 0
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -240,7 +247,11 @@ def test_step_trains_a_dense_pair_with_the_losses_of_the_equations(
     losses = losses_of(distiller, inputs)
     views = distiller.latest["student"], distiller.latest["teacher"]
     dense, count, cls, box = [x.dense() for x in views], positives(views[0]), 0.0, 0.0
+    on_objects = [bool(x.any()) for x in views[0].anchor_labels().on_objects]
+    assert set(on_objects) == {True, False}, "the released loss is 0 on the others"
     for i, level in enumerate(range(3, 8)):
+        if not on_objects[i]:
+            continue
         maps = [
             decode_map(x.deltas[i].detach(), 2**level, anchor_sizes(name, level), name == "fcos")
             for x in dense

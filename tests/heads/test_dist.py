@@ -60,7 +60,7 @@ def cells(seed: int) -> Dict[str, Tensor]:
 def test_regions_have_the_loss_of_the_equations(temperature: float) -> None:
     student, teacher = noise(6, 4, seed=1) * 2, noise(6, 4, seed=2) * 2
     found = of_regions(student, teacher, temperature=temperature)
-    expected = dist(*(softmax_rows(x, temperature) for x in (student, teacher)))
+    expected = dist(*(softmax_rows(x, temperature) for x in (student, teacher)), temperature)
     assert [x.item() for x in found] == pytest.approx(expected, rel=1e-5)
     assert abs(expected[0] - expected[1]) > 1e-3, "rows and columns are told apart"
 
@@ -72,7 +72,7 @@ def test_cells_have_the_loss_of_the_equations_level_by_level(temperature: float)
     for level in student:
         rows = (sigmoid_rows(x[level], temperature) for x in (student, teacher))
         found = [losses[f"loss_dist_{k}"][level].item() for k in ("inter", "intra")]
-        assert found == pytest.approx(dist(*rows), rel=1e-5)
+        assert found == pytest.approx(dist(*rows, temperature), rel=1e-5)
 
 
 def test_two_regions_of_opposite_order_are_twice_as_far_as_uncorrelated_ones() -> None:
@@ -231,7 +231,7 @@ def test_step_of_a_dense_pair_has_the_loss_of_the_equations_summed_over_levels(
     ours, theirs = (distiller.latest[x].dense() for x in ("student", "teacher"))
     assert ours.logits[0].shape[1] == (9 if name == "retinanet" else 3), "A * K"
     levels = [
-        dist(*(sigmoid_rows(z.double(), 2.0) for z in pair))
+        dist(*(sigmoid_rows(z.double(), 2.0) for z in pair), 2.0)
         for pair in zip(ours.logits, theirs.logits)
     ]
     found = [losses[f"loss_dist_{k}"].item() for k in ("inter", "intra")]
@@ -252,7 +252,7 @@ def test_step_of_a_two_stage_pair_has_the_loss_of_the_equations(
     losses = losses_of(distiller, batch())
     ours, theirs = distiller.latest["student"], distiller.latest["teacher"]
     logits = ours.roi_predictions().logits, theirs.roi_predictions(ours.regions().boxes).logits
-    expected = dist(*(softmax_rows(x.double(), 0.5) for x in logits))
+    expected = dist(*(softmax_rows(x.double(), 0.5) for x in logits), 0.5)
     found = [losses[f"loss_dist_{k}"].item() for k in ("inter", "intra")]
     assert found == pytest.approx(expected, rel=1e-3)
     (losses["loss_dist_inter"] + losses["loss_dist_intra"]).backward()

@@ -18,6 +18,7 @@ from detectron2.utils.events import EventStorage
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, MLDHead, build_head
 from d2kd.pyramid import LevelPair, pair_levels
+from d2kd.views import Regions
 from d2kd.views.parts import DensePredictions, RoIPredictions
 
 from logit_references import refusal_of
@@ -47,9 +48,8 @@ class RegionView(FeatureView):
         super().__init__(features, sizes)
         self.logits, self.boxes = logits, boxes
 
-    @property
-    def sampled_boxes(self) -> List[Boxes]:
-        return self.boxes
+    def regions(self, sampler: Any = None) -> Regions:
+        return Regions(self.boxes)
 
     def roi_predictions(self, boxes: Any = None) -> RoIPredictions:
         assert boxes in (None, self.boxes)
@@ -556,7 +556,8 @@ def test_regions_without_neighbouring_levels_are_refused_with_the_key(
 
 
 def detector(two_stage: bool = False, **values: Any) -> DetectorInfo:
-    members = {"features", "dense", "roi_features"} | ({"roi_predictions"} if two_stage else set())
+    members = {"features", "dense", "roi_features"}
+    members |= {"regions", "roi_predictions"} if two_stage else set()
     values.setdefault("shapes", {"p3": ShapeSpec(channels=4, stride=8)})
     values.setdefault("num_classes", 3)
     values.setdefault("num_anchors", 3 if two_stage else 9)
@@ -602,7 +603,7 @@ def test_detector_without_a_box_head_is_refused() -> None:
         members=frozenset({"features", "dense"}),
         two_stage=True,
     )
-    with pytest.raises(ValueError, match="MLD needs roi_predictions; the teacher Generalized"):
+    with pytest.raises(ValueError, match="MLD needs regions, roi_predictions; the teacher Gen"):
         build_for(detector(two_stage=True), c4)
 
 

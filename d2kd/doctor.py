@@ -22,12 +22,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from .command_line import add_overrides, parse_command_line
 from .config import load_config, student_config
 from .data import register_datasets
-from .data.checks import check_num_classes
 from .data.noise import noise_batch
-from .data.outlines import CLASSES
-from .data.shapes import SPLITS, read_settings
 from .distiller import Distiller
 from .engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .engine.loss_gradients import LossGradients, describe, loss_scale, suggest_weights
@@ -88,14 +86,8 @@ def check_data(cfg: CfgNode) -> None:
     Raises:
         ValueError, OSError: a data set is not known, or its files are not there or not sound
     """
-    cfg, student = cfg.clone(), student_config(cfg).MODEL.META_ARCHITECTURE
-    cfg.defrost()
-    for part in ("TRAIN", "TEST"):
-        for name in set(cfg.DATASETS[part]) & set(SPLITS):
-            read_settings(cfg.DATASETS.SHAPES, SPLITS[name])
-            check_num_classes(cfg, student, name, list(CLASSES))
-        cfg.DATASETS[part] = tuple(x for x in cfg.DATASETS[part] if x not in SPLITS)
-    register_datasets(cfg, student)
+    student = student_config(cfg).MODEL.META_ARCHITECTURE
+    register_datasets(cfg, student, draw=False)
 
 
 def examine(cfg: CfgNode, num_images: int) -> None:
@@ -202,8 +194,8 @@ def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
     add("--config-file", required=True, metavar="FILE", help="YAML of a distillation")
     add("--images", type=int, default=2, help="in a step; default %(default)s")
     add("--plugin", action="append", default=[], metavar="FILE", help="as for train_net.py")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args(argv)
+    add_overrides(parser)
+    return parse_command_line(parser, argv)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Iterator, List
 
 import pytest
 
@@ -27,3 +27,15 @@ def teacher(folder: Path) -> List[Any]:
     from toys import write_teacher
 
     return write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64)
+
+
+@pytest.fixture
+def forget_sets() -> Iterator[None]:
+    """The names of data sets that the test registers are free again after it."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)

@@ -1,13 +1,13 @@
 """What the classes of a detector are called, told by the data sets in its config."""
 
 import os
-from typing import Mapping, Optional, Sequence, Tuple
+from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .checks import read_summary
-from .coco_format import parse_entry
+from .coco_json import read_classes
+from .entries import parse_entry
 from .outlines import CLASSES
 from .shapes import SPLITS
 
@@ -20,12 +20,16 @@ def class_names(cfg: CfgNode) -> Tuple[str, ...]:
     Raises:
         ValueError: an entry of DATASETS.COCO_FORMAT that is none, or whose JSON is not COCO's
     """
+    return names_in_sets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], coco_json_files(cfg))
+
+
+def coco_json_files(cfg: CfgNode) -> Dict[str, str]:
+    """Of the entries of DATASETS.COCO_FORMAT, by name."""
     entries = [
         parse_entry(entry, f"DATASETS.COCO_FORMAT[{i}]")
         for i, entry in enumerate(cfg.DATASETS.COCO_FORMAT)
     ]
-    json_files = {name: json_file for name, json_file, _ in entries}
-    return names_in_sets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], json_files)
+    return {name: json_file for name, json_file, _ in entries}
 
 
 def names_in_sets(
@@ -55,4 +59,4 @@ def _names(dataset: str, json_file: str) -> Tuple[str, ...]:
 
 
 def _in_json(path: Optional[str], dataset: str) -> Tuple[str, ...]:
-    return read_summary(path, f"Data set {dataset}")[1] if path and os.path.isfile(path) else ()
+    return read_classes(path, f"Data set {dataset}") if path and os.path.isfile(path) else ()

@@ -4,10 +4,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.utils import comm
 
 from .batches import ResumableBatchSampler, aspect_ratio_groups, build_sampler
+from .mapper import CheckedMapper
 from .seeded import SeededDataset
 
 
@@ -76,6 +77,8 @@ class ResumableLoader:
     def from_config(
         cls, cfg: CfgNode, seed: int, mapper: Optional[Callable[..., Any]] = None
     ) -> Dict[str, Any]:
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN is empty: name the data sets to train on.")
         keypoints, proposals = cfg.MODEL.KEYPOINT_ON, cfg.MODEL.LOAD_PROPOSALS
         dataset_dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
@@ -90,7 +93,7 @@ class ResumableLoader:
             )
         return {
             "dataset_dicts": dataset_dicts,
-            "mapper": mapper or DatasetMapper(cfg, is_train=True),
+            "mapper": mapper or CheckedMapper(cfg, is_train=True),
             "sampler": build_sampler(cfg, dataset_dicts, max(seed, 0)),
             "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
             "seed": seed,
@@ -132,6 +135,6 @@ def build_train_loader(
     Args:
         cfg: Detectron2's keys DATASETS, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH
         seed: >= 0, the same in all processes
-        mapper: None: Detectron2's :class:`DatasetMapper`
+        mapper: None: :class:`CheckedMapper`, Detectron2's with a look at what it reads
     """
     return ResumableLoader(cfg, seed, mapper=mapper)

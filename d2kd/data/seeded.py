@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 from detectron2.data import DatasetFromList
 from detectron2.utils.serialize import PicklableWrapper
 
+from .mapper import image_in_errors
+
 MAX_TRIES = 100  # images in a row that the mapper may refuse
 
 
@@ -60,12 +62,8 @@ class SeededDataset(Dataset):
         )
 
     def _map(self, image: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-        try:
+        with image_in_errors(image):
             return self.mapper(image)
-        except OSError as error:  # such as of half an image, which does not say of which
-            if error.filename:
-                raise
-            raise OSError(f"{image.get('file_name')} cannot be read: {error}") from error
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -1,5 +1,10 @@
+import contextlib
+import io
 import os
-from typing import Optional
+from typing import Any, Dict, Optional
+
+import pycocotools.mask
+from pycocotools.coco import COCO
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -9,6 +14,8 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
+
+from ..data.checks import check_evaluator
 
 
 def build_evaluator(
@@ -24,15 +31,56 @@ def build_evaluator(
         ValueError: a type without boxes to evaluate
     """
     output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    kind = MetadataCatalog.get(dataset_name).evaluator_type
-    if kind == "coco":
-        # One implementation everywhere: the fast one needs Detectron2's compiled part.
-        return COCOEvaluator(dataset_name, output_dir=output_folder, use_fast_impl=False)
-    if kind == "lvis":
+    metadata = MetadataCatalog.get(dataset_name)
+    check_evaluator(metadata)
+    if metadata.evaluator_type == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_folder)
-    if kind == "pascal_voc":
+    if metadata.evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
-    raise ValueError(
-        f"DATASETS.TEST: {dataset_name!r} has the evaluator type {kind!r}; d2kd evaluates "
-        "'coco', 'lvis' and 'pascal_voc' sets."
-    )
+    return CompleteCOCOEvaluator(dataset_name, output_dir=output_folder)
+
+
+class CompleteCOCOEvaluator(COCOEvaluator):
+    """
+    Detectron2's, of ground truth that says all that pycocotools asks of it; see
+    :func:`complete_truth`.
+    """
+
+    def __init__(self, dataset_name: str, **kwargs: Any):
+        """
+        Args:
+            kwargs: of :class:`COCOEvaluator`
+        """
+        # One implementation everywhere: the fast one needs Detectron2's compiled part.
+        super().__init__(dataset_name, use_fast_impl=False, **kwargs)
+        complete_truth(self._coco_api)
+
+
+def complete_truth(truth: COCO) -> None:
+    """
+    Fill in, in place, what has one meaning: annotation ids from 1 on, as pycocotools marks "matched
+    with none" by 0 and never counts a match with the id 0; "iscrowd" 0; the area of the mask, or
+    else of the box; an empty "info".
+    """
+    content = truth.dataset
+    content.setdefault("info", {})
+    numbers: Dict[Any, int] = {}
+    for annotation in content.get("annotations", ()):
+        annotation.setdefault("iscrowd", 0)
+        if annotation.get("area") is None:
+            annotation["area"] = _area(truth, annotation)
+        # Where Detectron2's own sets have an id twice, pycocotools keeps one annotation of it.
+        annotation["id"] = numbers.setdefault(annotation["id"], len(numbers) + 1)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+        truth.createIndex()
+
+
+def _area(truth: COCO, annotation: Dict[str, Any]) -> float:
+    """Of the mask, or else of the box, in square pixels."""
+    polygons = annotation.get("segmentation")
+    if isinstance(polygons, list):
+        polygons = [x for x in polygons if len(x) >= 6 and len(x) % 2 == 0]
+    if polygons:
+        mask = truth.annToRLE({**annotation, "segmentation": polygons})
+        return float(pycocotools.mask.area(mask))
+    return float(annotation["bbox"][2] * annotation["bbox"][3])

@@ -7,15 +7,16 @@ from typing import Any, Dict, List, Optional
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 from detectron2.utils import comm
 
 from ..classes import CommonClasses
+from ..data.mapper import CheckedMapper
 from ..pairs import DistillPair
 from ..teacher import Teacher
 from ..views import find_view
+from .evaluator import CompleteCOCOEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,9 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
     # Read before the classes are compared: it tells Detectron2 their names.
     images = [] if reason else _some(DatasetCatalog.get(cfg.DATASETS.TEST[0]), node.EVAL_IMAGES)
     reason = reason or _other_classes(cfg, teacher, classes)
-    if not reason and not any(x.get("annotations", True) for x in images):
-        reason = f"there is no object in {len(images)} images of {cfg.DATASETS.TEST[0]}"
+    if not reason and not any(_has_object(x, classes) for x in images):
+        what = "object of the common classes" if classes else "object"
+        reason = f"there is no {what} in {len(images)} images of {cfg.DATASETS.TEST[0]}"
     if reason:
         logger.warning(f"The teacher is not evaluated: {reason}.")
         return ""
@@ -78,7 +80,7 @@ def _why_not(cfg: CfgNode, teacher: Teacher) -> str:
     if not cfg.DATASETS.TEST:
         return "DATASETS.TEST is empty"
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    if metadata.get("evaluator_type") != "coco":
+    if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
         return f"{metadata.name} is not in COCO's format"
     return ""
 
@@ -102,6 +104,14 @@ def _places(classes: CommonClasses) -> Dict[int, int]:
     return {t: ours[0] for ours, theirs in pairs if len(ours) == 1 for t in theirs}
 
 
+def _has_object(image: Dict[str, Any], classes: Optional[CommonClasses]) -> bool:
+    """Whether there is something to be found, of the classes that are evaluated."""
+    if "annotations" not in image:  # of a set that does not tell
+        return True
+    objects = {x["category_id"] for x in image["annotations"] if not x.get("iscrowd", 0)}
+    return bool(objects & set(_places(classes).values()) if classes else objects)
+
+
 def _some(images: List[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
     """At most `count` of them, at equal distances: sets are often sorted."""
     step = max(len(images) / count, 1)
@@ -118,8 +128,8 @@ def _evaluate(
 ) -> float:
     """Box AP in percent, a mean over the common classes; 0 where nothing is detected."""
     # Boxes alone: a data set of boxes has nothing to compare a Mask R-CNN's masks with.
-    evaluator = COCOEvaluator(name, ("bbox",), distributed=False, use_fast_impl=False)
-    mapper = DatasetMapper(cfg, is_train=False)
+    evaluator = CompleteCOCOEvaluator(name, tasks=("bbox",), distributed=False)
+    mapper = CheckedMapper(cfg, is_train=False)
     evaluator.reset()
     for image in images:
         inputs = [mapper(image)]

@@ -169,18 +169,6 @@ class TestRegisterDatasets(unittest.TestCase):
         register_datasets(cfg, meta_architecture="GeneralizedRCNN")
         register_datasets(cfg, meta_architecture="FCOS")  # has no key here, so no check
 
-    def test_other_class_names_are_reported(self):
-        self._cfg()
-        self.content["categories"][0]["name"] = "bird"
-        other = {"NAME": "toy_val", "JSON": self._write("b.json"), "IMAGES": self.images}
-        self.content["categories"][0]["name"] = "cat"
-        cfg = self._cfg()
-        cfg.DATASETS.COCO_FORMAT.append(other)
-        cfg.DATASETS.TEST = ("toy_val",)
-        with self.assertLogs("d2kd.data.checks", "WARNING") as logs:
-            register_datasets(cfg)
-        self.assertIn("toy_val has the classes ['dog', 'bird']", logs.output[0])
-
     def test_shapes_are_drawn_where_named(self):
         cfg = self._shapes()
         register_datasets(cfg, parts=("TEST",))

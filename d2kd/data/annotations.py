@@ -1,0 +1,156 @@
+"""What training and evaluation ask of the annotations in a JSON of COCO's format."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
+
+import numpy as np
+
+from .box_units import Boxes, check_pixels
+
+KEYS = ("id", "image_id", "category_id", "bbox")
+NUMBERS = (int, float)
+LARGEST = 1e9  # of a box's values, far beyond any image's
+MIN_COORDINATES = 6  # of a polygon
+
+
+@dataclass
+class AnnotationFacts:
+    """Of all annotations of a set; of each mask problem the first annotation's id."""
+
+    count: int = 0
+    objects: int = 0  # that are no crowds
+    notes: List[str] = field(default_factory=list)
+    no_mask: Optional[int] = None  # crowd or not
+    object_without_mask: Optional[int] = None
+    object_with_rle: Optional[int] = None
+    other_size: Optional[int] = None  # an RLE of another size than its image
+    broken: List[int] = field(default_factory=list)  # no polygon has three points
+    odd_area: List[int] = field(default_factory=list)
+
+
+def check_annotations(
+    annotations: List[Dict[str, Any]], sizes: Mapping[int, Tuple[int, int]], categories: Set[int]
+) -> AnnotationFacts:
+    """
+    Args:
+        annotations: with KEYS, and ids that are unique
+        sizes: width and height of each image, by id
+        categories: ids
+
+    Raises:
+        ValueError: naming the id of the first that is not sound
+    """
+    facts = AnnotationFacts(len(annotations))
+    for annotation in annotations:
+        _check_references(annotation, sizes, categories)
+        _check_box(annotation)
+        _check_flags(annotation)
+        _look_at_mask(annotation, sizes[annotation["image_id"]], facts)
+        facts.objects += not annotation.get("iscrowd", 0)
+        if _odd_area(annotation):
+            facts.odd_area.append(annotation["id"])
+    if annotations:
+        facts.notes = check_pixels(_boxes(annotations, sizes))
+    return facts
+
+
+def _boxes(annotations: List[Dict[str, Any]], sizes: Mapping[int, Tuple[int, int]]) -> Boxes:
+    values = np.array([x["bbox"] for x in annotations], dtype=np.float64)
+    size = np.array([sizes[x["image_id"]] for x in annotations], dtype=np.float64)
+    return Boxes([x["id"] for x in annotations], values[:, :2], values[:, 2:], size)
+
+
+def _check_references(
+    annotation: Dict[str, Any], sizes: Mapping[int, Any], categories: Set[int]
+) -> None:
+    for key, known, part in (
+        ("image_id", sizes, "images"),
+        ("category_id", categories, "categories"),
+    ):
+        value = annotation[key]
+        if type(value) is not int or value not in known:
+            raise ValueError(
+                f"annotation {annotation['id']} has the {key} {value!r}, but {key} {value!r} is "
+                f"not among the {part}"
+            )
+
+
+def _check_box(annotation: Dict[str, Any]) -> None:
+    box = annotation["bbox"]
+    if not (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(type(x) in NUMBERS and -LARGEST < x < LARGEST for x in box)
+        and min(box[2:]) >= 0
+    ):
+        raise ValueError(
+            f"annotation {annotation['id']!r} has the bbox {box}; it must be [x, y, width, height] "
+            "in pixels"
+        )
+
+
+def _check_flags(annotation: Dict[str, Any]) -> None:
+    name = f"annotation {annotation['id']}"
+    crowd, ignore = annotation.get("iscrowd", 0), annotation.get("ignore", 0)
+    if type(crowd) not in (int, bool) or crowd not in (0, 1):
+        raise ValueError(f"{name} has the iscrowd {crowd!r}; it must be 0 or 1, or be left out")
+    if ignore != 0:
+        raise ValueError(
+            f"{name} has the ignore {ignore!r}, which Detectron2 does not know: use iscrowd 1 for "
+            "what may be found or not"
+        )
+    area = annotation.get("area")
+    if area is not None and not (type(area) in NUMBERS and 0 <= area < math.inf):
+        raise ValueError(
+            f"{name} has the area {area!r}; it must be in square pixels, or be left out"
+        )
+    if annotation.get("keypoints") and not _are_numbers(annotation["keypoints"]):
+        raise ValueError(f"{name} has keypoints that are no list of numbers")
+
+
+def _odd_area(annotation: Dict[str, Any]) -> bool:
+    """Whether nothing in the box can have this area."""
+    area, (width, height) = annotation.get("area"), annotation["bbox"][2:]
+    if area is None or not width * height:
+        return False
+    return not 0 < area <= 1.1 * (width + 1) * (height + 1)
+
+
+def _look_at_mask(
+    annotation: Dict[str, Any], size: Tuple[int, int], facts: AnnotationFacts
+) -> None:
+    """Note what a detector with masks cannot take. What no detector can read is an error."""
+    mask, name = annotation.get("segmentation"), annotation["id"]
+    is_object = not annotation.get("iscrowd", 0)
+    if not mask:
+        facts.no_mask = name if facts.no_mask is None else facts.no_mask
+        if is_object and facts.object_without_mask is None:
+            facts.object_without_mask = name
+    elif isinstance(mask, dict):
+        height_width, counts = mask.get("size"), mask.get("counts")
+        if not (
+            isinstance(height_width, list)
+            and len(height_width) == 2
+            and all(type(x) is int and x > 0 for x in height_width)
+            and (isinstance(counts, str) or isinstance(counts, list) and _are_numbers(counts))
+        ):
+            raise ValueError(f'annotation {name} has an RLE without "counts" or "size"')
+        if is_object and facts.object_with_rle is None:
+            facts.object_with_rle = name
+        if facts.other_size is None and tuple(height_width) != size[::-1]:
+            facts.other_size = name
+    elif not isinstance(mask, list) or not all(map(_are_numbers, mask)):
+        raise ValueError(
+            f"annotation {name} has a segmentation that is no list of polygons, each a list of "
+            "numbers [x0, y0, x1, y1, ...], and no RLE"
+        )
+    elif not any(len(x) % 2 == 0 and len(x) >= MIN_COORDINATES for x in mask):
+        facts.broken.append(name)
+
+
+def _are_numbers(values: Any) -> bool:
+    try:
+        return isinstance(values, list) and math.isfinite(sum(values))
+    except TypeError:
+        return False

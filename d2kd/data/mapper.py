@@ -1,0 +1,61 @@
+"""Detectron2's mapper, which refuses what it would read wrongly; errors that name the image."""
+
+import math
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator
+
+from PIL import Image
+
+from detectron2.data import DatasetMapper
+from detectron2.utils.file_io import PathManager
+
+from .image_headers import check_mode
+
+
+class CheckedMapper(DatasetMapper):
+    """Reads images for training, evaluation and pictures: one reader, so that all see the same."""
+
+    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+        """
+        Args:
+            dataset_dict: of one image, in Detectron2's format
+
+        Raises:
+            OSError, ValueError, RuntimeError: naming the image
+        """
+        with image_in_errors(dataset_dict):
+            path = dataset_dict["file_name"]
+            with PathManager.open(path, "rb") as file, Image.open(file) as image:
+                mode = image.mode
+            check_mode(path, mode)
+            return super().__call__(dataset_dict)
+
+
+@contextmanager
+def image_in_errors(dataset_dict: Dict[str, Any]) -> Iterator[None]:
+    """Let any error tell the image that is read, and the annotation where one is to blame."""
+    try:
+        yield
+    except Exception as error:
+        path, blame = str(dataset_dict.get("file_name")), _odd_box(dataset_dict)
+        if path in str(error) and not blame or getattr(error, "filename", None):
+            raise
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be read: {error}") from error
+        kind = ValueError if blame or isinstance(error, ValueError) else RuntimeError
+        text = blame or f"{type(error).__name__}: {error}"
+        raise kind(f"{path} cannot be used: {text}") from error
+
+
+def _odd_box(dataset_dict: Dict[str, Any]) -> str:
+    """What is wrong with the box of the first annotation whose box is none; "" if all are."""
+    for i, annotation in enumerate(dataset_dict.get("annotations") or ()):
+        box = annotation.get("bbox")
+        try:
+            if len(box) >= 4 and all(map(math.isfinite, box)):
+                continue
+        except TypeError:
+            pass
+        name = annotation.get("id", f"{i} (counted from 0)")
+        return f"its annotation {name} has the bbox {box}, which is no box."
+    return ""

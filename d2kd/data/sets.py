@@ -1,0 +1,123 @@
+"""The checks of all data sets of a run: each by itself, and together."""
+
+import difflib
+import logging
+import os
+from typing import Dict, Mapping, Optional, Sequence, Set, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+
+from .checks import check_evaluator, check_files
+from .class_lists import check_class_names, check_num_classes, num_classes
+from .class_names import coco_json_files, names_in_sets
+from .coco_json import ImageEntry, look_at, read_summary
+from .image_files import check_images
+from .outlines import CLASSES
+from .set_checks import check_role
+
+logger = logging.getLogger(__name__)
+
+
+class SetChecks:
+    """Checks a run's sets one after the other, the training sets first."""
+
+    def __init__(self, cfg: CfgNode, meta_architecture: str, owned: Mapping[str, str]):
+        """
+        Args:
+            meta_architecture: the detector whose number of classes has to fit
+            owned: sets that d2kd registers, by name: the config key to blame
+        """
+        self.cfg = cfg
+        self.meta_architecture = meta_architecture
+        self.owned = owned
+        # The set that tells what the model learns, and its classes
+        self.learnt: Optional[Tuple[str, Sequence[str]]] = None
+        self.files: Dict[str, Set[str]] = {"TRAIN": set(), "TEST": set()}
+        self.objects: Dict[str, int] = {}  # of training sets
+
+    def check(self, name: str, part: str, is_there: bool = True) -> None:
+        """
+        Args:
+            part: "TRAIN" or "TEST"
+            is_there: False: of the built-in shapes, not drawn yet
+
+        Raises:
+            ValueError, OSError: naming what is wrong and what would be right
+        """
+        classes = self._check_set(name, part) if is_there else tuple(CLASSES)
+        if classes is None:
+            return
+        if part == "TEST" and self.learnt is None:
+            self.learnt = self._learnt_elsewhere()
+        if self.learnt is None:
+            is_test = part == "TEST"
+            check_num_classes(self.cfg, self.meta_architecture, name, classes, is_test)
+            self.learnt = name, classes
+        check_class_names(name, classes, *self.learnt)
+
+    def check_together(self) -> None:
+        """
+        Raises:
+            ValueError: nothing in the training sets can be learnt
+        """
+        if self.objects and not any(self.objects.values()):
+            raise ValueError(
+                f"DATASETS.TRAIN: {', '.join(self.objects)} have no object in their annotations."
+            )
+        both = self.files["TRAIN"] & self.files["TEST"]
+        if both:
+            logger.warning(
+                f"{len(both)} of the {len(self.files['TEST'])} images of DATASETS.TEST are in "
+                f"DATASETS.TRAIN too, such as {min(both)}: the AP says little of images that the "
+                "detector has not seen."
+            )
+
+    def _check_set(self, name: str, part: str) -> Optional[Sequence[str]]:
+        """Returns: the names of its classes; None where they are not known."""
+        key = f"DATASETS.{part}"
+        if name not in DatasetCatalog.list():
+            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else "Is it in COCO_FORMAT?"
+            raise ValueError(f"{key}: no data set is registered as {name!r}. {hint}")
+        metadata = MetadataCatalog.get(name)
+        check_files(metadata, self.owned.get(name, key))
+        if part == "TEST":
+            check_evaluator(metadata)
+        is_coco = metadata.get("evaluator_type") == "coco"
+        if is_coco and metadata.get("json_file") and metadata.get("image_root"):
+            return self._check_coco(metadata, part)
+        return metadata.get("thing_classes")
+
+    def _check_coco(self, metadata: Metadata, part: str) -> Sequence[str]:
+        name, json_file, folder = metadata.name, metadata.json_file, metadata.image_root
+        key = self.owned.get(name, f"DATASETS.{part}")
+        summary = look_at(json_file, key)
+        if name not in self.owned and part == "TEST" and not summary.has_annotations:
+            return summary.classes  # of a server's test set: it is predicted, and not evaluated
+        summary = read_summary(json_file, key)
+        blame = f"{key}: {json_file}"
+        check_role(summary, part, self.cfg, blame)
+        paths = _paths(summary.images, folder)
+        if part == "TRAIN":
+            self.objects[name] = summary.facts.objects
+        if not paths <= self.files[part]:
+            check_images(summary.images, folder, part, blame)
+        self.files[part] |= paths
+        return summary.classes
+
+    def _learnt_elsewhere(self) -> Optional[Tuple[str, Sequence[str]]]:
+        """What training sets tell of the classes that are not checked, for evaluation alone."""
+        try:
+            names = names_in_sets(self.cfg.DATASETS.TRAIN, coco_json_files(self.cfg))
+        except ValueError:  # a JSON that nothing is read of
+            return None
+        count = num_classes(self.cfg, self.meta_architecture)
+        # The sets of a config that this one is based on tell nothing of this detector.
+        is_ours = names and (count is None or count == len(names))
+        return (self.cfg.DATASETS.TRAIN[0], names) if is_ours else None
+
+
+def _paths(images: Sequence[ImageEntry], folder: str) -> Set[str]:
+    folder = os.path.realpath(folder)
+    return {os.path.normpath(os.path.join(folder, x.file_name)) for x in images}

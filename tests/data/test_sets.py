@@ -1,0 +1,195 @@
+"""What a data set's part in a run asks of it, and what sets ask of each other."""
+
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from d2kd.data import checks, register_datasets
+
+from toy_sets import Content, config_of, every, second, write_set
+
+RLE = {"counts": [0, 3072], "size": [48, 64]}
+
+
+def clear(said: Content) -> None:
+    said["annotations"] = []
+
+
+def polygon(annotation: Dict[str, Any]) -> None:
+    x, y, width, height = annotation["bbox"]
+    annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height]]
+
+
+def all_crowds(annotation: Dict[str, Any]) -> None:
+    annotation["iscrowd"] = 1
+
+
+def check(folder: Path, part: str, *changes: Callable, **values: Any) -> None:
+    """Register a good set with polygons, and beside it one with changes."""
+
+    def change(said: Content) -> None:
+        for apply in (every("annotations", polygon), *changes):
+            apply(said)
+
+    write_set(folder, "good", every("annotations", polygon))
+    write_set(folder, "bad", change)
+    cfg = config_of(folder, *((["bad"], ["good"]) if part == "TRAIN" else (["good"], ["bad"])))
+    for key, value in values.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    register_datasets(cfg)
+
+
+def no_mask(said: Content) -> None:
+    said["annotations"][1].pop("segmentation")
+
+
+MASKS = {"MODEL__MASK_ON": True}
+BITS = {**MASKS, "INPUT__MASK_FORMAT": "bitmask"}
+TWO_POINTS = {"segmentation": [[1, 1, 5, 5]]}
+OTHER_SIZE = {"segmentation": {**RLE, "size": [64, 48]}}
+
+
+@pytest.mark.parametrize(
+    "part, change, values, message",
+    [
+        ("TEST", clear, {}, 'bad.json has no object in "annotations": there would be no AP'),
+        ("TEST", every("annotations", all_crowds), {}, "bad.json has no object"),
+        ("TRAIN", clear, {}, "DATASETS.TRAIN: bad have no object"),
+        ("TRAIN", every("annotations", all_crowds), {}, "DATASETS.TRAIN: bad have no object"),
+        ("TRAIN", no_mask, MASKS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
+        ("TEST", no_mask, MASKS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
+        ("TEST", second("annotations", **TWO_POINTS), MASKS, "annotation 2 has no segmentation"),
+        ("TRAIN", second("annotations", segmentation=RLE), MASKS, "Set it to 'bitmask'"),
+        ("TRAIN", second("annotations", **OTHER_SIZE), BITS, "annotation 2 has an RLE whose size"),
+        ("TEST", second("annotations", **OTHER_SIZE), MASKS, "annotation 2 has an RLE whose size"),
+        (
+            "TRAIN",
+            every("annotations", lambda x: x.update(TWO_POINTS)),
+            {},
+            "24 of 24 annotations, such as 1, have no polygon of three points",
+        ),
+        (
+            "TEST",
+            every("annotations", lambda x: x.update(area=0)),
+            {},
+            "24 of 24 annotations, such as 1, have an area that is 0 or larger than the box",
+        ),
+        ("TEST", every("annotations", lambda x: x.update(area=1e7)), {}, "an area that is 0 or"),
+    ],
+)
+def test_set_that_cannot_play_its_part_is_refused(
+    part: str, change: Callable, values: Any, message: str, tmp_path: Path, forget_sets: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(tmp_path, part, change, **values)
+
+
+@pytest.mark.parametrize(
+    "part, change, values",
+    [
+        ("TRAIN", no_mask, {}),
+        ("TEST", no_mask, {}),
+        ("TRAIN", every("annotations", lambda x: x.update(area=0)), {}),
+        ("TEST", every("annotations", lambda x: x.update(TWO_POINTS)), {}),
+        ("TRAIN", second("annotations", segmentation=RLE), BITS),
+        ("TEST", second("annotations", segmentation=RLE), MASKS),
+        ("TRAIN", second("annotations", segmentation=RLE, iscrowd=1), MASKS),
+        ("TRAIN", second("annotations", **OTHER_SIZE), {}),
+    ],
+)
+def test_set_is_only_asked_for_what_its_part_needs(
+    part: str, change: Callable, values: Any, tmp_path: Path, forget_sets: None
+) -> None:
+    check(tmp_path, part, change, **values)
+
+
+def test_a_few_of_what_would_be_refused_are_told(
+    tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(tmp_path, "TRAIN", second("annotations", **TWO_POINTS))
+    assert "1 of 24 annotations, such as 2, have no polygon of three points" in caplog.text
+
+
+def test_a_few_odd_areas_are_told(
+    tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(tmp_path, "TEST", second("annotations", area=0))
+    assert "1 of 24 annotations, such as 2, have an area that is 0 or larger" in caplog.text
+
+
+def test_training_set_of_background_alone_is_taken_beside_another(
+    tmp_path: Path, forget_sets: None
+) -> None:
+    write_set(tmp_path, "a")
+    write_set(tmp_path, "background", clear)
+    register_datasets(config_of(tmp_path, ["a", "background"], ["a"]))
+
+
+def test_images_in_training_and_test_sets_are_counted(
+    tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_set(tmp_path, "a")
+    write_set(tmp_path, "b", lambda said: said["images"].pop() and drop_orphans(said))
+    cfg = config_of(tmp_path, ["a"], ["b"])
+    register_datasets(cfg)
+    assert "DATASETS.TRAIN too" not in caplog.text
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    cfg.DATASETS.COCO_FORMAT[1].update(NAME="c", IMAGES=str(tmp_path / "link"))
+    cfg.DATASETS.TEST = ("c",)
+    register_datasets(cfg)
+    assert "7 of the 7 images of DATASETS.TEST are in DATASETS.TRAIN too, such as" in caplog.text
+
+
+def drop_orphans(said: Content) -> None:
+    known = {x["id"] for x in said["images"]}
+    said["annotations"] = [x for x in said["annotations"] if x["image_id"] in known]
+
+
+def with_registered(folder: Path, name: str, train: List[str]) -> CfgNode:
+    cfg = config_of(folder, train, [])
+    cfg.DATASETS.TEST = (name,)
+    return cfg
+
+
+def test_test_set_that_nobody_evaluates_is_refused(tmp_path: Path, forget_sets: None) -> None:
+    write_set(tmp_path, "a")
+    DatasetCatalog.register("odd", list)
+    for kind in (None, "cityscapes_instance"):
+        if kind:
+            MetadataCatalog.get("odd").set(evaluator_type=kind)
+        message = f"DATASETS.TEST: 'odd' has the evaluator type {kind!r}"
+        with pytest.raises(ValueError, match=message):
+            register_datasets(with_registered(tmp_path, "odd", ["a"]))
+
+
+def test_lvis_asks_for_its_package(
+    tmp_path: Path, forget_sets: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_set(tmp_path, "a")
+    DatasetCatalog.register("odd", list)
+    MetadataCatalog.get("odd").set(evaluator_type="lvis")
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'odd' is evaluated by the package lvis.*pip install"):
+        register_datasets(with_registered(tmp_path, "odd", ["a"]))
+
+
+def test_set_that_a_plugin_registers_is_looked_at_too(tmp_path: Path, forget_sets: None) -> None:
+    write_set(tmp_path, "a")
+    path = write_set(tmp_path, "mine", second("annotations", bbox=None))
+    register_coco_instances("my_own", {}, path, str(tmp_path / "mine"))
+    with pytest.raises(ValueError, match=f"DATASETS.TEST: {path} .*annotation 2 has the bbox None"):
+        register_datasets(with_registered(tmp_path, "my_own", ["a"]))
+
+
+def test_server_s_test_set_without_annotations_is_predicted(
+    tmp_path: Path, forget_sets: None
+) -> None:
+    write_set(tmp_path, "a")
+    path = write_set(tmp_path, "secret", lambda said: said.pop("annotations"))
+    register_coco_instances("my_secret", {}, path, str(tmp_path / "secret"))
+    register_datasets(with_registered(tmp_path, "my_secret", ["a"]))

@@ -1,0 +1,139 @@
+"""AP of what ground truth says, whatever it leaves out and wherever its ids begin."""
+
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+import torch
+from pycocotools.coco import COCO
+
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+
+from d2kd.data import register_datasets
+from d2kd.engine.evaluator import build_evaluator, complete_truth
+
+from toy_sets import Content, config_of, every, write_set
+
+
+def one_object(said: Content) -> None:
+    said["annotations"] = said["annotations"][:1]
+    said["annotations"][0].update(id=0)
+
+
+def from_zero(said: Content) -> None:
+    for i, annotation in enumerate(said["annotations"]):
+        annotation["id"] = i
+
+
+def ap_of_truth(folder: Path, *changes: Callable, shift: float = 0.0) -> Dict[str, float]:
+    """Box AP of detections that are the boxes themselves, moved to the right by `shift` pixels."""
+
+    def change(said: Content) -> None:
+        for apply in changes:
+            apply(said)
+
+    name = "set_" + str(len(list(folder.iterdir())))
+    write_set(folder, name, change)
+    cfg = config_of(folder, [], [name])
+    cfg.OUTPUT_DIR = str(folder)
+    register_datasets(cfg, parts=("TEST",))
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    for image in DatasetCatalog.get(name):
+        found = Instances((image["height"], image["width"]))
+        boxes = torch.tensor([x["bbox"] for x in image["annotations"]]).float().reshape(-1, 4)
+        found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1) + shift)
+        found.scores = torch.linspace(0.9, 0.5, len(boxes))
+        found.pred_classes = torch.tensor([x["category_id"] for x in image["annotations"]]).long()
+        evaluator.process([image], [{"instances": found}])
+    return evaluator.evaluate()["bbox"]
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_ids_from_0_give_the_ap_of_ids_from_1(
+    shift: float, tmp_path: Path, forget_sets: None
+) -> None:
+    expected, found = (ap_of_truth(tmp_path, *x, shift=shift) for x in ([], [from_zero]))
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert shift or expected["AP"] == pytest.approx(100)
+
+
+def test_one_object_of_id_0_is_found(tmp_path: Path, forget_sets: None) -> None:
+    assert ap_of_truth(tmp_path, one_object)["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        every("annotations", lambda x: x.pop("area")),
+        every("annotations", lambda x: x.pop("iscrowd")),
+        every("annotations", lambda x: x.update(area=None)),
+        every("annotations", lambda x: x.update(id=-x["id"])),
+        lambda said: said.update(info=None, licenses=None),
+    ],
+)
+def test_what_is_left_out_changes_no_number(
+    change: Callable, tmp_path: Path, forget_sets: None
+) -> None:
+    expected = ap_of_truth(tmp_path, shift=1.0)
+    assert 10 < expected["AP"] < 100
+    found = ap_of_truth(tmp_path, change, shift=1.0)
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("offset", [-1, 100])
+def test_ids_of_images_and_categories_may_begin_anywhere(
+    offset: int, tmp_path: Path, forget_sets: None
+) -> None:
+    def move(said: Content) -> None:
+        for entry in said["images"] + said["categories"]:
+            entry["id"] += offset
+        for annotation in said["annotations"]:
+            annotation["image_id"] += offset
+            annotation["category_id"] += offset
+
+    expected = ap_of_truth(tmp_path, shift=1.0)
+    assert ap_of_truth(tmp_path, move, shift=1.0) == pytest.approx(expected, nan_ok=True)
+
+
+def truth_of(folder: Path, annotations: List[Dict[str, Any]]) -> COCO:
+    said = {"images": [{"id": 1, "file_name": "a", "width": 64, "height": 48}]}
+    said.update(categories=[{"id": 1, "name": "a"}], annotations=annotations)
+    path = folder / "a.json"
+    path.write_text(json.dumps(said))
+    truth = COCO(str(path))
+    complete_truth(truth)
+    return truth
+
+
+def test_area_is_that_of_the_mask_where_there_is_one(tmp_path: Path) -> None:
+    base = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 10]}
+    triangle, two_points = [[10, 10, 30, 10, 10, 20]], [[10, 10, 30, 20]]
+    whole = {"counts": [0, 64 * 48], "size": [48, 64]}
+    masks = [None, [], triangle, two_points, triangle + two_points, whole]
+    annotations = [{**base, "id": i, "segmentation": x} for i, x in enumerate(masks)]
+    annotations.append({**base, "id": 9, "area": 7.5, "segmentation": triangle})
+    truth = truth_of(tmp_path, annotations)
+    areas = [truth.anns[i]["area"] for i in range(1, 8)]
+    assert areas == [200, 200, pytest.approx(100, abs=12), 200, areas[2], 64 * 48, 7.5]
+    assert [x["iscrowd"] for x in truth.loadAnns(truth.getAnnIds())] == [0] * 7
+
+
+def test_id_that_is_there_twice_stays_so(tmp_path: Path) -> None:
+    base = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 10]}
+    truth = truth_of(tmp_path, [{**base, "id": i} for i in (5, 0, 5)])
+    assert [x["id"] for x in truth.dataset["annotations"]] == [1, 2, 1]
+
+
+def test_sound_truth_is_evaluated_as_detectron2_does(tmp_path: Path, forget_sets: None) -> None:
+    ours = ap_of_truth(tmp_path, shift=1.5)
+    (name,) = [x for x in DatasetCatalog.list() if x.startswith("set_")]
+    evaluator = COCOEvaluator(name, output_dir=str(tmp_path), use_fast_impl=False)
+    evaluator.reset()
+    evaluator._predictions = torch.load(
+        tmp_path / "inference" / "instances_predictions.pth", weights_only=False
+    )
+    assert evaluator.evaluate()["bbox"] == pytest.approx(ours, nan_ok=True)

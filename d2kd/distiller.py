@@ -17,6 +17,7 @@ from .heads import DistillPair, build_head, head_class
 from .heads.build import compares_logits, required_members
 from .inherit import inherit
 from .modeling.build import build_detector
+from .modeling.trainable import check_trainable
 from .pairs import DENSE
 from .pyramid import pair_levels
 from .schedule import WeightSchedule
@@ -87,6 +88,7 @@ class Distiller(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
         # The student first: its initialisation must not depend on whether there is a teacher.
+        check_trainable(student_config(cfg))
         student = build_detector(student_config(cfg), "The student")
         ret = {
             "student": student,

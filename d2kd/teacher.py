@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint import check_is_file, load_whole_detector
 from .data.class_names import class_names, names_in_sets
 from .modeling.build import build_detector
+from .modeling.trainable import check_teaches
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ def _from_model_zoo(name: str) -> Tuple[str, str]:
 
 def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
     from .config import load_config, merge_opts
+    from .unread import refuse_unread_by_teacher
 
     cfg = load_config(path)
     merge_opts(cfg, opts, "DISTILL.TEACHER.OPTS")
@@ -137,13 +139,17 @@ def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
             f"DISTILL.TEACHER.CONFIG_FILE: {path!r} is itself a distillation run. Name a config of "
             "a plain detector."
         )
+    refuse_unread_by_teacher(cfg, opts)
     cfg.MODEL.DEVICE = device
-    model = build_detector(cfg, f"DISTILL.TEACHER.CONFIG_FILE: {path!r} with DISTILL.TEACHER.OPTS")
+    source = f"DISTILL.TEACHER.CONFIG_FILE: {path!r} with DISTILL.TEACHER.OPTS"
+    check_teaches(cfg, source)
+    model = build_detector(cfg, source)
     return model, cfg.INPUT.FORMAT, _identity(cfg), class_names(cfg)
 
 
 def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
     try:
+        _refuse_training_keys(opts)
         cfg = LazyConfig.load(path)
         known = _targets(cfg.model)
         cfg = LazyConfig.apply_overrides(cfg, [str(x) for x in opts])
@@ -162,6 +168,16 @@ def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
     datasets = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
     names = names_in_sets([datasets] if isinstance(datasets, str) else datasets)
     return model, cfg.model.get("input_format") or image_format, text, names
+
+
+def _refuse_training_keys(opts: List[Any]) -> None:
+    """Of a LazyConfig."""
+    for key in (re.split("[=@]", str(x))[0].lstrip("+~") for x in opts):
+        if key.split(".")[0] in ("train", "optimizer", "lr_multiplier"):
+            raise ValueError(
+                f"{key} would have no effect: a teacher is not trained, and "
+                "DISTILL.TEACHER.WEIGHTS names its weights"
+            )
 
 
 def _check_targets(path: str, known: Set[str], wanted: Set[str]) -> None:

@@ -14,6 +14,8 @@ from detectron2.utils import comm
 from ..checkpoint import load_whole_detector
 from ..config import student_config
 from ..data import register_datasets
+from ..modeling.trainable import check_trainable
+from ..unread import unread_keys
 from ..whole_files import last_whole_checkpoint
 from .preflight import check_config
 from .stages import Stage, plan_stages
@@ -34,6 +36,10 @@ def train(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
         Detectron2's results of the last evaluation, {"bbox": {"AP": ...}}; {} on other processes
     """
     check_config(cfg)
+    unread = unread_keys(cfg)
+    if unread:
+        logger.info(f"Set, but not read by this run: {', '.join(unread)}.")
+    check_trainable(student_config(cfg))
     register_datasets(cfg, student_config(cfg).MODEL.META_ARCHITECTURE)
     done, seed = _progress(cfg) if resume else (0, -1)
     cfg = DefaultTrainer.auto_scale_workers(_with_seed(cfg, seed), comm.get_world_size())
@@ -58,20 +64,29 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
         resume: take the last checkpoint in OUTPUT_DIR instead of MODEL.WEIGHTS
 
     Raises:
-        ValueError: weights that are missing or do not cover the student
+        ValueError: nothing to evaluate on, weights that are missing or do not cover the student
     """
     cfg = student_config(cfg)
-    check_config(cfg)
+    check_config(cfg, evaluation=True)
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: name the data sets to evaluate on.")
     register_datasets(cfg, cfg.MODEL.META_ARCHITECTURE, parts=("TEST",))
     student = build_model(cfg)
-    last = last_whole_checkpoint(cfg.OUTPUT_DIR) if resume else ""
-    weights = last or cfg.MODEL.WEIGHTS
+    if resume:
+        key, weights = "OUTPUT_DIR", last_whole_checkpoint(cfg.OUTPUT_DIR)
+    else:
+        key, weights = "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS
+    if resume and not weights:
+        raise ValueError(
+            f"OUTPUT_DIR: there is no checkpoint in {cfg.OUTPUT_DIR!r} to evaluate with --resume. "
+            "Leave --resume out to evaluate MODEL.WEIGHTS."
+        )
     if not weights:
         raise ValueError(
             "MODEL.WEIGHTS is empty: name the checkpoint to evaluate, or add --resume to take the "
             "last one in OUTPUT_DIR."
         )
-    load_whole_detector(student, weights, "MODEL.WEIGHTS")
+    load_whole_detector(student, weights, key)
     return Trainer.test(cfg, student)
 
 

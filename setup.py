@@ -8,6 +8,7 @@ README = Path(__file__).parent / "README.md"
 
 # The linters' newest versions ask for Python 3.11; older Pythons can still run everything else.
 LINTERS = ["black==26.10.1", "flake8==7.5.0", "isort==9.0.2"]
+PYTEST = ["pytest>=7"]
 # To prove an exported ONNX graph; without them it is not run.
 ONNX = ["onnx", "onnxruntime"]
 
@@ -24,12 +25,19 @@ setup(
     install_requires=[
         "fvcore>=0.1.5",
         "numpy",
-        "pycocotools>=2.0.2",
+        "omegaconf>=2.1",
+        "Pillow>=7.1",
+        # These two fail on detections in a data set whose JSON has no "info".
+        "pycocotools>=2.0.2,!=2.0.9,!=2.0.10",
+        "PyYAML>=5.1",
+        "tabulate",
         "torch>=2.0",
         "torchvision>=0.15",
     ],
     extras_require={
-        "dev": ["pytest>=7", "pytest-xdist>=3"]
+        "conformance": PYTEST,
+        "dev": PYTEST
+        + ["pytest-xdist>=3"]
         + [f"{package}; python_version >= '3.11'" for package in LINTERS + ONNX],
         "onnx": ONNX,
         # Detectron2 draws with cv2, which opencv-python provides as well. The two overwrite each

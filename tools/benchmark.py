@@ -23,6 +23,8 @@ import detectron2
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
+from d2kd.command_line import add_overrides, parse_command_line
+
 from benchmark_costs import head_costs
 from benchmark_parts import PAIRS, Step, build_arms, build_config
 
@@ -64,7 +66,7 @@ examples:
   python tools/benchmark.py --config-file configs/quickstart/pkd.yaml --json cost.json
   python tools/benchmark.py --pair faster_rcnn_R_101-R_18 --heads DKD ReviewKD ReviewKD+DKD
   python tools/benchmark.py --config-file configs/quickstart/cwd.yaml --size 96x96 --images 8 --look
-  python tools/benchmark.py --heads MGD --opts DISTILL.MGD.MASK_RATIO 0.45
+  python tools/benchmark.py --heads MGD DISTILL.MGD.MASK_RATIO 0.45
 """
 
 
@@ -252,10 +254,8 @@ def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
     add("--memory", action="store_true", help="also measure peak memory")
     add("--look", action="store_true", help="also measure a look of DISTILL.LIVENESS")
     add("--json", metavar="FILE", help="write all numbers here")
-    add(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
-    )
-    return parser.parse_args(argv)
+    add_overrides(parser)
+    return parse_command_line(parser, argv)
 
 
 def _size(text: str) -> Tuple[int, int]:

@@ -6,19 +6,27 @@ The detectors run as plain Detectron2 students, from their YAML and checkpoint.
 """
 
 import argparse
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
 
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
 from d2kd import load_config, student_config
 from d2kd.checkpoint import load_whole_detector
+from d2kd.command_line import add_overrides, parse_command_line
 from d2kd.data import register_datasets
 
+EXAMPLE = """
+Example: a student of the quickstart beside its teacher
+    python tools/draw_detections.py detections.png \\
+        --detector teacher configs/quickstart/teacher.yaml configs/quickstart/teacher.pth \\
+        --detector student configs/quickstart/cwd.yaml output/quickstart/cwd/model_final.pth
+"""
 Panel = Tuple[str, str, str]  # title, config file, weights
 WIDTH, GAP = 288, 2  # of a picture and of the space around it, pixels
 
@@ -47,7 +55,7 @@ def draw_detections(
         predictor, drawn = DefaultPredictor(cfg), []
         load_whole_detector(predictor.model, weights, f"--detector {title}")
         for record in images:
-            instances = predictor(cv2.imread(record["file_name"]))["instances"].to("cpu")
+            instances = predictor(read_image(record["file_name"], "BGR"))["instances"].to("cpu")
             instances = instances[instances.scores > threshold]
             drawn.append(_canvas(record, name).draw_instance_predictions(instances))
         columns.append(_column(title, drawn))
@@ -55,7 +63,7 @@ def draw_detections(
 
 
 def _canvas(record: Dict[str, Any], name: str) -> Visualizer:
-    image = cv2.imread(record["file_name"])[..., ::-1]
+    image = read_image(record["file_name"], "RGB")
     scale = WIDTH / image.shape[1]
     return Visualizer(image, MetadataCatalog.get(name), scale=scale, instance_mode=ColorMode.IMAGE)
 
@@ -70,9 +78,9 @@ def _column(title: str, drawn: List[VisImage]) -> np.ndarray:
     return np.vstack([cv2.copyMakeBorder(x, *[GAP] * 4, 0, value=(255,) * 3) for x in pictures])
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", help="picture to write, such as detections.png")
     parser.add_argument(
@@ -85,8 +93,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=int, default=4, help="number of images")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score drawn")
-    parser.add_argument("opts", nargs="*", help="config overrides: KEY VALUE ...")
-    return parser.parse_args()
+    add_overrides(parser)
+    return parse_command_line(parser, argv)
 
 
 if __name__ == "__main__":

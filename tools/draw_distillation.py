@@ -20,7 +20,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -28,7 +28,9 @@ from detectron2.utils.logger import setup_logger
 
 from d2kd import Distiller, load_config, panel, student_config
 from d2kd.checkpoint import PlainCheckpointer, check_is_file
+from d2kd.command_line import add_overrides, parse_command_line
 from d2kd.data import class_names, register_datasets
+from d2kd.data.mapper import CheckedMapper
 from d2kd.engine.hooks import seed_everything
 from d2kd.engine.preflight import check_config
 from d2kd.engine.stages import plan_stages
@@ -128,7 +130,7 @@ def write(path: Path, picture: np.ndarray) -> None:
 def samples(cfg: CfgNode) -> Iterator[Dict[str, Any]]:
     """The test set with its ground truth, at test size."""
     augmentations = build_augmentation(cfg, is_train=False)
-    mapper = DatasetMapper(cfg, is_train=True, augmentations=augmentations)
+    mapper = CheckedMapper(cfg, is_train=True, augmentations=augmentations)
     return map(mapper, get_detection_dataset_dicts(cfg.DATASETS.TEST[:1], filter_empty=False))
 
 
@@ -142,8 +144,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--images", type=int, default=4, help="number of images (default: 4)")
     add("--level-images", type=int, default=100, help="images for level_weights.png (default: 100)")
     add("--plugin", action="append", default=[], metavar="FILE", help="as for train_net.py")
-    add("opts", nargs="*", help="config overrides: KEY VALUE ...")
-    return parser.parse_args(argv)
+    add_overrides(parser)
+    return parse_command_line(parser, argv)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from d2kd import load_config
+from d2kd.command_line import add_overrides, parse_command_line
 from d2kd.data import register_datasets
+from d2kd.engine.evaluator import complete_truth
 
 ARMS = ("alone", "distilled")
 EPILOG = """
@@ -81,7 +83,9 @@ def truth_of(cfg: CfgNode) -> COCO:
     if not path:
         sys.exit(f"DATASETS.TEST is {names}: an interval needs a test set in COCO's format.")
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
-        return COCO(path)
+        truth = COCO(path)
+    complete_truth(truth)
+    return truth
 
 
 def interval_of(args: argparse.Namespace, truth: COCO) -> Sequence[float]:
@@ -172,8 +176,8 @@ def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
     add("--output", default="", metavar="FOLDER", help="default: OUTPUT_DIR of the YAML + _paired")
     add("--samples", type=int, default=200, help="of the bootstrap; default %(default)s")
     add("--fresh", action="store_true", help="train anew what was trained before")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for both arms")
-    args = parser.parse_args(argv)
+    add_overrides(parser, "overrides for both arms")
+    args = parse_command_line(parser, argv)
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         parser.error(f"--seeds must be different and not negative, got {args.seeds}")
     if args.samples < 2:

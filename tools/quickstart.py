@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from draw_detections import draw_detections
 from tabulate import tabulate
@@ -24,6 +24,7 @@ from tabulate import tabulate
 from detectron2.config import CfgNode
 
 from d2kd import load_config
+from d2kd.command_line import add_overrides, parse_command_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
@@ -31,8 +32,8 @@ METRICS = ("AP", "AP50", "APs", "APm", "APl")
 PROGRESS = re.compile(r"eta: .*?iter: (\d+).*?(?=\s+time:)")
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
     distilled = load_config(args.distilled, args.opts)
     teacher_weights = distilled.DISTILL.TEACHER.WEIGHTS
     steps = [
@@ -164,7 +165,7 @@ def load_json(path: str) -> Dict:
         return json.load(file)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -178,10 +179,8 @@ def parse_args() -> argparse.Namespace:
         "--distilled", default=f"{folder}/cwd.yaml", metavar="FILE", help="with its teacher"
     )
     parser.add_argument("--fresh", action="store_true", help="train anew what was trained before")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, help="config overrides for both students: KEY VALUE ..."
-    )
-    return parser.parse_args()
+    add_overrides(parser, "overrides for both students")
+    return parse_command_line(parser, argv)
 
 
 if __name__ == "__main__":

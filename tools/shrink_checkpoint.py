@@ -8,6 +8,7 @@ Detectron2 loads the result as any other; the weights become float32 again, roun
 import argparse
 import hashlib
 import os
+from typing import Optional, Sequence
 
 import torch
 
@@ -38,11 +39,15 @@ def shrink(source: str, target: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def main() -> None:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="checkpoint, such as output/run/model_final.pth")
     parser.add_argument("target", help="file to write")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
     digest = shrink(args.source, args.target)
     print(f"{args.target}: {os.path.getsize(args.target) / 1e6:.2f} MB, sha256 {digest}")
 

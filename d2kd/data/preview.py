@@ -10,15 +10,15 @@ import argparse
 import json
 import os
 from collections import defaultdict
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Sequence
 
 import cv2
 import numpy as np
 
-from detectron2.config import get_cfg
 from detectron2.utils.logger import setup_logger
 
-from .config import add_data_config
+from ..command_line import add_overrides, parse_command_line
+from ..config import load_config
 from .shapes import make_shapes
 
 WHITE = (255, 255, 255)
@@ -77,19 +77,25 @@ def contact_sheet(folder: str, rows: int, columns: int, zoom: int) -> np.ndarray
     return np.vstack([np.hstack(tiles[r * columns : (r + 1) * columns]) for r in range(rows)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of the built-in shapes")
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m d2kd.data.preview",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("output", help="image file to write, such as preview.png")
     parser.add_argument("--split", choices=("train", "val"), default="val")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--columns", type=int, default=7)
     parser.add_argument("--zoom", type=int, default=2, help="screen pixels per image pixel")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, such as DATASETS.SHAPES.SEED 1")
-    args = parser.parse_args()
+    add_overrides(parser, "config overrides, such as DATASETS.SHAPES.SEED 1")
+    return parse_command_line(parser, argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
     setup_logger(name="d2kd")
-    cfg = get_cfg()
-    add_data_config(cfg)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(opts=args.opts)
     sheet = contact_sheet(make_shapes(cfg, args.split), args.rows, args.columns, args.zoom)
     if not cv2.imwrite(args.output, sheet):
         raise OSError(f"Cannot write {args.output}")

@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import sys
+from typing import Optional, Sequence
 
+from ..command_line import add_overrides, parse_command_line
 from ..config import load_config
 from ..plugin import import_file
 from .graph import FORMATS, export_graph
@@ -25,8 +27,8 @@ examples:
 """
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
     for path in args.plugin:
         import_file(path)
     cfg = load_config(args.config_file, args.opts)
@@ -47,7 +49,7 @@ def main() -> None:
     sys.exit(0 if all(proved) else 1)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m d2kd.export",
         description=__doc__,
@@ -60,8 +62,8 @@ def parse_args() -> argparse.Namespace:
     add("--output", required=True, metavar="FOLDER", help="is created")
     add("--formats", nargs="+", choices=FORMATS, default=[], help="graphs beside the weights")
     add("--plugin", action="append", default=[], metavar="FILE", help="as for train_net.py")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args()
+    add_overrides(parser)
+    return parse_command_line(parser, argv)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_command_exports_the_last_checkpoint_and_reports(
     path.write_text(cfg.dump())
     words = ["-m", "d2kd.export", "--config-file", str(path), "--output", str(tmp_path / "out")]
     process = subprocess.run(
-        [sys.executable, *words, "--formats", "torchscript"],
+        [sys.executable, *words, "--formats", "torchscript", "MODEL.DEVICE", "cpu"],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -61,7 +61,7 @@ def head_alone(
 
     def build(student: str, teacher: str, name: str, *opts: str) -> Any:
         path = config_file(student, teacher)
-        args = small_args("--config-file", path, "--heads", name, "--opts", *opts)
+        args = small_args("--config-file", path, "--heads", name, *opts)
         cfg = parts.build_config(args, "")
         torch.manual_seed(0)
         whole = build_model(cfg).train()

@@ -175,7 +175,7 @@ def test_queue_is_full_before_the_first_step(
     config_file: Callable[[str, str], str],
 ) -> None:
     path = config_file("retinanet", "faster_rcnn")
-    words = ["--config-file", path, "--heads", "CKD", "--opts", "DISTILL.CKD.QUEUE_SIZE", "50"]
+    words = ["--config-file", path, "--heads", "CKD", "DISTILL.CKD.QUEUE_SIZE", "50"]
     args = small_args(*words)
     with EventStorage():
         alone = parts.build_arms(parts.build_config(args, ""), args)["head CKD"]()

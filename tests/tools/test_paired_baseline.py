@@ -170,7 +170,7 @@ def test_two_runs_give_table_csv_and_picture(
     cfg = run_config(tmp_path, write_teacher(tmp_path, "retinanet"), ["PKD"], SOLVER__MAX_ITER=2)
     cfg.DATASETS.TEST = ("d2kd_shapes_val", "d2kd_shapes_train")  # the first one counts
     (tmp_path / "run.yaml").write_text(cfg.dump())
-    words = ["--config-file", str(tmp_path / "run.yaml"), "--seeds", "5", "--samples", "3"]
+    words = ["--config-file", str(tmp_path / "run.yaml"), "--samples", "3", "--seeds", "5"]
     paired.main([*words, "SOLVER.BASE_LR", "0.001"])
     folder = Path(cfg.OUTPUT_DIR + "_paired")
     with open(folder / "results.csv") as file:

@@ -20,7 +20,7 @@ from d2kd.heads.build import head_class, head_names
 from d2kd.pairs import ANY_PAIR
 from d2kd.whole_files import last_whole_checkpoint
 
-from runs import RecordBatches, run, run_config, scalars
+from runs import RecordBatches, build_trainer, run, run_config, scalars
 from toys import distill_config, write_teacher
 
 PAIRS = {"retinanet": "dense -> dense", "faster_rcnn": "two-stage -> two-stage"}
@@ -184,7 +184,6 @@ def test_odd_files_are_read_and_trained_on(tmp_path: Path, forget: Any) -> None:
 
 
 def eight_images() -> Dict[str, Tuple[Pixels, List[List[float]]]]:
-    """Of which four are not among the few that are looked for before training."""
     return {f"{i}.png": (noise_image(64, 64, 3), [[5, 5, 30, 30]]) for i in range(8)}
 
 
@@ -196,15 +195,81 @@ def halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage, error", [(remove, FileNotFoundError), (halve, OSError)])
-def test_image_that_is_missing_or_broken_is_told_by_its_path(
+def deepen(path: Path) -> None:
+    cv2.imwrite(str(path), np.full((64, 64), 60000, np.uint16))
+
+
+DAMAGES = [(remove, FileNotFoundError), (halve, OSError), (deepen, ValueError)]
+
+
+@pytest.mark.parametrize("damage, error", DAMAGES)
+def test_image_that_is_missing_or_broken_is_told_before_the_run_begins(
     damage: Callable[[Path], None], error: type, tmp_path: Path, forget: Any
 ) -> None:
     cfg = coco(tmp_path, eight_images())
     damage(tmp_path / "6.png")
     with pytest.raises(error, match=f"{tmp_path}/6.png"):
-        run(cfg)
+        train(cfg)
+    assert not Path(cfg.OUTPUT_DIR).exists()
+
+
+@pytest.mark.parametrize("damage, error", DAMAGES[1:])
+def test_image_that_breaks_later_is_told_in_its_step(
+    damage: Callable[[Path], None], error: type, tmp_path: Path, forget: Any
+) -> None:
+    cfg = coco(tmp_path, eight_images())
+    trainer = build_trainer(cfg)
+    damage(tmp_path / "6.png")
+    with pytest.raises(error, match=f"{tmp_path}/6.png"):
+        trainer.train()
     assert last_whole_checkpoint(cfg.OUTPUT_DIR), "it had begun"
+
+
+# How a test set can be such that its evaluation, after the last iteration, would fail or be wrong
+SPOILT: Dict[str, Callable[[Dict[str, Any]], Any]] = {
+    "annotation 3 has the area 'x'": lambda x: x["annotations"][3].update(area="x"),
+    r"annotations\[3\] has the id 'c'": lambda x: x["annotations"][3].update(id="c"),
+    "annotation 3 has the iscrowd None": lambda x: x["annotations"][3].update(iscrowd=None),
+    "annotation 3 has the bbox None": lambda x: x["annotations"][3].update(bbox=None),
+    "image 6 has the width None": lambda x: x["images"][6].update(width=None),
+    "6.png has 64x64 pixels": lambda x: x["images"][6].update(width=63),
+    "missing at .*/gone.png": lambda x: x["images"][6].update(file_name="gone.png"),
+    "has no object": lambda x: x.update(annotations=[]),
+    "odd_test has 1 classes .b": lambda x: x["categories"][0].update(name="b"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> CfgNode:
+    """A run on eight images."""
+    return coco(tmp_path_factory.mktemp("sound"), eight_images())
+
+
+@pytest.mark.parametrize("message", SPOILT)
+def test_test_set_that_cannot_be_evaluated_stops_the_run_before_it_begins(
+    message: str, sound: CfgNode, tmp_path: Path, forget_sets: None
+) -> None:
+    cfg = sound.clone()
+    (train_set,) = cfg.DATASETS.COCO_FORMAT
+    said = json.loads(Path(train_set["JSON"]).read_text())
+    SPOILT[message](said)
+    (tmp_path / "test.json").write_text(json.dumps(said))
+    entry = {**train_set, "NAME": "odd_test", "JSON": str(tmp_path / "test.json")}
+    cfg.DATASETS.COCO_FORMAT.append(entry)
+    cfg.DATASETS.TEST = ("odd_test",)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(cfg)
+    assert not Path(cfg.OUTPUT_DIR).exists()
+
+
+def test_test_set_that_says_less_is_evaluated(tmp_path: Path, forget_sets: None) -> None:
+    cfg = coco(tmp_path, eight_images())
+    said = json.loads((tmp_path / "set.json").read_text())
+    for annotation in said["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    (tmp_path / "set.json").write_text(json.dumps(said))
+    cfg.DATASETS.TEST, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = ("odd_train",), 1, ()
+    assert "AP" in train(cfg)["bbox"]
 
 
 def test_id_that_is_there_twice_stops_the_run_before_it_begins(tmp_path: Path, forget: Any) -> None:

@@ -1,5 +1,6 @@
 """A teacher that is whole, but knows nothing of the data, is refused before the first step."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -135,6 +136,41 @@ def test_slice_without_an_object_is_said_and_not_refused(
     check_teacher(cfg, build_teacher(cfg))
     reason = "there is no object in 5 images of d2kd_shapes_val"
     assert f"The teacher is not evaluated: {reason}." in caplog.text
+
+
+def test_slice_of_crowds_alone_is_said_and_not_refused(
+    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = DatasetCatalog.get("d2kd_shapes_val")
+    for annotation in (x for image in images for x in image["annotations"]):
+        annotation["iscrowd"] = 1
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: images)
+    cfg.DISTILL.TEACHER.EVAL_IMAGES, cfg.DISTILL.TEACHER.MIN_AP = 5, 99.0
+    check_teacher(cfg, build_teacher(cfg))
+    assert "The teacher is not evaluated: there is no object in 5 images" in caplog.text
+
+
+def test_ids_of_annotations_from_0_change_nothing(
+    cfg: CfgNode, tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of one object, whose id is 0, as the exporters of some tools write it."""
+    caplog.set_level("INFO", logger="d2kd")
+    metadata, found = MetadataCatalog.get("d2kd_shapes_val"), []
+    said = json.loads(Path(metadata.json_file).read_text())
+    (image,) = [x for x in said["images"] if x["id"] == 3]
+    largest = max((x for x in said["annotations"] if x["image_id"] == 3), key=lambda x: x["area"])
+    for first in (1, 0):
+        entry = {"NAME": f"one_from_{first}", "IMAGES": metadata.image_root}
+        entry["JSON"] = str(tmp_path / f"{first}.json")
+        content = {**said, "images": [image], "annotations": [{**largest, "id": first}]}
+        Path(entry["JSON"]).write_text(json.dumps(content))
+        cfg.DATASETS.COCO_FORMAT.append(entry)
+        cfg.DATASETS.TEST = (entry["NAME"],)
+        register_datasets(cfg, "RetinaNet")
+        caplog.clear()
+        check_teacher(cfg, build_teacher(cfg))
+        found.append(ap_in(caplog.text))
+    assert found[0] == found[1] > 5
 
 
 def test_images_are_taken_at_equal_distances() -> None:
@@ -266,6 +302,17 @@ def test_classes_without_a_place_in_the_test_set_are_not_evaluated(
     cfg.DISTILL.TEACHER.merge_from_list(["ALIASES", aliases, "ALLOW_OTHER_CLASSES", True])
     check(cfg)
     assert f"The teacher is not evaluated: {reason}." in caplog.text
+
+
+def test_slice_without_an_object_of_the_common_classes_is_said_and_not_refused(
+    cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = DatasetCatalog.get("d2kd_shapes_val")
+    for annotation in (x for image in images for x in image["annotations"]):
+        annotation["category_id"] = NAMES.index("cross")
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: images)
+    check(with_classes(cfg, tmp_path, [0, 1], ["disc", "ring"]))
+    assert "there is no object of the common classes in 12 images" in caplog.text
 
 
 def test_test_set_of_other_classes_than_the_student_s_is_not_evaluated(

@@ -113,6 +113,12 @@ def advice(names: Collection[str], wanted: Collection[str]) -> str:
             f"{count} of its names would fit without {prefix!r}: save those alone, without it, "
             'under "model".'
         )
+    ends = {end for name in wanted for end in _ends(name)}
+    if 2 * sum(name in ends for name in names) > len(names):
+        return (
+            "Its names are ends of the model's, as of a backbone saved alone: to have them "
+            "matched so, write ?matching_heuristics=True behind the path."
+        )
     if any(_TORCHVISION.match(x) for x in names):
         return (
             "These are names of torchvision and timm; convert-torchvision-to-d2.py in the tools of "
@@ -122,5 +128,9 @@ def advice(names: Collection[str], wanted: Collection[str]) -> str:
 
 
 def _fitting_prefixes(name: str, wanted: Collection[str]) -> List[str]:
-    starts = [m.end() for m in re.finditer(r"\.", name)]
-    return [name[:i] for i in starts if name[i:] in wanted]
+    return [name[: -len(end)] for end in _ends(name) if end in wanted]
+
+
+def _ends(name: str) -> List[str]:
+    """a.b.c -> b.c, c"""
+    return [name[dot.end() :] for dot in re.finditer(r"\.", name)]

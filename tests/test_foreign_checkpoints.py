@@ -89,6 +89,17 @@ def test_weights_of_detectron2_names_are_read_from_any_container(
     assert_same_tensors(detector.state_dict(), state)
 
 
+def test_backbone_alone_is_read_where_its_names_may_be_ends(
+    detector: nn.Module, tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    backbone = build_model(detector_config("retinanet")).backbone.bottom_up
+    torch.save(backbone.state_dict(), tmp_path / "x.pth")
+    path = f"{tmp_path}/x.pth?matching_heuristics=True"
+    load_initial_weights(PlainCheckpointer(detector), path)
+    assert_same_tensors(detector.backbone.bottom_up.state_dict(), backbone.state_dict())
+
+
 def test_weights_that_are_left_aside_are_told(
     detector: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,6 +128,10 @@ NAMES: Dict[str, Any] = {
     "merged": (
         lambda x: {"model": {**prefixed(x, "student."), **prefixed(x, "teacher.")}},
         r"of its names would fit without '(student|teacher)\.'",
+    ),
+    "backbone": (
+        lambda x: {k[len("backbone.bottom_up.") :]: v for k, v in x.items() if "bottom_up" in k},
+        r"ends of the model's.*\?matching_heuristics=True",
     ),
     "wrapped": (
         lambda x: {"state_dict": {**prefixed(x, "model."), "criterion.weight": torch.zeros(2)}},

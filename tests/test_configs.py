@@ -79,3 +79,38 @@ def test_shipped_teacher_is_the_one_that_the_model_zoo_names() -> None:
     weights = (FOLDER / "quickstart" / "teacher.pth").read_bytes()
     assert hashlib.sha256(weights).hexdigest() in (Path(ROOT) / "MODEL_ZOO.md").read_text()
     assert len(weights) < 4_000_000
+
+
+# The largest norm of all gradients together in the training that was published with a method; None
+# where it clips nothing. Of methods that are not here, "reconstructed" ones, no training is known.
+PUBLISHED_CLIP = {
+    "MGD": 35.0,
+    "FGD": 35.0,
+    "PKD": None,
+    "CWD": None,
+    "ReviewKD": None,
+    "DKD": None,
+    "DIST": None,
+    "BCKD": None,
+    ("CrossKD", "RetinaNet"): None,
+    ("CrossKD", "FCOS"): 35.0,
+}
+
+
+@pytest.mark.parametrize("path", [x for x in LEAVES if "COCO" in x])
+def test_coco_config_trains_as_published(path: str) -> None:
+    cfg = load_config(path)
+    student = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    heads = cfg.DISTILL.HEADS if cfg.MODEL.META_ARCHITECTURE == "Distiller" else []
+    published = {
+        PUBLISHED_CLIP[key]
+        for name in heads
+        for key in (name, (name, student))
+        if key in PUBLISHED_CLIP
+    }
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if len(published) == 1:  # nobody has published both FGD and DKD
+        assert {clip.CLIP_VALUE if clip.ENABLED else None} == published
+        assert not clip.ENABLED or (clip.CLIP_TYPE, clip.NORM_TYPE) == ("full_model", 2.0)
+    if "FGD" in heads:
+        assert cfg.DISTILL.FGD.LEGACY_SCALE, "the released placement of boxes"

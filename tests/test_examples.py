@@ -118,7 +118,12 @@ def check_anywhere(cfg: CfgNode) -> None:
     cfg = cfg.clone()
     cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = "cpu", False
     cfg.DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS = True
-    check_config(cfg)
+    try:
+        check_config(cfg)
+    except ModuleNotFoundError as error:
+        if error.name != "pkg_resources":
+            raise
+        pytest.skip("the model zoo of this Detectron2 needs setuptools<82")
 
 
 def try_quickstart(words: List[str]) -> None:

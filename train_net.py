@@ -2,6 +2,7 @@
 """Train or evaluate a student, alone or with a teacher, from a YAML config."""
 
 import argparse
+from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -10,10 +11,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from d2kd import load_config
+from d2kd.command_line import parse_command_line
 from d2kd.config import student_config
 from d2kd.engine import evaluate, launch, train
 from d2kd.engine.preflight import check_config
 from d2kd.plugin import import_file
+from d2kd.unread import refuse_unread
 from d2kd.whole_files import check_writable
 
 EXAMPLES = """
@@ -42,7 +45,7 @@ ones in d2kd/config.py, a method's own in d2kd/heads/<method>.py.
 def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     cfg.freeze()
-    check_config(student_config(cfg) if args.eval_only else cfg)
+    check_config(student_config(cfg) if args.eval_only else cfg, evaluation=args.eval_only)
     check_writable(cfg.OUTPUT_DIR)
     default_setup(cfg, args)
     # Detectron2 gives a handler to its own logger only.
@@ -55,10 +58,12 @@ def main(args: argparse.Namespace) -> None:
 def setup(args: argparse.Namespace) -> CfgNode:
     for path in args.plugin:  # before the config, to which a head adds its keys
         import_file(path)
-    return load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts)
+    refuse_unread(cfg, args.opts, "The command line")
+    return cfg
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = default_argument_parser(epilog=EXAMPLES)
     parser.description = __doc__
     parser.set_defaults(dist_url="auto")
@@ -69,7 +74,7 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="Python file that registers heads, views or detectors of yours; may be repeated",
     )
-    args = parser.parse_args()
+    args = parse_command_line(parser, argv)
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines needs --dist-url tcp://<main machine>:<port>")
     return args

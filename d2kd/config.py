@@ -203,6 +203,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         cfg.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+        cfg.DISTILL.HEADS = []
     return cfg
 
 

@@ -35,6 +35,7 @@ from .engine.stages import plan_stages
 from .engine.summary import summary
 from .heads.build import head_names, misfit
 from .plugin import import_file
+from .unread import refuse_unread
 from .views import find_view
 
 STEPS = 3
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] = None) -> int:
         for path in args.plugin:
             import_file(path)
         cfg = load_config(args.config_file, args.opts)
+        refuse_unread(cfg, args.opts, "The command line")
         check_config(cfg)
         if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.ENABLED:
             print("A student alone: there is no distillation to look at.")

@@ -37,7 +37,8 @@ def build_evaluator(
         return LVISEvaluator(dataset_name, output_dir=output_folder)
     if metadata.evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
-    return CompleteCOCOEvaluator(dataset_name, output_dir=output_folder)
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+    return CompleteCOCOEvaluator(dataset_name, output_dir=output_folder, kpt_oks_sigmas=sigmas)
 
 
 class CompleteCOCOEvaluator(COCOEvaluator):

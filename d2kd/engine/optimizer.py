@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from typing import Any, Dict, List, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from torch import nn
@@ -78,6 +79,17 @@ def placed_state(
     place = {name: i for i, name in enumerate(names)}
     state = {place[saved_names[i]]: value for i, value in saved["state"].items()}
     return {**new, "state": state}
+
+
+@contextmanager
+def schedule_in_errors(cfg: CfgNode) -> Iterator[None]:
+    """Let what Detectron2 says of a learning-rate schedule name the keys that it is made of."""
+    try:
+        yield
+    except (AssertionError, ValueError, ZeroDivisionError) as error:
+        names = ("LR_SCHEDULER_NAME", "BASE_LR", "STEPS", "WARMUP_METHOD", "WARMUP_ITERS")
+        values = ", ".join(f"SOLVER.{x} {cfg.SOLVER[x]!r}" for x in names)
+        raise ValueError(f"No learning-rate schedule: {error} ({values}).") from error
 
 
 def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:

@@ -12,12 +12,16 @@ from ..heads import head_class
 from ..inherit import PARTS
 from ..schedule import WeightSchedule
 from ..teacher import resolve_teacher
+from .evaluation_keys import check_evaluation
 from .optimizer import CLIP_TYPES
 from .stages import STAGE_LR, plan_stages
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode, evaluation: bool = False) -> None:
     """
+    Args:
+        evaluation: of a plain detector, which is not trained
+
     Raises:
         ValueError, FileNotFoundError: naming the key, its value and what would be right
     """
@@ -26,14 +30,13 @@ def check_config(cfg: CfgNode) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU. Leave the key out to "
             "take a GPU where there is one, or set it to cpu."
         )
-    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise ValueError(
-            "SOLVER.AMP.ENABLED is True, which Detectron2 has for GPUs only; MODEL.DEVICE is "
-            f"{cfg.MODEL.DEVICE!r}. Set it to False."
-        )
-    _check_run(cfg)
+    check_evaluation(cfg, training=not evaluation)
+    if not evaluation:
+        _check_run(cfg)
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         _check_meta_architecture("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+        if not evaluation:
+            _check_plain(cfg)
         return
     _check_meta_architecture(
         "DISTILL.STUDENT_META_ARCHITECTURE", cfg.DISTILL.STUDENT_META_ARCHITECTURE
@@ -47,6 +50,11 @@ def check_config(cfg: CfgNode) -> None:
 
 def _check_run(cfg: CfgNode) -> None:
     """What Detectron2 reads unchecked: it would fail late, or train something else."""
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ValueError(
+            "SOLVER.AMP.ENABLED is True, which Detectron2 has for GPUs only; MODEL.DEVICE is "
+            f"{cfg.MODEL.DEVICE!r}. Set it to False."
+        )
     check_range("SEED", cfg.SEED, -math.inf, 2**31 - 1, "below 0 is a random one")
     check_range("VIS_PERIOD", cfg.VIS_PERIOD, 0, math.inf)
     check_range("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1, 10**9)
@@ -60,6 +68,16 @@ def _check_run(cfg: CfgNode) -> None:
                 f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be above 0, got {clip.CLIP_VALUE}: nothing "
                 "would be learnt."
             )
+
+
+def _check_plain(cfg: CfgNode) -> None:
+    """A student alone must be what somebody asked for."""
+    if cfg.DISTILL.HEADS and cfg.DISTILL.ENABLED:
+        raise ValueError(
+            f"DISTILL.HEADS is {list(cfg.DISTILL.HEADS)}, but MODEL.META_ARCHITECTURE is "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}, which distils nothing. Set that to Distiller and "
+            "DISTILL.STUDENT_META_ARCHITECTURE to the student's, or DISTILL.ENABLED to False."
+        )
 
 
 def _check_meta_architecture(key: str, name: str) -> None:

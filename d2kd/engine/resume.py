@@ -39,11 +39,11 @@ class RunRecord:
             images: of DATASETS.TRAIN, in Detectron2's format
         """
         distilled = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
-        cfg = student_config(cfg)
-        cfg.SEED = seed
-        if not distilled:
-            cfg.pop("DISTILL")  # the same run with and without these keys
-        self.config = cfg.dump()
+        student = student_config(cfg)
+        student.SEED = seed
+        # Without distillation the same run with and without these keys
+        student.DISTILL = cfg.DISTILL.clone() if distilled else CfgNode()
+        self.config = student.dump()
         self.data = fingerprint(images)
         self.environment = {
             "d2kd": __version__,

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 
 from ..config import merge_mapping, merge_opts
 from ..heads import DISTILL_HEAD_REGISTRY
+from ..unread import refuse_unread
 
 # What of SOLVER a stage may change: the learning rate. Other keys would move the run's iterations
 # or the order of its data.
@@ -89,6 +90,7 @@ def stage_config(cfg: CfgNode, node: CfgNode) -> CfgNode:
     merge_opts(stage, node.OPTS, "OPTS")
     for key in node.OPTS[0::2]:
         _check_may_change(key, restart)
+    refuse_unread(stage, node.OPTS, "OPTS")
     if restart:
         if "SOLVER.STEPS" not in node.OPTS[0::2]:
             stage.SOLVER.STEPS = _scaled_steps(cfg, node.ITERATIONS)

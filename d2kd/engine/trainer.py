@@ -25,7 +25,7 @@ from .evaluator import build_evaluator
 from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
 from .liveness import liveness_hooks
-from .optimizer import build_optimizer, parameter_names, placed_state
+from .optimizer import build_optimizer, parameter_names, placed_state, schedule_in_errors
 from .parallel import data_parallel
 from .resume import RunRecord
 from .show_panel import ShowPanel
@@ -69,7 +69,8 @@ class Trainer(DefaultTrainer):
         inner = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
         self._trainer = inner(data_parallel(model), data_loader, optimizer)
         lr_cfg, self.lr_start = self.stage.learning_rate
-        self.scheduler = self.build_lr_scheduler(lr_cfg, optimizer)
+        with schedule_in_errors(lr_cfg):
+            self.scheduler = self.build_lr_scheduler(lr_cfg, optimizer)
         if self.lr_start:
             move_to(self.scheduler, self.lr_start)
         self.record = RunRecord(self.stage.run, self.seed, data_loader.dataset.dataset)
@@ -142,6 +143,8 @@ class Trainer(DefaultTrainer):
                 # It was killed between its last two saves; there is no step that would make this.
                 self.checkpointer.save(final, iteration=self.iter)
             return
+        if resume:
+            logger.warning(f"There is no checkpoint in {self.cfg.OUTPUT_DIR!r}: the run begins.")
         load_initial_weights(self.checkpointer, self.cfg.MODEL.WEIGHTS)
         if hasattr(self._module, "inherit_from_teacher"):
             self._module.inherit_from_teacher()

@@ -12,6 +12,7 @@ import torch
 
 from detectron2.config import CfgNode
 
+from d2kd import student_config
 from d2kd.data import register_datasets
 from d2kd.engine.preflight import check_config
 from d2kd.heads.build import head_names
@@ -96,6 +97,15 @@ def test_unknown_meta_architecture_is_refused_with_the_known_ones() -> None:
     message = "MODEL.META_ARCHITECTURE is 'RetinaNett'; registered are .*RetinaNet"
     with pytest.raises(ValueError, match=message):
         check_config(cfg)
+
+
+def test_student_alone_that_names_heads_is_refused() -> None:
+    cfg = detector_config("retinanet", DISTILL__HEADS=["MGD"])
+    with pytest.raises(ValueError, match=r"DISTILL.HEADS is \['MGD'\], but .* is 'RetinaNet'"):
+        check_config(cfg)
+    cfg.DISTILL.ENABLED = False
+    check_config(cfg)
+    check_config(student_config(distill_config("retinanet", [])))
 
 
 @pytest.fixture

@@ -238,6 +238,9 @@ def test_after_its_stop_a_term_is_zero_and_the_teacher_is_not_run(
 WRONG = [
     ("SOLVER.AMP.ENABLED", True, "cpu"),
     ("SOLVER.IMS_PER_BATCH", 0, "got 0"),
+    ("SOLVER.LR_SCHEDULER_NAME", "Cosine", "Cosine"),
+    ("SOLVER.WARMUP_METHOD", "square", "square"),
+    ("TEST.AUG.ENABLED", True, "True"),
     ("MODEL.WEIGHTS", "nowhere.pth", "nowhere.pth"),
     ("MODEL.RETINANET.NUM_CLASSES", 77, "77"),
     ("DATASETS.TRAIN", ("d2kd_shapes_trian",), "d2kd_shapes_train"),

@@ -1,0 +1,53 @@
+"""What under TEST would be asked for in vain, or be missed only after the training."""
+
+import math
+
+from detectron2.config import CfgNode
+
+TASKS = ("bbox", "segm", "keypoints")
+
+
+def check_evaluation(cfg: CfgNode, training: bool = True) -> None:
+    """
+    Args:
+        training: comes first
+
+    Raises:
+        ValueError: naming the key, its value and what would be right
+    """
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED is True, but d2kd evaluates each image once, as it is. Set it to "
+            "False; Detectron2's tools/train_net.py evaluates the student's checkpoint with "
+            "test-time augmentation."
+        )
+    if cfg.TEST.PRECISE_BN.ENABLED and training:
+        raise ValueError(
+            "TEST.PRECISE_BN.ENABLED is True, but a run that computes the statistics of BatchNorm "
+            "anew cannot be resumed exactly. Set it to False; MODEL.RESNETS.NORM FrozenBN or GN "
+            "needs no such statistics."
+        )
+    if cfg.TEST.EXPECTED_RESULTS:
+        _check_expected_results(cfg)
+
+
+def _check_expected_results(cfg: CfgNode) -> None:
+    if len(cfg.DATASETS.TEST) != 1:
+        raise ValueError(
+            "TEST.EXPECTED_RESULTS is of one test set, but DATASETS.TEST is "
+            f"{tuple(cfg.DATASETS.TEST)}. Name one, or set it to []."
+        )
+    for entry in cfg.TEST.EXPECTED_RESULTS:
+        if not _is_expectation(entry):
+            raise ValueError(
+                f"TEST.EXPECTED_RESULTS has {entry!r}; an entry is [task, metric, value, "
+                f"tolerance], such as ['bbox', 'AP', 38.5, 0.2], of a task out of "
+                f"{', '.join(TASKS)}."
+            )
+
+
+def _is_expectation(entry: object) -> bool:
+    if not (isinstance(entry, (list, tuple)) and len(entry) == 4 and entry[0] in TASKS):
+        return False
+    numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in entry[2:])
+    return isinstance(entry[1], str) and numbers

@@ -1,10 +1,29 @@
 """Checks of config values that several keys share; each error names the key and the value."""
 
+import difflib
 import math
-from typing import Sequence
+from typing import Iterable, List, Sequence
 
 # Of a layer that a key makes: beyond what anybody means, below what no memory holds.
 MAX_CHANNELS = 65536
+
+
+def nearest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> List[str]:
+    """
+    The known names that somebody may have meant, most alike first; one that differs in case and
+    underscores alone is the only one: "crosskd" is CrossKD, and not CKD.
+
+    Args:
+        cutoff: 0 to 1, how alike they are at least
+    """
+    wanted, plain = _plain(name), {_plain(x): x for x in known}
+    if wanted in plain:
+        return [plain[wanted]]
+    return [plain[x] for x in difflib.get_close_matches(wanted, plain, n=count, cutoff=cutoff)]
+
+
+def _plain(name: object) -> str:
+    return str(name).casefold().replace("_", " ")
 
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:

@@ -1,12 +1,12 @@
 """Which classes of a teacher are which of its student's, told by their names."""
 
-import difflib
 import logging
 from dataclasses import dataclass
 from typing import Any, List, Optional, Sequence, Set, Tuple
 
 from detectron2.config import CfgNode
 
+from .checks import nearest
 from .data import class_names
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def _check_alias(alias: Any, student: Sequence[str], teacher: Sequence[str]) -> 
         raise ValueError(f"{key}; each must be [student's class, teacher's class].")
     for name, side, known in zip(alias, ("student", "teacher"), (student, teacher)):
         if name and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            near = nearest(name, known)
             hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(known)}."
             raise ValueError(f"{key}, but the {side} has no class {name!r}. {hint}")
 
@@ -196,12 +196,7 @@ def _nearly_alike(found: CommonClasses) -> List[List[str]]:
             (found.teacher_names, found.teacher),
         )
     )
-    plain = {x.casefold().replace("_", " "): x for x in theirs}
-    return [
-        [x, plain[y]]
-        for x in ours
-        for y in difflib.get_close_matches(x.casefold().replace("_", " "), plain, n=1, cutoff=0.8)
-    ]
+    return [[x, y] for x in ours for y in nearest(x, theirs, cutoff=0.8)]
 
 
 def _listed(names: Sequence[str], indices: Sequence[int]) -> str:

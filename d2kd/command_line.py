@@ -1,12 +1,13 @@
 """Command lines with config overrides, KEY VALUE ..., anywhere among the options."""
 
 import argparse
-import difflib
 import re
 import sys
 from typing import List, Optional, Sequence, Tuple
 
 from detectron2.config import get_cfg
+
+from .checks import nearest
 
 # MODEL.WEIGHTS, DISTILL.ReviewKD.LOSS_WEIGHT, SEED
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)*")
@@ -57,7 +58,7 @@ def _split(parser: argparse.ArgumentParser, words: List[str]) -> Tuple[List[str]
             options.append(word)
             options += _values_of(parser, action, words) if "=" not in word else []
         elif word.startswith("-") and not _NUMBER.match(word):
-            near = difflib.get_close_matches(word, parser._option_string_actions, n=1)
+            near = nearest(word, parser._option_string_actions)
             hint = f" (did you mean {near[0]}?)" if near else ""
             parser.error(f"there is no option {word}{hint}")
         elif positionals:

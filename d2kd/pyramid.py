@@ -7,6 +7,7 @@ from torch import Tensor
 
 from detectron2.layers import ShapeSpec
 
+from .checks import nearest
 from .views import DetectorView
 
 
@@ -153,8 +154,10 @@ def _named_pair(
         )
     for level, side, shapes in zip(pair, ("student", "teacher"), (student, teacher)):
         if not isinstance(level, str) or level not in shapes:
+            near = nearest(level, shapes)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"DISTILL.LEVELS names {level!r}, which the {side} does not have. "
+                f"DISTILL.LEVELS names {level!r}, which the {side} does not have. {hint}"
                 f"Its levels: {_describe(shapes)}."
             )
     s, t = student[pair[0]], teacher[pair[1]]

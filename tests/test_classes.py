@@ -298,6 +298,7 @@ def test_alias_that_is_no_pair_is_refused(alias: Any) -> None:
         (["disk", "disc"], "the student has no class 'disk'. Did you mean 'disc'?"),
         (["disc", "sqare"], "the teacher has no class 'sqare'. Did you mean 'square'?"),
         (["", "dog"], "the teacher has no class 'dog'. It has disc, ring, triangle, square, "),
+        (["DISC", ""], "the student has no class 'DISC'. Did you mean 'disc'?"),
         (["elephant", ""], "the student has no class 'elephant'. It has disc, ring, "),
     ],
 )

@@ -52,6 +52,8 @@ def test_base_is_read_beside_the_yaml(tmp_path: Path) -> None:
     [
         ("DISTILL: {MGD: {MASK_RATE: 0.5}}", r"MASK_RATE \(did you mean DISTILL.MGD.MASK_RATIO\?"),
         ("DISTILL: {HEAD: [MGD]}", r"DISTILL.HEAD \(did you mean DISTILL.HEADS\?"),
+        ("DISTILL: {CROSSKD: {DEPTH: 2}}", r"CROSSKD \(did you mean DISTILL.CrossKD\?"),
+        ("DISTILL: {MGD: {mask_ratio: 0.5}}", r"ratio \(did you mean DISTILL.MGD.MASK_RATIO\?"),
         ("SOLVER: {BASE_LRR: 0.1}", r"SOLVER.BASE_LRR \(did you mean SOLVER.BASE_LR\?"),
         ("QQQQQQQQ: 1", r"  QQQQQQQQ$"),
     ],

@@ -64,6 +64,7 @@ def test_named_pairs_replace_those_by_stride() -> None:
     "named, message",
     [
         ([["p2", "p2"]], r"names 'p2', which the student does not have.*p3 \(stride 8\)"),
+        ([["P3", "p3"]], r"names 'P3', which the student does not have. Did you mean 'p3'\?"),
         ([["p7", "p7"]], r"names 'p7', which the teacher does not have.*p2 \(stride 4\)"),
         ([["p3", "p2"]], r"'p3' \(stride 8\) with 'p2' \(stride 4\): .*never resized"),
         ([["p3", "p3"], ["p3", "p3"]], r"names a student level twice: \['p3', 'p3'\]"),

@@ -1,6 +1,7 @@
-import difflib
 import os
 from typing import Any, Dict, Tuple
+
+from ..checks import nearest
 
 ENTRY_KEYS = ("NAME", "JSON", "IMAGES")
 
@@ -11,7 +12,7 @@ def parse_entry(entry: Dict[str, Any], key: str) -> Tuple[str, str, str]:
         raise ValueError(f"{key}: must be a mapping with {', '.join(ENTRY_KEYS)}, got {entry!r}")
     for k in entry:
         if k not in ENTRY_KEYS:
-            near = difflib.get_close_matches(str(k).upper(), ENTRY_KEYS, n=1, cutoff=0)[0]
+            near = nearest(k, ENTRY_KEYS, cutoff=0)[0]
             raise ValueError(f"{key}: unknown key {k!r} in {dict(entry)}. Did you mean {near}?")
     for k in ENTRY_KEYS:
         if not isinstance(entry.get(k), str) or not entry[k]:

@@ -1,6 +1,5 @@
 """The checks of all data sets of a run: each by itself, and together."""
 
-import difflib
 import logging
 import os
 from typing import Dict, Mapping, Optional, Sequence, Set, Tuple
@@ -8,6 +7,7 @@ from typing import Dict, Mapping, Optional, Sequence, Set, Tuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
+from ..checks import nearest
 from .checks import check_evaluator, check_files
 from .class_lists import check_class_names, check_num_classes, num_classes
 from .class_names import coco_json_files, names_in_sets
@@ -77,7 +77,7 @@ class SetChecks:
         """Returns: the names of its classes; None where they are not known."""
         key = f"DATASETS.{part}"
         if name not in DatasetCatalog.list():
-            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            near = nearest(name, DatasetCatalog.list(), count=3)
             hint = f"Did you mean {' or '.join(near)}?" if near else "Is it in COCO_FORMAT?"
             raise ValueError(f"{key}: no data set is registered as {name!r}. {hint}")
         metadata = MetadataCatalog.get(name)

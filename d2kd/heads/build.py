@@ -1,6 +1,5 @@
 """The contract of a distillation head, and how YAML names one."""
 
-import difflib
 from typing import Any, FrozenSet, Iterable, List, Optional, Sequence, Type
 
 from fvcore.common.registry import Registry
@@ -8,6 +7,7 @@ from torch import nn
 
 from detectron2.config import CfgNode
 
+from ..checks import nearest
 from ..pairs import ANY_PAIR, DENSE, TWO_STAGE, DistillPair
 from ..views import anchor_order
 
@@ -64,7 +64,7 @@ def head_class(name: str) -> Type[nn.Module]:
         ValueError: no head of that name
     """
     if f"{name}Head" not in DISTILL_HEAD_REGISTRY:
-        near = difflib.get_close_matches(str(name).upper(), head_names(), n=2, cutoff=0.6)
+        near = nearest(name, head_names(), count=2)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
             f"DISTILL.HEADS names the unknown head {name!r}.{hint} "

@@ -1,6 +1,5 @@
 """Every key d2kd adds to Detectron2's config, and reading a YAML without letting a typo through."""
 
-import difflib
 import os
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
@@ -8,6 +7,7 @@ import torch
 
 from detectron2.config import CfgNode, get_cfg
 
+from .checks import nearest
 from .data.config import add_data_config
 from .heads import DISTILL_HEAD_REGISTRY
 from .modeling import add_model_config
@@ -189,7 +189,7 @@ def _refuse_unknown(cfg: CfgNode, keys: List[str], source: str) -> None:
     known = set(flatten(cfg)) | set(_inner(cfg))
     lines = []
     for key in keys:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        near = nearest(key, known)
         hint = f" (did you mean {near[0]}?)" if near else ""
         hint = " (a YAML nests it: a mapping at each dot)" if key in known else hint
         lines.append(f"  {key}{hint}")

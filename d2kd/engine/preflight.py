@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ..checks import check_choice, check_range
+from ..checks import check_choice, check_range, nearest
 from ..heads import head_class
 from ..inherit import PARTS
 from ..schedule import WeightSchedule
@@ -83,7 +83,8 @@ def _check_plain(cfg: CfgNode) -> None:
 def _check_meta_architecture(key: str, name: str) -> None:
     known = sorted(k for k, _ in META_ARCH_REGISTRY if k != "Distiller")
     if name not in known:
-        raise ValueError(f"{key} is {name!r}; registered are {', '.join(known)}.")
+        hint = "".join(f" Did you mean {x}?" for x in nearest(name, known))
+        raise ValueError(f"{key} is {name!r}; registered are {', '.join(known)}.{hint}")
 
 
 def _check_distillation(cfg: CfgNode) -> None:

@@ -68,6 +68,10 @@ MISTAKES = [
         {"DISTILL.STUDENT_META_ARCHITECTURE": "Distiller"},
         "DISTILL.STUDENT_META_ARCHITECTURE is 'Distiller'; registered are .*RetinaNet",
     ),
+    (
+        {"DISTILL.STUDENT_META_ARCHITECTURE": "retinanet"},
+        r"is 'retinanet'; registered are .*\. Did you mean RetinaNet\?",
+    ),
     ({"DISTILL.TEACHER.CONFIG_FILE": ""}, "DISTILL.TEACHER.CONFIG_FILE is empty"),
     ({"DISTILL.TEACHER.WEIGHTS": ""}, "DISTILL.TEACHER.WEIGHTS is empty"),
     ({"DISTILL.TEACHER.WEIGHTS": "no.pth"}, "DISTILL.TEACHER.WEIGHTS: there is no file 'no.pth'"),

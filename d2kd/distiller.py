@@ -200,10 +200,11 @@ class Distiller(nn.Module):
             self.teacher.model.eval()  # also after somebody switched it by hand
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> "Distiller":
-        if self.teacher is not None:
-            self.teacher.model._apply(fn, *args)
-        return super()._apply(fn, *args)
+    def _apply(self, fn: Callable[[Tensor], Tensor], **kwargs: bool) -> "Distiller":
+        # PyTorch's `recurse`, since 2.1, says whether children take part; the teacher is one.
+        if self.teacher is not None and kwargs.get("recurse", True):
+            self.teacher.model._apply(fn, **kwargs)
+        return super()._apply(fn, **kwargs)
 
 
 def describe_pair(

@@ -218,6 +218,15 @@ def test_teacher_follows_to_another_type_and_device(retinanet: List[Any]) -> Non
     assert {x.device.type for x in everything} == {"meta"}
 
 
+@pytest.mark.parametrize("recurse", [True, False])
+def test_teacher_is_emptied_with_all_children(recurse: bool, retinanet: List[Any]) -> None:
+    distiller = build(distill_config("retinanet", retinanet)).to("meta")
+    distiller.to_empty(device="cpu", recurse=recurse)
+    expected = {"cpu" if recurse else "meta"}
+    for model in (distiller.student, distiller.teacher.model):
+        assert {x.device.type for x in model.parameters()} == expected
+
+
 def test_train_leaves_a_teacher_in_eval_mode_that_was_switched_by_hand(
     retinanet: List[Any],
 ) -> None:

@@ -27,6 +27,7 @@ class AnnotationFacts:
     other_size: Optional[int] = None  # an RLE of another size than its image
     broken: List[int] = field(default_factory=list)  # no polygon has three points
     odd_area: List[int] = field(default_factory=list)
+    keypoints: Dict[int, int] = field(default_factory=dict)  # numbers in a list -> the first's id
 
 
 def check_annotations(
@@ -48,6 +49,7 @@ def check_annotations(
         _check_flags(annotation)
         _look_at_mask(annotation, sizes[annotation["image_id"]], facts)
         facts.objects += not annotation.get("iscrowd", 0)
+        facts.keypoints.setdefault(len(annotation.get("keypoints") or ()), annotation["id"])
         if _odd_area(annotation):
             facts.odd_area.append(annotation["id"])
     if annotations:

@@ -15,6 +15,8 @@ PATHS = {
     "image_root": "image folder",
     "dirname": "folder",
 }
+# Of a file of proposals; the second is that of Detectron1
+PROPOSAL_KEYS = (("ids", "indexes"), ("boxes",), ("objectness_logits", "scores"))
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
 
@@ -63,8 +65,11 @@ def check_proposals(cfg: CfgNode, part: str) -> None:
     for path in cfg.DATASETS[key] if cfg.MODEL.LOAD_PROPOSALS else ():
         try:
             with PathManager.open(path, "rb") as file:
-                read_arrays(file)
+                content = read_arrays(file)
         except FileNotFoundError:
             raise FileNotFoundError(f"DATASETS.{key}: there is no file {path!r}.") from None
         except Exception as error:  # whatever the bytes look like to the reader
             raise ValueError(f"DATASETS.{key}: {path!r} holds no proposals: {error}") from error
+        for names in PROPOSAL_KEYS:
+            if not isinstance(content, dict) or not set(names) & set(content):
+                raise ValueError(f"DATASETS.{key}: {path!r} holds no proposals: no {names[0]!r}")

@@ -118,9 +118,10 @@ def _images(content: Dict[str, Any]) -> Tuple[ImageEntry, ...]:
 def _facts(content: Dict[str, Any], twice: bool) -> AnnotationFacts:
     annotations, images = content["annotations"], content["images"]
     _check_entries(annotations, "annotations", KEYS, twice)
-    _check_names_differ(content["categories"])
+    notes = _check_names_differ(content["categories"])
     sizes = {x["id"]: (x["width"], x["height"]) for x in images}
     facts = check_annotations(annotations, sizes, {x["id"] for x in content["categories"]})
+    facts.notes += notes
     _check_same_file(images, annotations)
     return facts
 
@@ -151,8 +152,11 @@ def _classes(categories: List[Any]) -> Tuple[str, ...]:
     return tuple(x["name"] for x in sorted(categories, key=lambda x: x["id"]))
 
 
-def _check_names_differ(categories: List[Dict[str, Any]]) -> None:
+def _check_names_differ(categories: List[Dict[str, Any]]) -> List[str]:
+    """Returns: which names can be taken for one another."""
     ids: Dict[str, int] = {}
+    spellings: Dict[str, str] = {}
+    notes = []
     for category in categories:
         number, name = category["id"], category["name"]
         if name in ids:
@@ -161,6 +165,13 @@ def _check_names_differ(categories: List[Dict[str, Any]]) -> None:
                 "told apart by their names. Give each its own, or join them under one id"
             )
         ids[name] = number
+        other = spellings.setdefault(name.strip().casefold(), name)
+        if other != name:
+            notes.append(
+                f"the categories {ids[other]} and {number}, {other!r} and {name!r}, differ in "
+                "spelling alone and are two classes"
+            )
+    return notes
 
 
 def _check_inside(file_name: str) -> None:

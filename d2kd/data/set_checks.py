@@ -9,6 +9,8 @@ from .coco_json import CocoSummary
 
 logger = logging.getLogger(__name__)
 
+COCO_KEYPOINTS = 17
+
 
 def check_role(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) -> None:
     """
@@ -29,6 +31,8 @@ def check_role(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) -> Non
         )
     if cfg.MODEL.MASK_ON:
         _check_masks(summary, part, cfg.INPUT.MASK_FORMAT, blame)
+    if cfg.MODEL.KEYPOINT_ON:
+        _check_keypoints(summary, part, cfg, blame)
     if part == "TRAIN":
         _tell(
             blame,
@@ -81,4 +85,22 @@ def _check_masks(summary: CocoSummary, part: str, mask_format: str, blame: str) 
         raise ValueError(
             f"{blame}: annotation {facts.object_with_rle} has its mask as RLE, but "
             "INPUT.MASK_FORMAT is 'polygon'. Set it to 'bitmask'."
+        )
+
+
+def _check_keypoints(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) -> None:
+    count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    for length, number in summary.facts.keypoints.items():
+        # Detectron2 trains on images whose objects have none without them.
+        if length != 3 * count and (length or part == "TEST"):
+            raise ValueError(
+                f"{blame}: annotation {number} has {length} numbers in its keypoints; with "
+                f"MODEL.KEYPOINT_ON True and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {count} each "
+                f"has {3 * count}, [x, y, visibility, ...]."
+            )
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or COCO_KEYPOINTS
+    if part == "TEST" and sigmas != count:
+        raise ValueError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values, but the detector {count} keypoints "
+            "(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS). Give each its own; empty are COCO's 17."
         )

@@ -61,13 +61,16 @@ def complete_truth(truth: COCO) -> None:
     """
     Fill in, in place, what has one meaning: annotation ids from 1 on, as pycocotools marks "matched
     with none" by 0 and never counts a match with the id 0; "iscrowd" 0; the area of the mask, or
-    else of the box; an empty "info".
+    else of the box; the number of visible keypoints; an empty "info".
     """
     content = truth.dataset
     content.setdefault("info", {})
     numbers: Dict[Any, int] = {}
     for annotation in content.get("annotations", ()):
         annotation.setdefault("iscrowd", 0)
+        if "keypoints" in annotation:
+            visible = sum(x > 0 for x in annotation["keypoints"][2::3])
+            annotation.setdefault("num_keypoints", visible)
         if annotation.get("area") is None:
             annotation["area"] = _area(truth, annotation)
         # Where Detectron2's own sets have an id twice, pycocotools keeps one annotation of it.

@@ -29,14 +29,19 @@ def all_crowds(annotation: Dict[str, Any]) -> None:
     annotation["iscrowd"] = 1
 
 
+def good(said: Content) -> None:
+    every("annotations", polygon)(said)
+    keypoints(said)
+
+
 def check(folder: Path, part: str, *changes: Callable, **values: Any) -> None:
     """Register a good set with polygons, and beside it one with changes."""
 
     def change(said: Content) -> None:
-        for apply in (every("annotations", polygon), *changes):
+        for apply in (good, *changes):
             apply(said)
 
-    write_set(folder, "good", every("annotations", polygon))
+    write_set(folder, "good", good)
     write_set(folder, "bad", change)
     cfg = config_of(folder, *((["bad"], ["good"]) if part == "TRAIN" else (["good"], ["bad"])))
     for key, value in values.items():
@@ -50,6 +55,9 @@ def no_mask(said: Content) -> None:
 
 MASKS = {"MODEL__MASK_ON": True}
 BITS = {**MASKS, "INPUT__MASK_FORMAT": "bitmask"}
+KEYPOINTS = {"MODEL__KEYPOINT_ON": True, "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": 2}
+KEYPOINTS["TEST__KEYPOINT_OKS_SIGMAS"] = [0.1, 0.1]
+keypoints = every("annotations", lambda x: x.update(keypoints=[9, 9, 2, 12, 9, 0]))
 TWO_POINTS = {"segmentation": [[1, 1, 5, 5]]}
 OTHER_SIZE = {"segmentation": {**RLE, "size": [64, 48]}}
 
@@ -80,6 +88,9 @@ OTHER_SIZE = {"segmentation": {**RLE, "size": [64, 48]}}
             "24 of 24 annotations, such as 1, have an area that is 0 or larger than the box",
         ),
         ("TEST", every("annotations", lambda x: x.update(area=1e7)), {}, "an area that is 0 or"),
+        ("TRAIN", second("annotations", keypoints=[1]), KEYPOINTS, "annotation 2 has 1 numbers in"),
+        ("TEST", second("annotations", keypoints=None), KEYPOINTS, "annotation 2 has 0 numbers in"),
+        ("TEST", keypoints, {**KEYPOINTS, "TEST__KEYPOINT_OKS_SIGMAS": [0.1]}, "_SIGMAS has 1 val"),
     ],
 )
 def test_set_that_cannot_play_its_part_is_refused(
@@ -100,6 +111,8 @@ def test_set_that_cannot_play_its_part_is_refused(
         ("TEST", second("annotations", segmentation=RLE), MASKS),
         ("TRAIN", second("annotations", segmentation=RLE, iscrowd=1), MASKS),
         ("TRAIN", second("annotations", **OTHER_SIZE), {}),
+        ("TEST", second("annotations", keypoints=None), {}),
+        ("TEST", lambda said: None, {**KEYPOINTS, **MASKS}),
     ],
 )
 def test_set_is_only_asked_for_what_its_part_needs(
@@ -193,3 +206,11 @@ def test_server_s_test_set_without_annotations_is_predicted(
     path = write_set(tmp_path, "secret", lambda said: said.pop("annotations"))
     register_coco_instances("my_secret", {}, path, str(tmp_path / "secret"))
     register_datasets(with_registered(tmp_path, "my_secret", ["a"]))
+
+
+def test_names_of_other_spelling_are_told(
+    tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_set(tmp_path, "a", second("categories", name="CAT "))
+    register_datasets(config_of(tmp_path, ["a"], ["a"]))
+    assert "the categories 1 and 2, 'cat' and 'CAT ', differ in spelling alone" in caplog.text

@@ -122,6 +122,13 @@ def test_area_is_that_of_the_mask_where_there_is_one(tmp_path: Path) -> None:
     assert [x["iscrowd"] for x in truth.loadAnns(truth.getAnnIds())] == [0] * 7
 
 
+def test_visible_keypoints_are_counted(tmp_path: Path) -> None:
+    base = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 10]}
+    base["keypoints"] = [9, 9, 2, 4, 4, 0, 5, 5, 1]
+    truth = truth_of(tmp_path, [{**base, "id": 0}, {**base, "id": 1, "num_keypoints": 1}])
+    assert [x["num_keypoints"] for x in truth.dataset["annotations"]] == [2, 1]
+
+
 def test_id_that_is_there_twice_stays_so(tmp_path: Path) -> None:
     base = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 10]}
     truth = truth_of(tmp_path, [{**base, "id": i} for i in (5, 0, 5)])

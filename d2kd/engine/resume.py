@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 import torch
 import yaml
@@ -15,7 +15,7 @@ from detectron2.utils import comm
 
 from .. import __version__
 from ..config import leaves, student_config
-from ..heads.build import head_names
+from ..unread import why_unread
 from .resume_rules import REFUSED, TAKEN, UNUSED, rule_of
 
 Change = Tuple[str, Any, Any]  # key, the checkpoint's value, this run's
@@ -38,6 +38,7 @@ class RunRecord:
             seed: that is used, also where SEED is left to chance
             images: of DATASETS.TRAIN, in Detectron2's format
         """
+        self.cfg = cfg
         distilled = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
         student = student_config(cfg)
         student.SEED = seed
@@ -73,6 +74,7 @@ class RunRecord:
             )
         theirs = saved.get("config") or f"SEED: {saved['seed']}"
         changed = _changed(_flat(theirs), _flat(self.config))
+        changed = [x for x in changed if not why_unread(x[0], self.cfg)]
         refused = [x for x in changed if rule_of(x[0]).action == REFUSED]
         if refused:
             lines = [f"  {k}: {old!r}, now {new!r}: {rule_of(k).why}" for k, old, new in refused]
@@ -110,25 +112,20 @@ def fingerprint(images: Iterable[Mapping[str, Any]]) -> Dict[str, Any]:
     digest, count = hashlib.sha256(), 0
     for count, x in enumerate(images, start=1):
         found = x.get("annotations") or ()
-        boxes = [(y.get("category_id"), *map(float, y.get("bbox", ()))) for y in found]
+        boxes = [(y.get("category_id"), *map(float, _box(y))) for y in found]
         name = os.path.basename(str(x.get("file_name", "")))
         digest.update(repr((name, x.get("height"), x.get("width"), boxes)).encode())
     return {"images": count, "sha256": digest.hexdigest()}
 
 
+def _box(annotation: Mapping[str, Any]) -> Sequence[float]:
+    box = annotation.get("bbox")
+    return () if box is None else box
+
+
 def _flat(text: str) -> Dict[str, Any]:
-    """Dotted names of keys to values, without those that this run does not read."""
-    values = dict(leaves(yaml.safe_load(text)))
-    heads = _heads(values)
-    unread = [f"DISTILL.{x}." for x in head_names() if x not in heads]
-    return {k: v for k, v in values.items() if not k.startswith(tuple(unread))}
-
-
-def _heads(values: Mapping[str, Any]) -> Set[str]:
-    """Names of the heads of all stages."""
-    stages: Sequence[Any] = values.get("DISTILL.STAGES") or ()
-    named = [x["HEADS"] for x in stages if "HEADS" in x]
-    return set(values.get("DISTILL.HEADS") or ()).union(*named)
+    """Dotted names of keys to values."""
+    return dict(leaves(yaml.safe_load(text)))
 
 
 def _changed(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> List[Change]:

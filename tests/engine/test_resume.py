@@ -180,7 +180,8 @@ def test_what_is_taken_and_what_has_no_effect_is_said_in_one_table_and_nothing_e
     resumed(begun)
     assert not warnings(caplog)
     opts = ["SOLVER.BASE_LR", 0.5, "DISTILL.PKD.LOSS_WEIGHT", 3.0, "MODEL.WEIGHTS", "some.pth"]
-    resumed(begun, *opts, "DATALOADER.NUM_WORKERS", 1, "DISTILL.MGD.MASK_RATIO", 0.5)
+    opts += ["DATALOADER.NUM_WORKERS", 1, "DISTILL.MGD.MASK_RATIO", 0.5]
+    resumed(begun, *opts, "MODEL.FCOS.NUM_CONVS", 1)
     said = warnings(caplog)
     for row in (
         "SOLVER.BASE_LR +0.002 +0.5 +taken",
@@ -189,7 +190,15 @@ def test_what_is_taken_and_what_has_no_effect_is_said_in_one_table_and_nothing_e
     ):
         assert re.search(row, said), said
     assert "NUM_WORKERS" not in said  # the batches are the same
-    assert "MGD" not in said  # no head of the run
+    assert "MGD" not in said and "FCOS" not in said  # not in this run
+
+
+def test_mixed_precision_may_be_switched_on(
+    begun: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = resumed(begun, "SOLVER.AMP.ENABLED", True)
+    assert trainer.start_iter == DONE and "grad_scaler" in trainer._trainer.state_dict()
+    assert "SOLVER.AMP.ENABLED" in warnings(caplog)
 
 
 # What is not a key -------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
 """FCOS from YAML. Detectron2 has the class since 0.6, but registers no builder for it."""
 
-from torch import nn
+from functools import lru_cache
+from typing import Any, Dict, List, Sequence, Type
+
+import torch
+from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
@@ -13,7 +17,8 @@ from ..compat import require
 
 def build_fcos(cfg: CfgNode) -> nn.Module:
     """
-    Build detectron2.modeling.FCOS from MODEL.FCOS and MODEL.BACKBONE.
+    Build detectron2.modeling.FCOS from MODEL.FCOS and MODEL.BACKBONE. Its losses are computed in
+    float32 also under AMP.
 
     Raises:
         ValueError: the installed Detectron2 has no FCOS
@@ -30,7 +35,7 @@ def build_fcos(cfg: CfgNode) -> nn.Module:
             f"{in_features}."
         )
     channels = shapes[in_features[0]].channels
-    return fcos.FCOS(
+    return _with_float_losses(fcos.FCOS)(
         backbone=backbone,
         head=fcos.FCOSHead(
             input_shape=[shapes[f] for f in in_features],
@@ -51,6 +56,34 @@ def build_fcos(cfg: CfgNode) -> nn.Module:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
+
+
+@lru_cache(maxsize=None)
+def _with_float_losses(base: Type[nn.Module]) -> Type[nn.Module]:
+    """
+    Args:
+        base: Detectron2's FCOS. It decodes boxes in the type of the deltas, and its IoU then writes
+            float32 into float16, an error in the first step. Its own RetinaNet decodes in float32.
+    """
+
+    class FCOS(base):
+        def losses(
+            self,
+            anchors: List[Any],
+            pred_logits: Sequence[Tensor],
+            gt_labels: List[Tensor],
+            pred_anchor_deltas: Sequence[Tensor],
+            gt_boxes: List[Tensor],
+            pred_centerness: Sequence[Tensor],
+        ) -> Dict[str, Tensor]:
+            logits, deltas, centerness = (
+                [x.float() for x in levels]
+                for levels in (pred_logits, pred_anchor_deltas, pred_centerness)
+            )
+            with torch.autocast(logits[0].device.type, enabled=False):
+                return super().losses(anchors, logits, gt_labels, deltas, gt_boxes, centerness)
+
+    return FCOS
 
 
 def _check(node: CfgNode) -> None:

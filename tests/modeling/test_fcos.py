@@ -1,16 +1,21 @@
 """FCOS from YAML: the detector of upstream's LazyConfig, with its values."""
 
+import copy
 import inspect
 import math
+from typing import Dict, List, Tuple
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import detectron2.modeling
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
+from d2kd.conformance.cuda_autocast import cuda_autocast
+from d2kd.conformance.half_precision import runs_in_float16
 
 from toys import batch, detector_config
 
@@ -24,7 +29,7 @@ def test_yaml_builds_upstream_s_class_with_the_values_of_the_yaml() -> None:
         "fcos", MODEL__FCOS__PRIOR_PROB=0.2, MODEL__FCOS__NMS_THRESH_TEST=0.3, INPUT__FORMAT="RGB"
     )
     model = build_model(cfg)
-    assert type(model) is detectron2.modeling.FCOS
+    assert isinstance(model, detectron2.modeling.FCOS) and type(model).__name__ == "FCOS"
     assert model.head_in_features == ["p3", "p4", "p5", "p6", "p7"]
     assert (model.num_classes, model.test_nms_thresh) == (3, 0.3)
     # sigmoid(bias) = 0.2
@@ -70,6 +75,40 @@ def test_fcos_trains_and_detects() -> None:
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert [set(x) for x in model.eval()(batch())] == [{"instances"}] * 2
+
+
+def losses_and_gradients(model: nn.Module) -> Tuple[Dict[str, Tensor], List[Tensor]]:
+    torch.manual_seed(0)
+    with EventStorage():
+        losses = model.train()(batch())
+    sum(losses.values()).backward()
+    return losses, [p.grad for p in model.parameters()]
+
+
+@needs_fcos
+def test_losses_are_those_of_upstream_to_the_bit() -> None:
+    torch.manual_seed(0)
+    ours = build_model(detector_config("fcos"))
+    theirs = copy.deepcopy(ours)
+    theirs.__class__ = detectron2.modeling.FCOS
+    # TorchScript's focal loss rounds otherwise the first times, when it is not optimised yet.
+    with torch.jit.optimized_execution(False):
+        found, expected = (losses_and_gradients(model) for model in (ours, theirs))
+    assert found[0] == expected[0]
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1]))
+
+
+@needs_fcos
+@pytest.mark.skipif(not runs_in_float16(), reason="this PyTorch has no float16 on CPUs")
+@pytest.mark.parametrize("boxes", [2, 0])
+def test_fcos_trains_under_float16_autocast(boxes: int) -> None:
+    torch.manual_seed(0)
+    model = build_model(detector_config("fcos")).train()
+    with EventStorage(), cuda_autocast():
+        losses = model(batch(boxes=boxes))
+    assert all(x.dtype == torch.float32 and x.isfinite() for x in losses.values()), losses
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.skipif(has_fcos, reason="this Detectron2 has FCOS")

@@ -15,7 +15,7 @@ import pytest
 
 from ..heads.build import head_names
 from ..plugin import import_file
-from . import checkpoint, gradients, numerics, processes, terms
+from . import checkpoint, gradients, half_precision, numerics, processes, terms
 
 SUITE = """
 from d2kd.conformance import conformance
@@ -43,7 +43,7 @@ CHECKS = (
     terms.check_zero_at_equal,
     gradients.check_gradients,
     gradients.check_without_boxes,
-    numerics.check_mixed_precision,
+    half_precision.check_mixed_precision,
     numerics.check_extreme_logits,
     numerics.check_image_sizes,
     checkpoint.check_checkpoint,

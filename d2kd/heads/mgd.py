@@ -82,7 +82,10 @@ class MGDHead(nn.Module):
         for level, x, target in match_levels(self.levels, student.features, teacher.features):
             x = self.adapter[level](x)
             # One draw per position for all channels: otherwise they would give each other away.
-            visible = torch.rand_like(x[:, :1]) >= self.mask_ratio  # (N, 1, Hi, Wi)
+            # Not in float16, which has 2048 numbers to draw.
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            drawn = torch.rand_like(x[:, :1], dtype=dtype)
+            visible = drawn >= self.mask_ratio  # (N, 1, Hi, Wi)
             rebuilt = self.generator[level](x * visible)
             # Padding counts here, as in the released code.
             losses[level] = factor * squared_error(rebuilt, target)

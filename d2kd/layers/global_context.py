@@ -26,5 +26,7 @@ class GlobalContext(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 1, 1)"""
         attention = self.attention(x).flatten(2).softmax(dim=2)  # (N, 1, H*W)
-        pooled = torch.matmul(x.flatten(2), attention.transpose(1, 2))  # (N, C, 1)
-        return self.transform(pooled[..., None])
+        # Not a product under AMP: of thousands of cells each has a share too small for float16.
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = torch.matmul(x.flatten(2).to(attention.dtype), attention.transpose(1, 2))
+        return self.transform(pooled[..., None])  # of (N, C, 1, 1)

@@ -166,6 +166,17 @@ def test_autocast_gives_a_float32_loss_close_to_the_exact_one() -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0.0)
 
 
+def test_mask_does_not_depend_on_the_precision_of_the_features() -> None:
+    head = identity_head(0.65, p3=(1, 1))
+    masks = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        view = feature_view({"p3": torch.ones(2, 1, 128, 128, dtype=dtype)})
+        head(view, view)
+        masks.append(head.maps["visible"]["p3"])
+    assert torch.equal(*masks)
+
+
 def test_sum_does_not_overflow_half_precision() -> None:
     # 10^2 x 64 channels x 32 x 32 positions = 6,553,600; the largest float16 is 65,504.
     student, teacher = (

@@ -2,9 +2,12 @@
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
+from d2kd.conformance.cuda_autocast import cuda_autocast
+from d2kd.conformance.half_precision import runs_in_float16
 from d2kd.layers import GlobalContext
 
 from baseline_references import global_context
@@ -71,3 +74,23 @@ def test_hidden_layer_has_half_of_the_channels() -> None:
         assert shapes["transform.0.weight"] == (hidden, channels, 1, 1)
         assert shapes["transform.1.weight"] == (hidden, 1, 1)
         assert shapes["transform.3.weight"] == (channels, hidden, 1, 1)
+
+
+@pytest.mark.skipif(not runs_in_float16(), reason="this PyTorch has no float16 on CPUs")
+def test_shares_of_thousands_of_cells_are_not_rounded_to_half_precision() -> None:
+    # One cell has the score 14.5, the 16,799 others 0, so e^-14.5 = 5.0e-7 of its share each and
+    # 0.8 % together. The numbers of float16 are 6e-8 apart there: 12 % of what they add up to.
+    block = GlobalContext(2)
+    nn.init.zeros_(block.attention.weight)
+    block.attention.weight.data[0, 0] = 1.0
+    pooled = []
+    block.transform[0].register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    x = torch.zeros(1, 2, 100, 168)
+    x[0, 0, 50, 50], x[0, 1] = 14.5, 1000.0
+    x[0, 1, 50, 50] = 0.0
+    block(x)
+    with cuda_autocast():
+        block(x)
+    others = 16799 * math.exp(-14.5)
+    assert pooled[0][0, 1].item() == pytest.approx(1000 * others / (1 + others), rel=1e-3)
+    assert pooled[1][0, 1].item() == pytest.approx(pooled[0][0, 1].item(), rel=1e-3)

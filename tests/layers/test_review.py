@@ -1,11 +1,14 @@
 """ReviewFusion and pyramid_error beside the equations cell by cell, and in closed form."""
 
+from contextlib import nullcontext
 from typing import Optional, Tuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from d2kd.conformance.cuda_autocast import cuda_autocast
+from d2kd.conformance.half_precision import relative_error, runs_in_float16
 from d2kd.layers import ReviewFusion, pyramid_error
 
 from baseline_references import fuse, hcl
@@ -36,6 +39,25 @@ def test_fusion_is_that_of_the_equations(coarser: Optional[Tuple[int, int]]) -> 
     expected = fuse(block, x, None if handed is None else handed.double())
     torch.testing.assert_close(out, expected[0].float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gathered, expected[1].float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not runs_in_float16(), reason="this PyTorch has no float16 on CPUs")
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (4, 6)])
+def test_gradient_of_few_cells_is_close_to_the_exact_one_in_half_precision(
+    size: Tuple[int, int],
+) -> None:
+    # Of two nearly equal images BatchNorm leaves +1 and -1 in every channel, whatever their
+    # difference is: the gradient is a small rest of large terms.
+    block = random_fusion((32, 32, 32), fuse=False)
+    image = noise(1, 32, *size, seed=1)
+    x = torch.cat([image, image + 0.1 * noise(1, 32, *size, seed=2)]).half()
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        leaf = x.detach().to(dtype).requires_grad_()
+        with cuda_autocast() if dtype == torch.float16 else nullcontext():
+            pyramid_error(block(leaf)[0], noise(2, 32, *size, seed=3).float()).backward()
+        gradients.append(leaf.grad.float())
+    assert relative_error(gradients[:1], gradients[1:]) < 0.01
 
 
 def test_first_attention_map_is_of_the_level_and_the_second_of_the_coarser_ones() -> None:

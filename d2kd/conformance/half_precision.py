@@ -1,0 +1,167 @@
+"""How far a head in float16 is from the same head in float32, on the same inputs and draws."""
+
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..distiller import Distiller
+from ..heads.build import compares_logits
+from ..views import DetectorView, Regions
+from ..views.parts import DensePredictions, RoIPredictions
+from ..views.towers import Towers
+from .case import Case, seed_all
+from .cuda_autocast import cuda_autocast
+
+# Measured for d2kd's own heads, images of 64 to 256 pixels: 0.0001 and 0.025. The latter are the
+# generators and towers, where a ReLU's input close to 0 has another sign.
+VALUE_BOUND = 0.005
+GRADIENT_BOUND = 0.03
+# Of the loss, as GradScaler has it: without, gradients vanish in float16.
+SCALE = 1024.0
+
+
+class Step(NamedTuple):
+    """
+    `values`: each term, without its weight; `inputs`: the gradients of the weighted loss in all
+    that the head reads of the student; `parameters`: those in the head's parameters.
+    """
+
+    values: Dict[str, Tensor]
+    inputs: List[Tensor]
+    parameters: List[Tensor]
+
+
+def check_mixed_precision(case: Case) -> None:
+    """
+    Under CUDA's autocast (float16, loss scale 1024) losses are float32 and within 0.5 %, gradients
+    within 3 % of those without, at the same features, predictions and draws.
+    """
+    exact, found = compare(case)
+    for key, a in exact.values.items():
+        b = found.values[key]
+        assert b.dtype in (torch.float32, torch.float64), (
+            f"{case}: {key} is {b.dtype} under torch.autocast, in which sums overflow or lose "
+            "their small addends. Compute the loss on x.float(); matrix products of it, which "
+            "autocast turns back, under torch.autocast(x.device.type, enabled=False)."
+        )
+        assert (a - b).abs() <= VALUE_BOUND * a.abs() + 1e-6, (
+            f"{case}: {key} is {a:.6g} in float32 and {b:.6g} under torch.autocast, in float16. "
+            "Compute softmax, logarithms, norms and sums on x.float(); draw random numbers with "
+            "dtype=torch.float32, for float16 gives others."
+        )
+    for what, a, b in (
+        ("what it reads of the student", exact.inputs, found.inputs),
+        ("its own parameters", exact.parameters, found.parameters),
+    ):
+        error = relative_error(a, b)
+        assert error <= GRADIENT_BOUND, (
+            f"{case}: the gradient in {what} is off by {error:.2g} of its norm under "
+            f"torch.autocast, in float16, at a loss scale of {SCALE:.0f} (inf: it overflows). "
+            "Look for divisions by small norms, differences of nearly equal numbers and sums that "
+            "are divided later: compute them on x.float(). Draw random numbers with "
+            "dtype=torch.float32, for float16 gives others."
+        )
+
+
+def runs_in_float16() -> bool:
+    """Whether this PyTorch has what :func:`check_mixed_precision` needs, on a CPU."""
+    try:
+        x = torch.ones(1, 1, 3, 3, dtype=torch.float16, requires_grad=True)
+        F.conv2d(x, x, padding=1).sum().backward()
+    except RuntimeError:
+        return False
+    return hasattr(torch.library, "fallthrough_kernel")
+
+
+def compare(case: Case, inputs: Sequence[Any] = ()) -> Tuple[Step, Step]:
+    """
+    The head alone in float32 and in float16, given what both detectors say in float16.
+
+    Args:
+        inputs: a batch; empty: two images with two boxes each
+    """
+    distiller = case.fresh()
+    head = copy.deepcopy(distiller.heads[case.name])  # as it was before the first step
+    with cuda_autocast():
+        case.losses(distiller, inputs)
+    student, teacher = (distiller.latest[side] for side in ("student", "teacher"))
+    steps = []
+    for dtype in (torch.float32, torch.float16):
+        distiller.heads[case.name] = copy.deepcopy(head)
+        leaves: List[Tensor] = []
+        views = _view(student, dtype, leaves), _view(teacher, dtype, leaves)
+        with cuda_autocast() if dtype == torch.float16 else nullcontext():
+            steps.append(_step(case, distiller, views, leaves))
+    return steps[0], steps[1]
+
+
+def relative_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Norm of the difference over that of `exact`, of all tensors together; inf: not finite."""
+    if not all(b.isfinite().all() for b in found):
+        return math.inf
+    norm = sum(float(a.square().sum()) for a in exact) ** 0.5
+    difference = sum(float((a - b).square().sum()) for a, b in zip(exact, found)) ** 0.5
+    return difference / norm if norm else difference
+
+
+def _step(
+    case: Case,
+    distiller: Distiller,
+    views: Tuple[DetectorView, DetectorView],
+    leaves: Sequence[Tensor],
+) -> Step:
+    head = distiller.heads[case.name]
+    seed_all(0)
+    terms = head(*(distiller._comparable(*views) if compares_logits(head) else views))
+    terms = {k: sum(v.values()) if isinstance(v, dict) else v for k, v in terms.items()}
+    weight = case.cfg.DISTILL[case.name].LOSS_WEIGHT
+    (SCALE * weight * sum(terms.values())).backward()
+    inputs, parameters = (
+        [torch.zeros(()) if x.grad is None else x.grad.float() / SCALE for x in tensors]
+        for tensors in (leaves, head.parameters())
+    )
+    return Step({k: v.detach() for k, v in terms.items()}, inputs, parameters)
+
+
+def _view(view: DetectorView, dtype: torch.dtype, leaves: List[Tensor]) -> DetectorView:
+    """A view that says the same with other tensors; those with a gradient are new leaves."""
+    changed: Dict[int, Tensor] = {}
+
+    def change(x: Tensor) -> Tensor:
+        if id(x) not in changed:
+            changed[id(x)] = x.detach().to(dtype) if x.dtype == torch.float16 else x.detach()
+            if x.requires_grad:
+                changed[id(x)] = changed[id(x)].clone().requires_grad_()
+                leaves.append(changed[id(x)])
+        return changed[id(x)]
+
+    found = copy.copy(view)
+    found._recorded, found._versions = _map(view._recorded, change), {}
+    # A teacher's answers are constants. A student's are computed anew, but for the regions, which
+    # are drawn, and of which the teacher's answers are.
+    known = view._answers.items()
+    found._answers = {
+        k: x if isinstance(x, Regions) else _map(x, change)
+        for k, x in known
+        if isinstance(x, Regions) or not view._is_student
+    }
+    return found
+
+
+def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """All numbers in nested containers; what has none, such as boxes, is left as it is."""
+    if isinstance(x, Tensor):
+        return change(x) if x.is_floating_point() else x
+    if isinstance(x, dict):
+        return {k: _map(v, change) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(_map(v, change) for v in x)
+    if isinstance(x, (DensePredictions, RoIPredictions, Towers)):
+        return replace(x, **{f.name: _map(getattr(x, f.name), change) for f in fields(x)})
+    return x

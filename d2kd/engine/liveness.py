@@ -14,7 +14,6 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..distiller import Distiller
-from ..views import DetectorView
 from .head_parameters import HeadParameters
 from .head_proof import HeadProof
 from .loss_gradients import LossGradients, describe, loss_scale, suggest_weights
@@ -113,10 +112,10 @@ class Liveness(HookBase):
     def _proves_something(self) -> bool:
         """Not where a loss on objects is rightly 0, nor where mixed precision skips a step."""
         skipped = loss_scale(self.trainer._trainer) < self.scale
-        return has_boxes(self.distiller.latest["student"]) and not skipped
+        return has_boxes(self.distiller) and not skipped
 
     def _warn_of_the_dead(self, proofs: List[HeadProof]) -> None:
-        if not (proofs and has_boxes(self.distiller.latest["student"])):
+        if not (proofs and has_boxes(self.distiller)):
             return
         dead = [x for proof in proofs for x in proof.dead(self.found)]
         if dead:
@@ -153,9 +152,13 @@ class Liveness(HookBase):
             )
 
 
-def has_boxes(student: DetectorView) -> bool:
-    """Whether any image of the batch has an object."""
-    return any(len(x) for x in student.gt_instances)
+def has_boxes(distiller: Distiller) -> bool:
+    """Whether any image of the batch has an object, of a class that the teacher knows too."""
+    classes = torch.cat([x.gt_classes for x in distiller.latest["student"].gt_instances])
+    if distiller.merges:
+        merge = distiller.merges[0]
+        classes = classes[merge.labels(classes) < merge.num_classes]
+    return len(classes) > 0
 
 
 def fingerprint(module: nn.Module) -> str:

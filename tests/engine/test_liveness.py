@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
+from detectron2.structures import Instances
 
 from d2kd import DISTILL_HEAD_REGISTRY
-from d2kd.engine.liveness import Liveness, fingerprint
+from d2kd.engine.liveness import Liveness, fingerprint, has_boxes
 from d2kd.engine.loss_gradients import TASK, LossGradients, describe, suggest_weights
 from d2kd.heads import DistillPair
 from d2kd.pyramid import LevelPair
-from d2kd.views import DetectorView
+from d2kd.views import DetectorView, MergeClasses
 
 from runs import (
     SHAPES_CLASSES,
@@ -329,6 +330,19 @@ def test_steps_without_any_object_prove_nothing(
     monkeypatch.setattr("d2kd.engine.liveness.has_boxes", lambda student: next(answers))
     cfg = run_config(folder, teacher, ["PKD"], SOLVER__MAX_ITER=7, DISTILL__LIVENESS__PERIOD=0)
     assert looks(cfg) == [0, 1, 2, 3, 4]
+
+
+def test_objects_of_classes_that_the_student_alone_knows_prove_nothing() -> None:
+    none, own = torch.zeros(0, dtype=torch.int64), torch.tensor([1, 1])
+    objects = [Instances((64, 64), gt_classes=x) for x in (none, own)]
+    latest = {"student": SimpleNamespace(gt_instances=objects)}
+    merge = MergeClasses([[0], [2]], num_classes=3)
+    assert has_boxes(SimpleNamespace(latest=latest, merges=[]))
+    assert not has_boxes(SimpleNamespace(latest=latest, merges=[merge]))
+    objects.append(Instances((64, 64), gt_classes=torch.tensor([2])))
+    assert has_boxes(SimpleNamespace(latest=latest, merges=[merge]))
+    objects[:] = [Instances((64, 64), gt_classes=none)]
+    assert not has_boxes(SimpleNamespace(latest=latest, merges=[]))
 
 
 def test_part_without_weight_is_said_and_does_not_stop_a_head_that_works(

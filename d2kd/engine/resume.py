@@ -41,7 +41,7 @@ class RunRecord:
         self.cfg = cfg
         distilled = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
         student = student_config(cfg)
-        student.SEED = seed
+        student.SEED, student.OUTPUT_DIR = seed, ""  # the same run in another folder
         # Without distillation the same run with and without these keys
         student.DISTILL = cfg.DISTILL.clone() if distilled else CfgNode()
         self.config = student.dump()

@@ -205,7 +205,7 @@ MISTAKES = [
     ({"OPTS": ["DISTILL.STAGES", []]}, r"STAGES\[1\]: OPTS has DISTILL.STAGES"),
     ({"OPTS": ["SOLVER.WARMUP_ITERS", 4]}, r"STAGES\[1\]: SOLVER.WARMUP_ITERS 4 is more than"),
     (
-        {"OPTS": ["DISTILL.MGD.SCHEDULE.DECAY_FROM", 4]},
+        {"OPTS": ["DISTILL.MGD.SCHEDULE.DECAY", "linear", "DISTILL.MGD.SCHEDULE.DECAY_FROM", 4]},
         r"STAGES\[1\]: DISTILL.MGD.SCHEDULE.DECAY_FROM must be in \[0, SOLVER.MAX_ITER = 3\]",
     ),
 ]

@@ -176,8 +176,13 @@ def test_info_of_a_dense_detector(name: str) -> None:
     assert info.dense_levels == ("p3", "p4", "p5", "p6", "p7") == tuple(info.shapes)
     assert info.channels == 32
     assert info.vector_channels == 32, "of the tower, which keeps the pyramid's channels"
-    assert info.roi_size == 7 and info.box_weights == () and not info.two_stage
+    assert info.roi_size == 7 and not info.two_stage
     assert info.num_anchors == (3 if name == "retinanet" else 1) and info.num_classes == 3
+    assert info.box_weights == ((1.0, 1.0, 1.0, 1.0) if name == "retinanet" else ())
+    # Of the finest level, around the corner of the image; FCOS's are as large as a cell, around
+    # its centre.
+    whole = {"retinanet": (-4.0, -4.0, 4.0, 4.0), "fcos": (0.0, 0.0, 8.0, 8.0)}[name]
+    assert whole in info.anchors["p3"] and len(info.anchors["p3"]) == info.num_anchors
 
 
 @pytest.mark.parametrize("name", TWO_STAGE)

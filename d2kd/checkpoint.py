@@ -153,7 +153,7 @@ class TeacherManifest:
                 )
 
 
-def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
+def load_whole_detector(model: nn.Module, path: str, key: str) -> Dict[str, Any]:
     """
     Load a detector and insist that every parameter and buffer is covered.
 
@@ -161,11 +161,14 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
         path: local file, URL or model-zoo address
         key: config key that named the path, for the error
 
+    Returns:
+        what else is in the file
+
     Raises:
         ValueError: not a checkpoint, or keys of the detector are missing or of other shape in it
     """
     checkpointer = PlainCheckpointer(model)
-    _load(checkpointer, path, key)
+    found = _load(checkpointer, path, key)
     if checkpointer.missing_keys:
         keys, shapes = checkpointer.missing_keys, checkpointer.wrong_shapes
         shown = "\n".join(f"  {shapes.get(k, k)}" for k in keys[:20])
@@ -180,6 +183,7 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> None:
     if bad:
         raise ValueError(f"{key}: {path!r} has values in {bad} that are not finite.")
     logger.info(f"{key}: {path!r} covers all of the detector, {checkpointer.loaded_keys} entries.")
+    return found
 
 
 def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:
@@ -219,12 +223,12 @@ def _not_finite(values: Mapping[str, Tensor]) -> str:
     return next(floats, "")
 
 
-def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> None:
+def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> Dict[str, Any]:
     """`checkpointer.load`, with the config key that named the path in its errors."""
     try:
         if path and not urlparse(path).scheme:
             check_is_file(urlparse(path)._replace(query="").geturl(), key)
-        checkpointer.load(path, **kwargs)
+        return checkpointer.load(path, **kwargs)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
     except FileNotFoundError:

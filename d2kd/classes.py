@@ -156,8 +156,8 @@ def _check_distinct(names: Sequence[str], side: str) -> None:
         indices = ", ".join(str(i) for i, x in enumerate(names) if x == twice[0])
         where = "DISTILL.TEACHER.CLASSES" if side == "teacher" else "the data set's categories"
         raise ValueError(
-            f"The {side}'s classes {indices} are all called {twice[0]!r}, so that names do not tell "
-            f"which is which. Give each a name of its own in {where}."
+            f"The {side}'s classes {indices} are all called {twice[0]!r}, so that names do not "
+            f"tell which is which. Give each a name of its own in {where}."
         )
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 from omegaconf import OmegaConf
 from torch import nn
@@ -17,11 +17,12 @@ from .checkpoint import check_is_file, load_whole_detector
 from .data.class_names import class_names, names_in_sets
 from .modeling.build import build_detector
 from .modeling.trainable import check_teaches
+from .trained_config import check_same_detector
 
 logger = logging.getLogger(__name__)
 
-# The model, its channel order, its config as text, the names of its classes.
-Built = Tuple[nn.Module, str, str, Tuple[str, ...]]
+# The model, its channel order, its config as text, the names of its classes, its config if a YAML.
+Built = Tuple[nn.Module, str, str, Tuple[str, ...], Optional[CfgNode]]
 
 
 @dataclass
@@ -67,10 +68,12 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     config_file, weights = resolve_teacher(cfg)
     opts = list(cfg.DISTILL.TEACHER.OPTS)
     build = _from_lazy_config if config_file.endswith(".py") else _from_yaml
-    model, image_format, text, names = build(config_file, opts, cfg.MODEL.DEVICE)
+    model, image_format, text, names, own_cfg = build(config_file, opts, cfg.MODEL.DEVICE)
     _check_format(image_format, cfg.INPUT.FORMAT)
     if weights:
-        load_whole_detector(model, weights, "DISTILL.TEACHER.WEIGHTS")
+        found = load_whole_detector(model, weights, "DISTILL.TEACHER.WEIGHTS")
+        if own_cfg is not None:
+            check_same_detector(found, own_cfg, f"DISTILL.TEACHER.WEIGHTS: {weights!r}")
     else:
         logger.warning("DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS: this teacher knows nothing.")
     model.eval().requires_grad_(False)
@@ -144,7 +147,7 @@ def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
     source = f"DISTILL.TEACHER.CONFIG_FILE: {path!r} with DISTILL.TEACHER.OPTS"
     check_teaches(cfg, source)
     model = build_detector(cfg, source)
-    return model, cfg.INPUT.FORMAT, _identity(cfg), class_names(cfg)
+    return model, cfg.INPUT.FORMAT, _identity(cfg), class_names(cfg), cfg
 
 
 def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
@@ -167,7 +170,7 @@ def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
     text = re.sub(r" at 0x[0-9a-f]+", "", str(cfg.model))
     datasets = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
     names = names_in_sets([datasets] if isinstance(datasets, str) else datasets)
-    return model, cfg.model.get("input_format") or image_format, text, names
+    return model, cfg.model.get("input_format") or image_format, text, names, None
 
 
 def _refuse_training_keys(opts: List[Any]) -> None:

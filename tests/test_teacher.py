@@ -379,3 +379,20 @@ def test_memory_that_ran_out_is_not_blamed_on_the_config(
     with pytest.raises(kind, match=f"(?s){message}") as info:
         build_teacher(distill_config("retinanet", retinanet))
     assert (info.value is error) == (kind is not ValueError)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("MODEL.PIXEL_STD", [57.0, 57.0, 57.0]), ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5)],
+)
+def test_teacher_is_the_detector_that_its_weights_were_trained_as(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    opts = write_teacher(tmp_path, "retinanet")
+    state = torch.load(opts[3])
+    trained = detector_config("retinanet")
+    torch.save({**state, "trainer": {"config": trained.dump()}}, opts[3])
+    assert build_teacher(distill_config("retinanet", opts))
+    cfg = distill_config("retinanet", [*opts, "DISTILL.TEACHER.OPTS", [key, value]])
+    with pytest.raises(ValueError, match=f"TEACHER.WEIGHTS: .*trained with other.*\n  {key}: "):
+        build_teacher(cfg)

@@ -20,6 +20,7 @@ from d2kd import load_config, student_config
 from d2kd.checkpoint import load_whole_detector
 from d2kd.command_line import add_overrides, parse_command_line
 from d2kd.data import register_datasets
+from d2kd.trained_config import check_same_detector
 
 EXAMPLE = """
 Example: a student of the quickstart beside its teacher
@@ -53,7 +54,8 @@ def draw_detections(
     for (title, _, weights), cfg in zip(panels, configs):
         cfg.MODEL.WEIGHTS = ""  # Detectron2 would run what is in the file, and load a part of it
         predictor, drawn = DefaultPredictor(cfg), []
-        load_whole_detector(predictor.model, weights, f"--detector {title}")
+        found = load_whole_detector(predictor.model, weights, f"--detector {title}")
+        check_same_detector(found, cfg, f"--detector {title}")
         for record in images:
             instances = predictor(read_image(record["file_name"], "BGR"))["instances"].to("cpu")
             instances = instances[instances.scores > threshold]

@@ -3,10 +3,9 @@
 import hashlib
 import logging
 import os
-from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterable, Mapping, Sequence
 
 import torch
-import yaml
 from tabulate import tabulate
 
 import detectron2
@@ -14,11 +13,10 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from .. import __version__
-from ..config import leaves, student_config
+from ..config import student_config
+from ..trained_config import Change, changed_keys
 from ..unread import why_unread
 from .resume_rules import REFUSED, TAKEN, UNUSED, rule_of
-
-Change = Tuple[str, Any, Any]  # key, the checkpoint's value, this run's
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ class RunRecord:
                 "here on."
             )
         theirs = saved.get("config") or f"SEED: {saved['seed']}"
-        changed = _changed(_flat(theirs), _flat(self.config))
+        changed = changed_keys(theirs, self.config)
         changed = [x for x in changed if not why_unread(x[0], self.cfg)]
         refused = [x for x in changed if rule_of(x[0]).action == REFUSED]
         if refused:
@@ -121,16 +119,6 @@ def fingerprint(images: Iterable[Mapping[str, Any]]) -> Dict[str, Any]:
 def _box(annotation: Mapping[str, Any]) -> Sequence[float]:
     box = annotation.get("bbox")
     return () if box is None else box
-
-
-def _flat(text: str) -> Dict[str, Any]:
-    """Dotted names of keys to values."""
-    return dict(leaves(yaml.safe_load(text)))
-
-
-def _changed(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> List[Change]:
-    """What is not equal; keys of one side alone are another version's, and that is told."""
-    return [(k, theirs[k], ours[k]) for k in ours if k in theirs and theirs[k] != ours[k]]
 
 
 def _tell(changed: Sequence[Change]) -> None:

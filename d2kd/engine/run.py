@@ -15,6 +15,7 @@ from ..checkpoint import load_whole_detector
 from ..config import student_config
 from ..data import register_datasets
 from ..modeling.trainable import check_trainable
+from ..trained_config import check_same_detector
 from ..unread import unread_keys
 from ..whole_files import last_whole_checkpoint
 from .preflight import check_config
@@ -86,7 +87,8 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
             "MODEL.WEIGHTS is empty: name the checkpoint to evaluate, or add --resume to take the "
             "last one in OUTPUT_DIR."
         )
-    load_whole_detector(student, weights, key)
+    found = load_whole_detector(student, weights, key)
+    check_same_detector(found, cfg, f"{key}: {weights!r}")
     return Trainer.test(cfg, student)
 
 

@@ -12,6 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_mod
 
 from ..checkpoint import load_whole_detector
 from ..config import student_config
+from ..trained_config import check_same_detector
 from ..whole_files import last_whole_checkpoint, write_whole
 
 WEIGHTS, CONFIG = "student.pth", "student.yaml"
@@ -55,7 +56,8 @@ def load_student(cfg: CfgNode, weights: str, any_score: bool = False) -> nn.Modu
         keys = [*SCORE_KEYS, "MODEL.FCOS.SCORE_THRESH_TEST"]
         cfg.merge_from_list([x for key in keys for x in (key, 0.0)])
     student = build_model(cfg).eval()
-    load_whole_detector(student, weights, "--weights")
+    found = load_whole_detector(student, weights, "--weights")
+    check_same_detector(found, cfg, f"--weights: {weights!r}")
     return student
 
 

@@ -44,9 +44,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     start, results = time.perf_counter(), {}
     for i, (name, config_file, weights) in enumerate(steps, 1):
         print(f"\n[{i}/{len(steps)}] {name}: {config_file}", flush=True)
-        # The teacher's own training is not what the overrides are about.
-        opts = args.opts if i > 1 else shared_opts(args.opts)
-        results[name] = run_step(config_file, weights, opts, args.fresh)
+        results[name] = run_step(config_file, weights, opts_for(name, args.opts), args.fresh)
     seconds = time.perf_counter() - start
     report = make_report(results, seconds)
     print("\n" + report)
@@ -153,11 +151,18 @@ def identity(cfg: CfgNode) -> str:
     return cfg.dump()
 
 
-def shared_opts(opts: Sequence[str]) -> List[str]:
-    """Of the overrides, those that the teacher needs too: device and data."""
+def opts_for(step: str, opts: Sequence[str]) -> List[str]:
+    """
+    The overrides that a step reads. They are about the two students; the teacher is told of device
+    and data, the student alone of everything but the distillation.
+    """
+    kept = {
+        "teacher": lambda key: key.startswith(("MODEL.DEVICE", "DATASETS.", "DATALOADER.")),
+        "student alone": lambda key: not key.startswith("DISTILL."),
+        "student distilled": lambda key: True,
+    }
     pairs = zip(opts[0::2], opts[1::2])
-    keep = ("MODEL.DEVICE", "DATASETS.", "DATALOADER.")
-    return [word for key, value in pairs if key.startswith(keep) for word in (key, value)]
+    return [word for key, value in pairs if kept[step](key) for word in (key, value)]
 
 
 def load_json(path: str) -> Dict:

@@ -7,11 +7,11 @@ from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 import numpy as np
 
 from .box_units import Boxes, check_pixels
+from .rle import is_rle
 
 KEYS = ("id", "image_id", "category_id", "bbox")
 NUMBERS = (int, float)
 LARGEST = 1e9  # of a box's values, far beyond any image's
-MIN_COORDINATES = 6  # of a polygon
 
 
 @dataclass
@@ -130,25 +130,27 @@ def _look_at_mask(
         if is_object and facts.object_without_mask is None:
             facts.object_without_mask = name
     elif isinstance(mask, dict):
-        height_width, counts = mask.get("size"), mask.get("counts")
-        if not (
-            isinstance(height_width, list)
-            and len(height_width) == 2
-            and all(type(x) is int and x > 0 for x in height_width)
-            and (isinstance(counts, str) or isinstance(counts, list) and _are_numbers(counts))
-        ):
-            raise ValueError(f'annotation {name} has an RLE without "counts" or "size"')
+        if not is_rle(mask):
+            raise ValueError(
+                f'annotation {name} has an RLE whose "counts" do not fill its "size", [height, '
+                "width]"
+            )
         if is_object and facts.object_with_rle is None:
             facts.object_with_rle = name
-        if facts.other_size is None and tuple(height_width) != size[::-1]:
+        if facts.other_size is None and tuple(mask["size"]) != size[::-1]:
             facts.other_size = name
     elif not isinstance(mask, list) or not all(map(_are_numbers, mask)):
         raise ValueError(
             f"annotation {name} has a segmentation that is no list of polygons, each a list of "
             "numbers [x0, y0, x1, y1, ...], and no RLE"
         )
-    elif not any(len(x) % 2 == 0 and len(x) >= MIN_COORDINATES for x in mask):
+    elif not any(map(is_polygon, mask)):
         facts.broken.append(name)
+
+
+def is_polygon(values: List[float]) -> bool:
+    """Whether Detectron2 keeps it in training: three points or more."""
+    return len(values) % 2 == 0 and len(values) >= 6
 
 
 def _are_numbers(values: Any) -> bool:

@@ -15,6 +15,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 
+from ..data.annotations import is_polygon
 from ..data.checks import check_evaluator
 
 
@@ -61,16 +62,20 @@ def complete_truth(truth: COCO) -> None:
     """
     Fill in, in place, what has one meaning: annotation ids from 1 on, as pycocotools marks "matched
     with none" by 0 and never counts a match with the id 0; "iscrowd" 0; the area of the mask, or
-    else of the box; the number of visible keypoints; an empty "info".
+    else of the box; the number of visible keypoints; an empty "info". Polygons of fewer than three
+    points, which Detectron2 leaves out of training, are left out.
     """
     content = truth.dataset
     content.setdefault("info", {})
     numbers: Dict[Any, int] = {}
     for annotation in content.get("annotations", ()):
         annotation.setdefault("iscrowd", 0)
-        if "keypoints" in annotation:
+        if annotation.get("keypoints"):
             visible = sum(x > 0 for x in annotation["keypoints"][2::3])
             annotation.setdefault("num_keypoints", visible)
+        polygons = annotation.get("segmentation")
+        if isinstance(polygons, list):  # pycocotools would fail on others, or take them for boxes
+            annotation["segmentation"] = [x for x in polygons if is_polygon(x)]
         if annotation.get("area") is None:
             annotation["area"] = _area(truth, annotation)
         # Where Detectron2's own sets have an id twice, pycocotools keeps one annotation of it.
@@ -81,10 +86,6 @@ def complete_truth(truth: COCO) -> None:
 
 def _area(truth: COCO, annotation: Dict[str, Any]) -> float:
     """Of the mask, or else of the box, in square pixels."""
-    polygons = annotation.get("segmentation")
-    if isinstance(polygons, list):
-        polygons = [x for x in polygons if len(x) >= 6 and len(x) % 2 == 0]
-    if polygons:
-        mask = truth.annToRLE({**annotation, "segmentation": polygons})
-        return float(pycocotools.mask.area(mask))
+    if annotation.get("segmentation"):
+        return float(pycocotools.mask.area(truth.annToRLE(annotation)))
     return float(annotation["bbox"][2] * annotation["bbox"][3])

@@ -60,7 +60,7 @@ UNSOUND = [
     (second("annotations", segmentation=[["1"] * 6]), "annotation 2 has a segmentation"),
     (
         second("annotations", segmentation={"counts": "x"}),
-        'annotation 2 has an RLE without .*"size',
+        'annotation 2 has an RLE whose "counts"',
     ),
     (second("annotations", keypoints=["a"]), "annotation 2 has keypoints"),
     (no_mapping, r"annotations\[1\] is 7; it must have the keys id, image_id"),

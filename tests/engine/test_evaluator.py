@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
+import pycocotools.mask
 import pytest
 import torch
 from pycocotools.coco import COCO
@@ -120,6 +121,16 @@ def test_area_is_that_of_the_mask_where_there_is_one(tmp_path: Path) -> None:
     areas = [truth.anns[i]["area"] for i in range(1, 8)]
     assert areas == [200, 200, pytest.approx(100, abs=12), 200, areas[2], 64 * 48, 7.5]
     assert [x["iscrowd"] for x in truth.loadAnns(truth.getAnnIds())] == [0] * 7
+
+
+@pytest.mark.parametrize("line", [[10, 10], [10, 10, 30, 20], [10, 10, 30, 10, 10]])
+@pytest.mark.parametrize("place", [0, 1])
+def test_lines_among_polygons_are_no_masks(line: List[int], place: int, tmp_path: Path) -> None:
+    polygons = [[10, 10, 30, 10, 10, 20]]
+    polygons.insert(place, line)
+    base = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 10], "area": 1.0}
+    truth = truth_of(tmp_path, [{**base, "id": 0, "segmentation": polygons}])
+    assert pycocotools.mask.area(truth.annToRLE(truth.anns[1])) == pytest.approx(100, abs=12)
 
 
 def test_visible_keypoints_are_counted(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 
 from d2kd.data import add_data_config
-from d2kd.data.coco_json import ImageEntry
+from d2kd.data.coco_parts import ImageEntry
 
 Content = Dict[str, Any]
 NAMES = ("cat", "dog")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from detectron2.utils.file_io import PathManager
 
-from .coco_json import ImageEntry
+from .coco_parts import ImageEntry
 from .image_headers import check_header, is_transparent
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import BinaryIO, Iterator
 
 from PIL import Image
 
-from .coco_json import ImageEntry
+from .coco_parts import ImageEntry
 
 # Of PIL. What it has of more than 8 bits, converted to 8, is cut off at 255 and not scaled.
 EIGHT_BIT_MODES = "1 L LA P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV".split()

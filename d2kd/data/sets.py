@@ -11,7 +11,8 @@ from ..checks import nearest
 from .checks import check_evaluator, check_files
 from .class_lists import check_class_names, check_num_classes, num_classes
 from .class_names import coco_json_files, names_in_sets
-from .coco_json import ImageEntry, look_at, read_summary
+from .coco_json import look_at, read_summary
+from .coco_parts import ImageEntry
 from .image_files import check_images
 from .outlines import CLASSES
 from .set_checks import check_role

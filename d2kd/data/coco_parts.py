@@ -1,0 +1,104 @@
+"""The lists of a JSON of COCO's format, each by itself: entries, ids, images and categories."""
+
+import os
+from collections import defaultdict
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+
+MAX_ID = 2**63  # NumPy's integers, in which pycocotools sorts ids, end there
+
+
+class ImageEntry(NamedTuple):
+    """An entry of "images"; sizes in pixels."""
+
+    file_name: str
+    width: int
+    height: int
+
+
+def check_entries(entries: List[Any], part: str, keys: Sequence[str], twice: bool = False) -> None:
+    """Each is a mapping with these keys, and an id of its own unless it may be there `twice`."""
+    seen = set()
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{part}[{i}] is {entry!r}; it must have the keys {', '.join(keys)}")
+        for k in keys:
+            if k not in entry:
+                raise ValueError(f'{part}[{i}] has no "{k}"')
+        number = entry["id"]
+        if type(number) is not int or not -MAX_ID <= number < MAX_ID:
+            raise ValueError(f"{part}[{i}] has the id {number!r}; it must be a whole number")
+        if number in seen and not twice:
+            raise ValueError(f"{part} has the id {number!r} twice")
+        seen.add(number)
+
+
+def names_by_id(categories: List[Any]) -> Tuple[str, ...]:
+    check_entries(categories, "categories", ("id", "name"))
+    for category in categories:
+        name = category["name"]
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"category {category['id']} has the name {name!r}; it must be text")
+    return tuple(x["name"] for x in sorted(categories, key=lambda x: x["id"]))
+
+
+def check_names_differ(categories: List[Dict[str, Any]]) -> List[str]:
+    """Returns: which names can be taken for one another."""
+    ids: Dict[str, int] = {}
+    spellings: Dict[str, str] = {}
+    notes = []
+    for category in categories:
+        number, name = category["id"], category["name"]
+        if name in ids:
+            raise ValueError(
+                f"the categories {ids[name]} and {number} have one name, {name!r}: classes are "
+                "told apart by their names. Give each its own, or join them under one id"
+            )
+        ids[name] = number
+        other = spellings.setdefault(name.strip().casefold(), name)
+        if other != name:
+            notes.append(
+                f"the categories {ids[other]} and {number}, {other!r} and {name!r}, differ in "
+                "spelling alone and are two classes"
+            )
+    return notes
+
+
+def _check_inside(file_name: str) -> None:
+    """A file from elsewhere may name any path; what is read stays in the image folder."""
+    if os.path.isabs(file_name) or os.path.normpath(file_name).split(os.sep)[0] == os.pardir:
+        raise ValueError(f"the file_name {file_name!r} leads out of the image folder")
+
+
+def check_same_file(images: List[Dict[str, Any]], annotations: List[Dict[str, Any]]) -> None:
+    """Of a file under two ids, each would be read with a part of the objects in it."""
+    by_file = defaultdict(list)
+    for entry in images:
+        by_file[os.path.normpath(entry["file_name"])].append(entry["id"])
+    repeated = {k: v for k, v in by_file.items() if len(v) > 1}
+    objects: Dict[int, List[Any]] = {x: [] for ids in repeated.values() for x in ids}
+    for annotation in annotations if objects else ():
+        if annotation["image_id"] in objects:
+            found = [annotation["category_id"], *annotation["bbox"]]
+            objects[annotation["image_id"]].append(found)
+    for file_name, ids in repeated.items():
+        if any(sorted(objects[x]) != sorted(objects[ids[0]]) for x in ids):
+            raise ValueError(
+                f"the images {' and '.join(map(str, ids[:2]))} are one file, {file_name}, with "
+                "other annotations each: give the file one id, and all its annotations that"
+            )
+
+
+def read_images(entries: List[Any]) -> Tuple[ImageEntry, ...]:
+    check_entries(entries, "images", ("id", "file_name", "width", "height"))
+    for entry in entries:
+        name = f"image {entry['id']}"
+        if not isinstance(entry["file_name"], str) or not entry["file_name"]:
+            raise ValueError(f"{name} has the file_name {entry['file_name']!r}; it must be text")
+        for side in ("width", "height"):
+            if type(entry[side]) is not int or entry[side] < 1:
+                raise ValueError(
+                    f"{name} has the {side} {entry[side]!r}; it must be a whole number of pixels, "
+                    "1 or more"
+                )
+        _check_inside(entry["file_name"])
+    return tuple(ImageEntry(x["file_name"], x["width"], x["height"]) for x in entries)

@@ -11,13 +11,13 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from d2kd import load_config
-from d2kd.command_line import parse_command_line
 from d2kd.config import student_config
+from d2kd.config.unread import refuse_unread
 from d2kd.engine import evaluate, launch, train
-from d2kd.engine.preflight import check_config
-from d2kd.plugin import import_file
-from d2kd.unread import refuse_unread
-from d2kd.whole_files import check_writable
+from d2kd.engine.preflight.check_config import check_config
+from d2kd.utils.atomic_file import check_writable
+from d2kd.utils.command_line import parse_command_line
+from d2kd.utils.plugin import import_file
 
 EXAMPLES = """
 Examples:
@@ -38,7 +38,7 @@ Examples:
     python train_net.py --config-file configs/quickstart/pkd.yaml --num-gpus 2 MODEL.DEVICE cpu
 
 A method's keys are under DISTILL.<METHOD>, and each is explained where it is defined: the common
-ones in d2kd/config.py, a method's own in d2kd/heads/<method>.py.
+ones in d2kd/config/distill_keys.py, a method's own in d2kd/heads/<method>.py.
 """
 
 

@@ -10,10 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from .coverage import report_coverage
-from .named_weights import advice, check_named, describe, without_prefix
-from .weights_file import UNREADABLE, read_weights_file
-from .whole_files import BEST, WholeFiles
+from .utils.atomic_file import WholeFiles
+from .weights.coverage import report_coverage
+from .weights.names import advice, check_named, describe, without_prefix
+from .weights.run_checkpoints import BEST
+from .weights.safe_load import UNREADABLE, read_weights_file
 
 logger = logging.getLogger(__name__)
 

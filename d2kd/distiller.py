@@ -10,18 +10,18 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 
-from .classes import common_classes
-from .compat import current_iteration
 from .config import student_config
 from .heads import DistillPair, build_head, head_class
 from .heads.build import compares_logits, required_members
 from .inherit import inherit
 from .modeling.build import build_detector
 from .modeling.trainable import check_trainable
-from .pairs import DENSE
-from .pyramid import pair_levels
+from .pairing.classes import common_classes
+from .pairing.levels import pair_levels
+from .pairing.pair import DENSE
 from .schedule import WeightSchedule
 from .teacher import Teacher, build_teacher
+from .utils.compat import current_iteration
 from .views import (
     CommonClassesView,
     DetectorView,

@@ -22,20 +22,20 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from .command_line import add_overrides, parse_command_line
 from .config import load_config, student_config
+from .config.unread import refuse_unread
 from .data import register_datasets
 from .data.noise import noise_batch
 from .distiller import Distiller
-from .engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
-from .engine.loss_gradients import LossGradients, describe, loss_scale, suggest_weights
+from .engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
+from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, suggest_weights
 from .engine.optimizer import build_optimizer
-from .engine.preflight import check_config
+from .engine.preflight.check_config import check_config
+from .engine.preflight.summary import summary
 from .engine.stages import plan_stages
-from .engine.summary import summary
 from .heads.build import head_names, misfit
-from .plugin import import_file
-from .unread import refuse_unread
+from .utils.command_line import add_overrides, parse_command_line
+from .utils.plugin import import_file
 from .views import find_view
 
 STEPS = 3

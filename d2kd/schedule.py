@@ -10,7 +10,7 @@ from fvcore.common.param_scheduler import (
 
 from detectron2.config import CfgNode
 
-from .checks import check_choice
+from .utils.checks import check_choice
 
 DECAYS = ("none", "linear", "cosine")
 

@@ -17,7 +17,7 @@ from .checkpoint import check_is_file, load_whole_detector
 from .data.class_names import class_names, names_in_sets
 from .modeling.build import build_detector
 from .modeling.trainable import check_teaches
-from .trained_config import check_same_detector
+from .weights.trained_config import check_same_detector
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _from_model_zoo(name: str) -> Tuple[str, str]:
 
 def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
     from .config import load_config, merge_opts
-    from .unread import refuse_unread_by_teacher
+    from .config.unread import refuse_unread_by_teacher
 
     cfg = load_config(path)
     merge_opts(cfg, opts, "DISTILL.TEACHER.OPTS")

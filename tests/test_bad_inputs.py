@@ -17,8 +17,8 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.engine import train
 from d2kd.heads.build import head_class, head_names
-from d2kd.pairs import ANY_PAIR
-from d2kd.whole_files import last_whole_checkpoint
+from d2kd.pairing.pair import ANY_PAIR
+from d2kd.weights.run_checkpoints import last_whole_checkpoint
 
 from runs import RecordBatches, build_trainer, run, run_config, scalars
 from toys import distill_config, write_teacher

@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage
 from d2kd import Distiller, student_config
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.heads.build import head_class, head_names
-from d2kd.pairs import ANY_PAIR
+from d2kd.pairing.pair import ANY_PAIR
 
 from toys import DETECTORS, batch, distill_config, write_teacher
 

@@ -22,8 +22,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from d2kd import DISTILL_HEAD_REGISTRY, load_config, student_config
-from d2kd.engine.preflight import check_config
-from d2kd.plugin import import_file
+from d2kd.engine.preflight.check_config import check_config
+from d2kd.utils.plugin import import_file
 
 from commands import COMMANDS, module_of, parse
 from runs import SHAPES_CLASSES, run_config

@@ -16,10 +16,10 @@ import detectron2
 from d2kd import doctor, load_config
 from d2kd.config import flatten
 from d2kd.data import register_datasets
-from d2kd.engine.preflight import check_config
+from d2kd.engine.preflight.check_config import check_config
 from d2kd.heads.build import head_class, head_names
-from d2kd.pairs import ANY_PAIR
-from d2kd.yaml_file import read_yaml
+from d2kd.pairing.pair import ANY_PAIR
+from d2kd.utils.safe_yaml import read_yaml
 
 from toys import distill_config, write_teacher
 
@@ -207,7 +207,7 @@ def test_base_of_a_url_may_be_relative_and_a_url_never_runs_code(
         "https://host/code.yaml": "VERSION: !!python/object/apply:os.getcwd []",
     }
     monkeypatch.setattr(
-        "d2kd.yaml_file.PathManager",
+        "d2kd.utils.safe_yaml.PathManager",
         SimpleNamespace(open=lambda path, mode: io.BytesIO(files[path].encode())),
     )
     assert read_yaml("https://host/a/run.yaml") == {"VERSION": 2}

@@ -8,7 +8,7 @@ import pytest
 
 from d2kd import load_config
 from d2kd.heads.build import head_class, head_names
-from d2kd.pairs import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
+from d2kd.pairing.pair import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
 
 from toys import ROOT
 

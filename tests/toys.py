@@ -13,7 +13,7 @@ from d2kd.conformance.detectors import (
     distill_config,
     write_teacher,
 )
-from d2kd.pyramid import LevelPair
+from d2kd.pairing.levels import LevelPair
 from d2kd.views import DetectorView
 
 __all__ = [

@@ -23,7 +23,7 @@ import detectron2
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
-from d2kd.command_line import add_overrides, parse_command_line
+from d2kd.utils.command_line import add_overrides, parse_command_line
 
 from benchmark_costs import head_costs
 from benchmark_parts import PAIRS, Step, build_arms, build_config

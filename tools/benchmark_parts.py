@@ -21,10 +21,10 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
 from d2kd import DetectorView, Distiller, load_config, student_config
 from d2kd.data.noise import noise_batch
-from d2kd.engine.finite import FiniteAMPTrainer, FiniteSimpleTrainer
-from d2kd.engine.loss_gradients import LossGradients
+from d2kd.engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
+from d2kd.engine.monitor.loss_gradients import LossGradients
 from d2kd.engine.optimizer import build_optimizer
-from d2kd.engine.preflight import check_config
+from d2kd.engine.preflight.check_config import check_config
 from d2kd.heads.build import required_members
 from d2kd.views import Regions, find_view
 

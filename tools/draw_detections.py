@@ -18,9 +18,9 @@ from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
 from d2kd import load_config, student_config
 from d2kd.checkpoint import load_whole_detector
-from d2kd.command_line import add_overrides, parse_command_line
 from d2kd.data import register_datasets
-from d2kd.trained_config import check_same_detector
+from d2kd.utils.command_line import add_overrides, parse_command_line
+from d2kd.weights.trained_config import check_same_detector
 
 EXAMPLE = """
 Example: a student of the quickstart beside its teacher

@@ -28,13 +28,13 @@ from detectron2.utils.logger import setup_logger
 
 from d2kd import Distiller, load_config, panel, student_config
 from d2kd.checkpoint import PlainCheckpointer, check_is_file
-from d2kd.command_line import add_overrides, parse_command_line
 from d2kd.data import class_names, register_datasets
 from d2kd.data.mapper import CheckedMapper
 from d2kd.engine.hooks import seed_everything
-from d2kd.engine.preflight import check_config
+from d2kd.engine.preflight.check_config import check_config
 from d2kd.engine.stages import plan_stages
-from d2kd.plugin import import_file
+from d2kd.utils.command_line import add_overrides, parse_command_line
+from d2kd.utils.plugin import import_file
 
 logger = logging.getLogger("d2kd.draw_distillation")
 

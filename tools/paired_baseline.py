@@ -22,9 +22,9 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from d2kd import load_config
-from d2kd.command_line import add_overrides, parse_command_line
 from d2kd.data import register_datasets
 from d2kd.engine.evaluator import complete_truth
+from d2kd.utils.command_line import add_overrides, parse_command_line
 
 ARMS = ("alone", "distilled")
 EPILOG = """

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from detectron2.config import CfgNode
 
 from d2kd import load_config
-from d2kd.command_line import add_overrides, parse_command_line
+from d2kd.utils.command_line import add_overrides, parse_command_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 METRICS = ("AP", "AP50", "APs", "APm", "APl")

@@ -13,7 +13,7 @@ from typing import Optional, Sequence
 import torch
 
 from d2kd.checkpoint import check_is_file
-from d2kd.weights_file import read_weights_file
+from d2kd.weights.safe_load import read_weights_file
 
 
 def shrink(source: str, target: str) -> str:

@@ -14,8 +14,8 @@ from typing import List
 import pytest
 
 from ..heads.build import head_names
-from ..plugin import import_file
-from . import checkpoint, gradients, half_precision, numerics, processes, terms
+from ..utils.plugin import import_file
+from . import gradients, half_precision, numerics, saving, terms, two_processes
 
 SUITE = """
 from d2kd.conformance import conformance
@@ -46,8 +46,8 @@ CHECKS = (
     half_precision.check_mixed_precision,
     numerics.check_extreme_logits,
     numerics.check_image_sizes,
-    checkpoint.check_checkpoint,
-    processes.check_processes,
+    saving.check_checkpoint,
+    two_processes.check_processes,
 )
 
 

@@ -141,7 +141,7 @@ def check_refusal(case: Case) -> None:
         raise AssertionError(
             f"{case}: the head refuses the pair with the message {text!r}. It should begin with "
             "the key, such as 'DISTILL.HEADS:', name the head, and say what would fit. Declare "
-            "`pairs` (d2kd/pairs.py) or `requires` and build_head says all of that; in "
+            "`pairs` (d2kd/pairing/pair.py) or `requires` and build_head says all of that; in "
             "from_config, raise a ValueError that names the key whose value does not fit."
         )
 

@@ -7,12 +7,12 @@ import torch
 
 from ..heads.build import head_class
 from .case import PAIRS, Case, Pair, check_refusal, find_case
-from .checkpoint import check_checkpoint
 from .gradients import check_gradients, check_without_boxes
 from .half_precision import check_mixed_precision, runs_in_float16
 from .numerics import check_extreme_logits, check_image_sizes
-from .processes import check_processes
+from .saving import check_checkpoint
 from .terms import check_names, check_weight, check_zero_at_equal
+from .two_processes import check_processes
 
 has_gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
 

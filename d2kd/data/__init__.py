@@ -1,6 +1,6 @@
 from .class_names import class_names
 from .coco_format import register_datasets
-from .config import add_data_config
+from .data_keys import add_data_config
 from .loader import ResumableLoader, build_train_loader
 from .shapes import make_shapes
 

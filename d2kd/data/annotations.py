@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 import numpy as np
 
 from .box_units import Boxes, check_pixels
+from .coco_parts import is_whole
 from .rle import is_rle
 
 KEYS = ("id", "image_id", "category_id", "bbox")
@@ -71,7 +72,7 @@ def _check_references(
         ("category_id", categories, "categories"),
     ):
         value = annotation[key]
-        if type(value) is not int or value not in known:
+        if not is_whole(value) or value not in known:
             raise ValueError(
                 f"annotation {annotation['id']} has the {key} {value!r}, but {key} {value!r} is "
                 f"not among the {part}"

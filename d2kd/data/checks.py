@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata
 from detectron2.utils.file_io import PathManager
 
-from ..weights_file import read_arrays
+from ..weights.safe_load import read_arrays
 
 # What metadata tells of a set -> what it is
 PATHS = {

@@ -15,6 +15,11 @@ class ImageEntry(NamedTuple):
     height: int
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, also as 640.0, which some tools write."""
+    return type(value) is int or isinstance(value, float) and value.is_integer()
+
+
 def check_entries(entries: List[Any], part: str, keys: Sequence[str], twice: bool = False) -> None:
     """Each is a mapping with these keys, and an id of its own unless it may be there `twice`."""
     seen = set()
@@ -25,7 +30,7 @@ def check_entries(entries: List[Any], part: str, keys: Sequence[str], twice: boo
             if k not in entry:
                 raise ValueError(f'{part}[{i}] has no "{k}"')
         number = entry["id"]
-        if type(number) is not int or not -MAX_ID <= number < MAX_ID:
+        if not is_whole(number) or not -MAX_ID <= number < MAX_ID:
             raise ValueError(f"{part}[{i}] has the id {number!r}; it must be a whole number")
         if number in seen and not twice:
             raise ValueError(f"{part} has the id {number!r} twice")
@@ -95,7 +100,7 @@ def read_images(entries: List[Any]) -> Tuple[ImageEntry, ...]:
         if not isinstance(entry["file_name"], str) or not entry["file_name"]:
             raise ValueError(f"{name} has the file_name {entry['file_name']!r}; it must be text")
         for side in ("width", "height"):
-            if type(entry[side]) is not int or entry[side] < 1:
+            if not is_whole(entry[side]) or entry[side] < 1:
                 raise ValueError(
                     f"{name} has the {side} {entry[side]!r}; it must be a whole number of pixels, "
                     "1 or more"

@@ -7,7 +7,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import numpy as np
 
 from .outlines import CLASSES, Outline, area, place
-from .painting import background, camera, cover_of, paint
+from .rendering import background, camera, cover_of, paint
 
 TRIES = 30  # positions to try for an object before it is left out
 

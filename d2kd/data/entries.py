@@ -1,7 +1,7 @@
 import os
 from typing import Any, Dict, Tuple
 
-from ..checks import nearest
+from ..utils.checks import nearest
 
 ENTRY_KEYS = ("NAME", "JSON", "IMAGES")
 

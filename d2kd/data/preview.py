@@ -17,8 +17,8 @@ import numpy as np
 
 from detectron2.utils.logger import setup_logger
 
-from ..command_line import add_overrides, parse_command_line
 from ..config import load_config
+from ..utils.command_line import add_overrides, parse_command_line
 from .shapes import make_shapes
 
 WHITE = (255, 255, 255)

@@ -7,7 +7,7 @@ from typing import Dict, Mapping, Optional, Sequence, Set, Tuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
-from ..checks import nearest
+from ..utils.checks import nearest
 from .checks import check_evaluator, check_files
 from .class_lists import check_class_names, check_num_classes, num_classes
 from .class_names import coco_json_files, names_in_sets

@@ -15,7 +15,7 @@ from torch import nn
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..whole_files import BEST, damage_of
+from ..weights.run_checkpoints import BEST, damage_of
 
 logger = logging.getLogger(__name__)
 

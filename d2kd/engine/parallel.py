@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.utils import comm
 
-from ..compat import create_local_process_group
+from ..utils.compat import create_local_process_group
 
 
 def launch(

@@ -14,8 +14,8 @@ from detectron2.utils import comm
 
 from .. import __version__
 from ..config import student_config
-from ..trained_config import Change, changed_keys
-from ..unread import why_unread
+from ..config.unread import why_unread
+from ..weights.trained_config import Change, changed_keys
 from .resume_rules import REFUSED, TAKEN, UNUSED, rule_of
 
 logger = logging.getLogger(__name__)

@@ -13,14 +13,14 @@ from detectron2.utils import comm
 
 from ..checkpoint import load_whole_detector
 from ..config import student_config
+from ..config.unread import unread_keys
 from ..data import register_datasets
 from ..modeling.trainable import check_trainable
-from ..trained_config import check_same_detector
-from ..unread import unread_keys
-from ..whole_files import last_whole_checkpoint
-from .preflight import check_config
+from ..weights.run_checkpoints import last_whole_checkpoint
+from ..weights.trained_config import check_same_detector
+from .preflight.check_config import check_config
+from .preflight.teacher_check import check_teacher
 from .stages import Stage, plan_stages
-from .teacher_check import check_teacher
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)

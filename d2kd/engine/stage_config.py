@@ -6,8 +6,8 @@ from typing import Iterator, Tuple
 from detectron2.config import CfgNode
 
 from ..config import merge_mapping, merge_opts
+from ..config.unread import refuse_unread
 from ..heads import DISTILL_HEAD_REGISTRY
-from ..unread import refuse_unread
 
 # What of SOLVER a stage may change: the learning rate. Other keys would move the run's iterations
 # or the order of its data.

@@ -18,19 +18,20 @@ from detectron2.utils import comm
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader, class_names
 from ..data.mapper import CheckedMapper
-from ..pairs import DistillPair
+from ..pairing.pair import DistillPair
 from ..teacher import Teacher
-from ..whole_files import last_whole_checkpoint, named_when_full
+from ..utils.atomic_file import named_when_full
+from ..weights.run_checkpoints import last_whole_checkpoint
 from .evaluator import build_evaluator
-from .finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
-from .liveness import liveness_hooks
+from .monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
+from .monitor.liveness import liveness_hooks
+from .monitor.show_panel import ShowPanel
 from .optimizer import build_optimizer, parameter_names, placed_state, schedule_in_errors
 from .parallel import data_parallel
+from .preflight.summary import summary
 from .resume import RunRecord
-from .show_panel import ShowPanel
 from .stages import LogStage, Stage, move_to, only_stage
-from .summary import summary
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import os
 import sys
 from typing import Optional, Sequence
 
-from ..command_line import add_overrides, parse_command_line
 from ..config import load_config
-from ..plugin import import_file
+from ..utils.command_line import add_overrides, parse_command_line
+from ..utils.plugin import import_file
 from .graph import FORMATS, export_graph
 from .student import export_student, find_weights, why_no_yaml
 from .verify import verify

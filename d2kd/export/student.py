@@ -12,8 +12,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_mod
 
 from ..checkpoint import load_whole_detector
 from ..config import student_config
-from ..trained_config import check_same_detector
-from ..whole_files import last_whole_checkpoint, write_whole
+from ..utils.atomic_file import write_whole
+from ..weights.run_checkpoints import last_whole_checkpoint
+from ..weights.trained_config import check_same_detector
 
 WEIGHTS, CONFIG = "student.pth", "student.yaml"
 

@@ -1,4 +1,4 @@
-from ..pairs import DistillPair
+from ..pairing.pair import DistillPair
 from ..views import DetectorInfo
 from .amd import AMDHead
 from .bckd import BCKDHead

@@ -17,8 +17,8 @@ from ..layers import (
     read_reference_pixels,
     squared_error,
 )
-from ..pairs import DistillPair
-from ..pyramid import LevelPair, match_inside
+from ..pairing.levels import LevelPair, match_inside
+from ..pairing.pair import DistillPair
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

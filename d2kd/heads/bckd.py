@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_weight
 from ..layers import difference_weighted, giou_distance
-from ..pairs import DENSE, DistillPair
-from ..pyramid import LevelPair, match_levels
+from ..pairing.levels import LevelPair, match_levels
+from ..pairing.pair import DENSE, DistillPair
+from ..utils.checks import check_weight
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

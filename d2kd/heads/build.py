@@ -7,8 +7,8 @@ from torch import nn
 
 from detectron2.config import CfgNode
 
-from ..checks import nearest
-from ..pairs import ANY_PAIR, DENSE, TWO_STAGE, DistillPair
+from ..pairing.pair import ANY_PAIR, DENSE, TWO_STAGE, DistillPair
+from ..utils.checks import nearest
 from ..views import anchor_order
 
 DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
@@ -20,7 +20,7 @@ A head is an nn.Module with
 
 * `add_config(node)`, a static method that writes its keys and defaults into `DISTILL.<NAME>`,
   LOSS_WEIGHT among them;
-* `pairs`, the kinds of detectors it takes, out of d2kd/pairs.py (default: ANY_PAIR);
+* `pairs`, the kinds of detectors it takes, out of d2kd/pairing/pair.py (default: ANY_PAIR);
 * `requires`, a frozenset of what it reads of both detectors' views: "features", "dense",
   "roi_features", "roi_predictions", "regions", "region_vectors", "anchor_labels", "tower_<depth>"
   (default: "features"), or a static method that tells it from the config and the

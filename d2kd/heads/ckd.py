@@ -8,9 +8,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils import comm
 
-from ..checks import MAX_CHANNELS, check_choice, check_range, check_temperature
 from ..layers import PerAnchorLinear, gather_rows, unit_vectors
-from ..pairs import ANY_PAIR, DistillPair
+from ..pairing.pair import ANY_PAIR, DistillPair
+from ..utils.checks import MAX_CHANNELS, check_choice, check_range, check_temperature
 from ..views import DetectorView, Regions, RegionSampler
 from .build import DISTILL_HEAD_REGISTRY
 

@@ -4,7 +4,6 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_choice, check_weight
 from ..layers import (
     difference_weighted,
     giou_distance,
@@ -12,8 +11,9 @@ from ..layers import (
     log_iou_distance,
     standardise,
 )
-from ..pairs import DENSE, DistillPair
-from ..pyramid import LevelPair, match_levels
+from ..pairing.levels import LevelPair, match_levels
+from ..pairing.pair import DENSE, DistillPair
+from ..utils.checks import check_choice, check_weight
 from ..views import DetectorView
 from ..views.towers import Towers
 from .build import DISTILL_HEAD_REGISTRY

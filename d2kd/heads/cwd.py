@@ -5,10 +5,10 @@ from torch.nn import functional as F
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_temperature
 from ..layers import build_adapters
-from ..pairs import DistillPair
-from ..pyramid import LevelPair, match_levels
+from ..pairing.levels import LevelPair, match_levels
+from ..pairing.pair import DistillPair
+from ..utils.checks import check_temperature
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

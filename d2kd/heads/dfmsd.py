@@ -4,7 +4,6 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_weight
 from ..layers import (
     AttentionGuide,
     DualGenerator,
@@ -16,8 +15,9 @@ from ..layers import (
     read_dual_mask,
     standardise,
 )
-from ..pairs import DistillPair
-from ..pyramid import LevelPair, match_inside
+from ..pairing.levels import LevelPair, match_inside
+from ..pairing.pair import DistillPair
+from ..utils.checks import check_weight
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

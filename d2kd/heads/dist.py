@@ -5,9 +5,9 @@ from torch.linalg import vector_norm
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_temperature, check_weight
-from ..pairs import SAME_KIND, DistillPair
-from ..pyramid import LevelPair, match_levels
+from ..pairing.levels import LevelPair, match_levels
+from ..pairing.pair import SAME_KIND, DistillPair
+from ..utils.checks import check_temperature, check_weight
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_temperature, check_weight
-from ..pairs import TWO_STAGE, DistillPair
+from ..pairing.pair import TWO_STAGE, DistillPair
+from ..utils.checks import check_temperature, check_weight
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

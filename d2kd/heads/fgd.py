@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_temperature, check_weight
 from ..layers import (
     GlobalContext,
     build_adapters,
@@ -14,8 +13,9 @@ from ..layers import (
     paint,
     spatial_attention,
 )
-from ..pairs import DistillPair
-from ..pyramid import LevelPair, match_levels
+from ..pairing.levels import LevelPair, match_levels
+from ..pairing.pair import DistillPair
+from ..utils.checks import check_temperature, check_weight
 from ..views import DetectorView, Regions
 from .build import DISTILL_HEAD_REGISTRY
 

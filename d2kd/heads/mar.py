@@ -4,11 +4,11 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_choice, check_weight
 from ..layers import ObjectMask, add_object_mask_config, average_cells, relation_error
-from ..pairs import DistillPair
-from ..processes import mean_over_processes
-from ..pyramid import LevelPair, match_inside, match_levels
+from ..pairing.levels import LevelPair, match_inside, match_levels
+from ..pairing.pair import DistillPair
+from ..utils.checks import check_choice, check_weight
+from ..utils.processes import mean_over_processes
 from ..views import DetectorView, Regions, RegionSampler
 from .build import DISTILL_HEAD_REGISTRY
 

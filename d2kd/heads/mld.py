@@ -6,11 +6,11 @@ from torch.nn import functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
 
-from ..checks import check_choice, check_temperature
 from ..layers import class_divergence, gather_rows, mean_one_softmax
-from ..pairs import SAME_KIND, DistillPair
-from ..processes import mean_over_processes
-from ..pyramid import LevelPair, match_levels
+from ..pairing.levels import LevelPair, match_levels
+from ..pairing.pair import SAME_KIND, DistillPair
+from ..utils.checks import check_choice, check_temperature
+from ..utils.processes import mean_over_processes
 from ..views import DetectorView, Regions
 from .build import DISTILL_HEAD_REGISTRY
 

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from detectron2.config import CfgNode, configurable
 
 from ..layers import build_adapters, standardise
-from ..pairs import DistillPair
-from ..pyramid import LevelPair, make_pair, match_levels
+from ..pairing.levels import LevelPair, make_pair, match_levels
+from ..pairing.pair import DistillPair
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import MAX_CHANNELS, check_range
 from ..layers import ReviewFusion, pyramid_error
-from ..pairs import DistillPair
-from ..pyramid import LevelPair, match_levels
+from ..pairing.levels import LevelPair, match_levels
+from ..pairing.pair import DistillPair
+from ..utils.checks import MAX_CHANNELS, check_range
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

@@ -4,9 +4,9 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_temperature
 from ..layers import class_divergence
-from ..pairs import TWO_STAGE, DistillPair
+from ..pairing.pair import TWO_STAGE, DistillPair
+from ..utils.checks import check_temperature
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

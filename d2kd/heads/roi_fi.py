@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode, configurable
 
 from ..layers import build_adapter
-from ..pairs import DistillPair
+from ..pairing.pair import DistillPair
 from ..views import DetectorView, RegionSampler
 from .build import DISTILL_HEAD_REGISTRY
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..pairs import TWO_STAGE, DistillPair
+from ..pairing.pair import TWO_STAGE, DistillPair
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 
-from ..checks import check_choice
 from ..layers import (
     AttentionGuide,
     DualGenerator,
@@ -22,8 +21,9 @@ from ..layers import (
     read_reference_pixels,
     squared_error,
 )
-from ..pairs import DistillPair
-from ..pyramid import LevelPair, match_inside
+from ..pairing.levels import LevelPair, match_inside
+from ..pairing.pair import DistillPair
+from ..utils.checks import check_choice
 from ..views import DetectorView
 from .build import DISTILL_HEAD_REGISTRY
 

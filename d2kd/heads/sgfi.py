@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes
 
-from ..checks import check_range
 from ..layers import build_adapter
-from ..pairs import DistillPair
+from ..pairing.pair import DistillPair
+from ..utils.checks import check_range
 from ..views import DetectorView, RegionSampler, roi_align_levels
 from .build import DISTILL_HEAD_REGISTRY
 

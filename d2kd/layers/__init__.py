@@ -1,5 +1,6 @@
 from .adapter import build_adapter, build_adapters
 from .attention import channel_attention, mean_inside, mean_one_softmax, spatial_attention
+from .box_maps import covered, paint
 from .dual_generator import DualGenerator
 from .dual_mask import add_dual_mask_config, read_dual_mask
 from .gather import gather_rows
@@ -9,7 +10,6 @@ from .guide import AttentionGuide, add_attention_config
 from .high_pass import high_pass
 from .masks import MaskRule, add_mask_config, hide_top
 from .object_mask import ObjectMask, add_object_mask_config
-from .painting import covered, paint
 from .per_anchor import PerAnchorLinear
 from .reconstruction import (
     add_reference_config,

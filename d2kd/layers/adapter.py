@@ -2,7 +2,7 @@ from typing import Sequence
 
 from torch import nn
 
-from ..pyramid import LevelPair
+from ..pairing.levels import LevelPair
 
 
 def build_adapters(levels: Sequence[LevelPair], always: bool = False) -> nn.ModuleDict:

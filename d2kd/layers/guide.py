@@ -7,7 +7,7 @@ from torch import Tensor
 
 from detectron2.config import CfgNode
 
-from ..checks import check_choice, check_temperature
+from ..utils.checks import check_choice, check_temperature
 from .attention import channel_attention, spatial_attention
 
 SOURCES = ("teacher", "student")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detectron2.config import CfgNode
 
-from ..checks import check_choice
+from ..utils.checks import check_choice
 
 RULES = ("ratio", "threshold")
 HIDE = ("sampled", "most", "least", "random")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from detectron2.config import CfgNode
 
-from ..checks import check_choice
-from .painting import covered, gaussian, paint
+from ..utils.checks import check_choice
+from .box_maps import covered, gaussian, paint
 
 KINDS = ("values", "gaussian")
 

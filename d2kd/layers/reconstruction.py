@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from detectron2.config import CfgNode
 
-from ..checks import check_range
+from ..utils.checks import check_range
 
 
 def squared_error(rebuilt: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:

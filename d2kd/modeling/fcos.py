@@ -11,8 +11,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_bac
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
-from ..checks import check_range, check_weight
-from ..compat import require
+from ..utils.checks import check_range, check_weight
+from ..utils.compat import require
 
 
 def build_fcos(cfg: CfgNode) -> nn.Module:

@@ -8,8 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 
-from ..checks import MAX_CHANNELS, check_range
-from ..compat import require
+from ..utils.checks import MAX_CHANNELS, check_range
+from ..utils.compat import require
 
 
 def build_swin(cfg: CfgNode) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distiller import Distiller
 from ..layers import spatial_attention
-from ..pyramid import LevelPair, crop_to, pair_levels
+from ..pairing.levels import LevelPair, crop_to, pair_levels
 from ..views import DetectorView
 
 WEIGHTS, ENERGIES = cv2.COLORMAP_INFERNO, cv2.COLORMAP_VIRIDIS

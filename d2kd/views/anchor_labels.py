@@ -7,7 +7,7 @@ from typing import Any, Callable, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..processes import mean_over_processes
+from ..utils.processes import mean_over_processes
 
 
 @dataclass

@@ -10,7 +10,7 @@ from detectron2.layers import batched_nms
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
-from ..checks import check_range
+from ..utils.checks import check_range
 from .info import DetectorInfo
 from .regions import Regions, Source
 

@@ -62,6 +62,20 @@ def test_ids_from_0_give_the_ap_of_ids_from_1(
     assert shift or expected["AP"] == pytest.approx(100)
 
 
+def as_floats(said: Content) -> None:
+    for image in said["images"]:
+        image.update({k: float(image[k]) for k in ("id", "width", "height")})
+    for annotation in said["annotations"]:
+        annotation.update({k: float(annotation[k]) for k in ("id", "image_id", "category_id")})
+    for category in said["categories"]:
+        category["id"] = float(category["id"])
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path, forget_sets: None) -> None:
+    expected, found = (ap_of_truth(tmp_path, *x, shift=1.0) for x in ([], [as_floats]))
+    assert found == pytest.approx(expected, nan_ok=True) and 0 < found["AP"] < 100
+
+
 def test_one_object_of_id_0_is_found(tmp_path: Path, forget_sets: None) -> None:
     assert ap_of_truth(tmp_path, one_object)["AP"] == pytest.approx(100)
 

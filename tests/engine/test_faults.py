@@ -19,13 +19,8 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
 
 from d2kd.engine import Trainer, train
-from d2kd.whole_files import (
-    check_writable,
-    damage_of,
-    last_whole_checkpoint,
-    named_when_full,
-    write_whole,
-)
+from d2kd.utils.atomic_file import check_writable, named_when_full, write_whole
+from d2kd.weights.run_checkpoints import damage_of, last_whole_checkpoint
 
 from forks import fork, in_clean_process
 from runs import assert_same_checkpoint, at, interrupt, run, run_config, saved

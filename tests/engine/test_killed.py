@@ -16,7 +16,7 @@ from detectron2.utils import comm
 
 from d2kd.checkpoint import PlainCheckpointer
 from d2kd.engine import Trainer, train
-from d2kd.whole_files import last_whole_checkpoint
+from d2kd.weights.run_checkpoints import last_whole_checkpoint
 
 from forks import fork, in_clean_process, launch_forks
 from runs import assert_same_checkpoint, at, run_config, saved

@@ -16,9 +16,9 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import DISTILL_HEAD_REGISTRY, build_teacher
 from d2kd.engine import Trainer, launch, train
-from d2kd.engine.liveness import Liveness
+from d2kd.engine.monitor.liveness import Liveness
 from d2kd.engine.parallel import data_parallel
-from d2kd.engine.teacher_check import check_teacher
+from d2kd.engine.preflight.teacher_check import check_teacher
 from d2kd.heads import DistillPair
 from d2kd.views import DetectorView
 

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 
 from d2kd.config import student_config
 from d2kd.engine import Trainer, launch, train
-from d2kd.engine.preflight import check_config
+from d2kd.engine.preflight.check_config import check_config
 from d2kd.engine.stages import plan_stages
 
 from runs import (

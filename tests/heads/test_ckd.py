@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
 from d2kd.heads import CKDHead, DetectorInfo, DistillPair, build_head
-from d2kd.pyramid import pair_levels
+from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.regions import Source
 

@@ -12,7 +12,7 @@ from detectron2.layers import ShapeSpec
 
 from d2kd import load_config
 from d2kd.heads import CWDHead, DetectorInfo, DistillPair, build_head
-from d2kd.pyramid import pair_levels
+from d2kd.pairing.levels import pair_levels
 
 from baseline_references import cwd
 from references import conv

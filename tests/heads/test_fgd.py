@@ -13,8 +13,8 @@ from detectron2.layers import ShapeSpec
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, FGDHead, build_head
 from d2kd.heads.fgd import focal_masks
-from d2kd.layers import painting
-from d2kd.pyramid import pair_levels
+from d2kd.layers import box_maps
+from d2kd.pairing.levels import pair_levels
 
 from baseline_references import Box, BoxView, LargestTensor, fgd
 from baseline_references import focal_masks as masks_in_loops
@@ -197,7 +197,7 @@ def test_ten_thousand_boxes_of_an_image_need_bounded_memory() -> None:
     rois = torch.cat([torch.zeros(10_000, 1), corner, corner + 21.5], dim=1)
     with LargestTensor() as largest:
         foreground, _ = focal_masks(rois, CELLS_OF_8, torch.zeros(1, 1, 100, 168))
-    assert largest.entries <= painting._CHUNK * 100 * 168
+    assert largest.entries <= box_maps._CHUNK * 100 * 168
     assert (foreground > 0).float().mean() > 0.5
 
 

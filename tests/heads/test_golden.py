@@ -24,7 +24,7 @@ from d2kd.heads import (
     PKDHead,
     ReviewKDHead,
 )
-from d2kd.pyramid import LevelPair
+from d2kd.pairing.levels import LevelPair
 from d2kd.views.anchor_labels import AnchorLabels
 
 from baseline_references import PartsView

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, MARHead, build_head
 from d2kd.layers import ObjectMask
-from d2kd.pyramid import pair_levels
+from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 
 from baseline_references import (

@@ -20,7 +20,7 @@ from d2kd.heads import (
     build_head,
 )
 from d2kd.layers import MaskRule
-from d2kd.pyramid import pair_levels
+from d2kd.pairing.levels import pair_levels
 
 from references import BOTH_MOST, MOST
 from toys import feature_view, level_pairs, noise

@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, MLDHead, build_head
-from d2kd.pyramid import LevelPair, pair_levels
+from d2kd.pairing.levels import LevelPair, pair_levels
 from d2kd.views import Regions
 from d2kd.views.parts import DensePredictions, RoIPredictions
 

@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, RoIClsHead, build_head
-from d2kd.pyramid import pair_levels
+from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.parts import RoIPredictions
 

@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView, load_config
 from d2kd.heads import DetectorInfo, DistillPair, RoIFIHead, build_head
-from d2kd.pyramid import pair_levels
+from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 
 from region_references import pool_assigned_level, roi_fi

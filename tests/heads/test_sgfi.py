@@ -19,7 +19,7 @@ from d2kd import load_config
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.heads import DetectorInfo, DistillPair, SGFIHead, build_head
 from d2kd.heads.sgfi import MIN_TEMPERATURE
-from d2kd.pyramid import pair_levels
+from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.regions import Source
 

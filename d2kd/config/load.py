@@ -1,0 +1,151 @@
+"""Reading a YAML and overrides without letting a typo through."""
+
+import os
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+import torch
+
+from detectron2.config import CfgNode, get_cfg
+
+from ..utils.checks import nearest
+from ..utils.safe_yaml import read_yaml
+from .distill_keys import add_distill_config
+
+
+def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
+    """
+    Detectron2's and d2kd's defaults, then a YAML file, then overrides.
+
+    Args:
+        config_file: path of a YAML; "": none
+        opts: key, value, key, value, ... as on the command line
+
+    Raises:
+        FileNotFoundError: no such YAML
+        ValueError: a YAML that is empty or wants to run code, or a key that nobody reads, with the
+            nearest one that somebody does
+    """
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    # Detectron2's default is "cuda" on every machine. A GPU is used without being asked for.
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
+        try:
+            merge_mapping(cfg, read_yaml(config_file), config_file)
+        except RecursionError:
+            raise ValueError(f"{config_file} is nested too deeply, or in itself.") from None
+    merge_opts(cfg, opts, "the command line")
+    return cfg
+
+
+def merge_mapping(cfg: CfgNode, mapping: Dict[str, Any], source: str) -> None:
+    """
+    Merge keys and values that are nested as in a YAML into cfg.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type
+    """
+    _refuse_unknown(cfg, list(_unknown(cfg, mapping, source)), source)
+    before = dict(leaves(cfg))
+    try:
+        cfg.merge_from_other_cfg(CfgNode(mapping))
+    except (AssertionError, ValueError) as error:  # yacs, of another type, a date, a set or bytes
+        raise ValueError(f"{source}: {error}") from None
+    _refuse_none(cfg, before, source)
+
+
+def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
+    """
+    Merge key, value, key, value, ... into cfg.
+
+    Raises:
+        ValueError: an odd number of words, an unknown key, or a value of the wrong type
+    """
+    if len(opts) % 2:
+        raise ValueError(f"{source}: overrides come as KEY VALUE pairs, got {list(opts)}.")
+    known = {**dict.fromkeys(_inner(cfg)), **dict(leaves(cfg))}
+    _refuse_unknown(cfg, [str(key) for key in opts[0::2] if str(key) not in known], source)
+    before = dict(leaves(cfg))
+    for key, value in zip(opts[0::2], opts[1::2]):
+        if key not in before:
+            raise ValueError(f"{source}: {key} is a group of keys; name one of them, {key}.<KEY>.")
+        try:
+            cfg.merge_from_list([key, value])
+        # What yacs and its parser of literals have been seen to raise.
+        except (AssertionError, MemoryError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {key} cannot be {str(value)[:80]!r}: {error}") from None
+    _refuse_none(cfg, before, source)
+
+
+def _unknown(
+    node: CfgNode, mapping: Dict[str, Any], source: str, prefix: str = ""
+) -> Iterator[str]:
+    """Dotted names of what is in `mapping` and not in `node`."""
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if key not in node:
+            yield name
+        elif isinstance(node[key], CfgNode) and not isinstance(value, dict):
+            keys = ", ".join(list(node[key])[:3])
+            raise ValueError(f"{source}: {name} must be a mapping of {keys}, ..., got {value!r}.")
+        elif isinstance(value, dict) and not isinstance(node[key], CfgNode):
+            raise ValueError(f"{source}: {name} must be a value such as {node[key]!r}, no mapping.")
+        elif isinstance(value, dict):
+            yield from _unknown(node[key], value, source, f"{name}.")
+
+
+def _refuse_unknown(cfg: CfgNode, keys: List[str], source: str) -> None:
+    """
+    Raises:
+        ValueError: naming each of `keys`, which cfg does not have, with the nearest one it has
+    """
+    known = set(flatten(cfg)) | set(_inner(cfg))
+    lines = []
+    for key in keys:
+        near = nearest(key, known)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = " (a YAML nests it: a mapping at each dot)" if key in known else hint
+        lines.append(f"  {key}{hint}")
+    if lines:
+        raise ValueError(f"{source} has keys that nobody reads:\n" + "\n".join(lines))
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The stock Detectron2 part of a distillation config: builds and runs the student alone."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        cfg.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+        cfg.DISTILL.HEADS = []
+    return cfg
+
+
+def _refuse_none(cfg: CfgNode, before: Dict[str, Any], source: str) -> None:
+    """yacs lets None take the place of a number, of which somebody else would then complain."""
+    for key, value in leaves(cfg):
+        if value is None and before.get(key) is not None:
+            raise ValueError(f"{source}: {key} is None. Give it a value, or leave the key out.")
+
+
+def flatten(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all leaves."""
+    return (key for key, _ in leaves(node, prefix))
+
+
+def leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """Dotted names and values."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _inner(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all nodes that hold others."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield f"{prefix}{key}"
+            yield from _inner(value, f"{prefix}{key}.")

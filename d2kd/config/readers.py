@@ -1,0 +1,134 @@
+"""Under which other keys a key is read: what is not here is read always."""
+
+from functools import reduce
+from typing import Any, Callable, NamedTuple, Tuple
+
+from fvcore.common.registry import Registry
+
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+
+from ..data.shapes import SPLITS
+
+
+class Reader(NamedTuple):
+    """
+    `patterns`: of keys, as in a shell; `reads`: whether they are read, of a plain detector's
+    config; `who`: what would read them, behind "read only".
+    """
+
+    patterns: Tuple[str, ...]
+    reads: Callable[[CfgNode], bool]
+    who: str
+
+
+def value_of(cfg: CfgNode, key: str) -> Any:
+    """
+    Args:
+        key: dotted name
+    """
+    return reduce(lambda node, name: node[name], key.split("."), cfg)
+
+
+def _switch(key: str, *values: Any, of: Tuple[str, ...]) -> Reader:
+    """Keys that are read where another one has one of these values."""
+    text = "" if values == (True,) else " " + " or ".join(map(str, values))
+    return Reader(of, lambda cfg: value_of(cfg, key) in values, f"with {key}{text}")
+
+
+def _detector(who: str, *names: str, of: Tuple[str, ...]) -> Reader:
+    """Keys that are read by detectors of these meta-architectures, or by one of a user's."""
+
+    def reads(cfg: CfgNode) -> bool:
+        name = cfg.MODEL.META_ARCHITECTURE
+        return name in names or not _is_ours(META_ARCH_REGISTRY, name)
+
+    return Reader(of, reads, f"by {who}")
+
+
+def _backbone(who: str, part: str, of: Tuple[str, ...]) -> Reader:
+    """Keys that are read by backbones whose builder has this in its name, or by a user's."""
+
+    def reads(cfg: CfgNode) -> bool:
+        name = cfg.MODEL.BACKBONE.NAME
+        return part in name or not _is_ours(BACKBONE_REGISTRY, name)
+
+    return Reader(of, reads, f"with {who} in MODEL.BACKBONE.NAME")
+
+
+def _is_ours(registry: Registry, name: str) -> bool:
+    """Whether it is known what the builder of this name reads."""
+    return name in registry and registry.get(name).__module__.startswith(("detectron2.", "d2kd."))
+
+
+def _uses_shapes(cfg: CfgNode) -> bool:
+    return any(x in SPLITS for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+
+
+def _never(cfg: CfgNode) -> bool:
+    return False
+
+
+_TWO_STAGE = ("GeneralizedRCNN", "PanopticFPN")
+_PROPOSALS = (*_TWO_STAGE, "ProposalNetwork")
+_CLIP = "SOLVER.CLIP_GRADIENTS"
+_SCHEDULE, _COSINE = "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"
+_MULTI_STEP, _FIXED_GAMMA = "WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"
+
+# All that fit a key must read it.
+READERS = (
+    _detector("RetinaNet", "RetinaNet", of=("MODEL.RETINANET.*",)),
+    _detector("FCOS", "FCOS", of=("MODEL.FCOS.*",)),
+    _detector("detectors with anchors", "RetinaNet", *_PROPOSALS, of=("MODEL.ANCHOR_GENERATOR.*",)),
+    _detector("two-stage detectors", *_PROPOSALS, of=("MODEL.RPN.*", "MODEL.PROPOSAL_GENERATOR.*")),
+    _detector(
+        "two-stage detectors",
+        *_TWO_STAGE,
+        of=("MODEL.ROI_*", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS"),
+    ),
+    _detector(
+        "detectors that segment the whole image",
+        *("PanopticFPN", "SemanticSegmentor"),
+        of=("MODEL.SEM_SEG_HEAD.*", "MODEL.PANOPTIC_FPN.*"),
+    ),
+    _backbone("a Swin", "swin", of=("MODEL.SWIN.*",)),
+    _backbone("a ResNet", "resnet", of=("MODEL.RESNETS.*", "MODEL.BACKBONE.FREEZE_AT")),
+    _backbone("an FPN", "fpn", of=("MODEL.FPN.*",)),
+    _switch("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", of=("MODEL.ROI_BOX_CASCADE_HEAD.*",)),
+    _switch("MODEL.MASK_ON", True, of=("MODEL.ROI_MASK_HEAD.*", "INPUT.MASK_FORMAT")),
+    _switch(
+        "MODEL.KEYPOINT_ON", True, of=("MODEL.ROI_KEYPOINT_HEAD.*", "TEST.KEYPOINT_OKS_SIGMAS")
+    ),
+    _switch("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True, of=("MODEL.ROI_BOX_HEAD.FED_LOSS_*",)),
+    _switch(
+        "MODEL.LOAD_PROPOSALS", True, of=("DATASETS.PROPOSAL_FILES_*", "DATASETS.PRECOMPUTED_*")
+    ),
+    _switch("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", of=("DATALOADER.REPEAT_*",)),
+    _switch("INPUT.CROP.ENABLED", True, of=("INPUT.CROP.TYPE", "INPUT.CROP.SIZE")),
+    _switch(f"{_CLIP}.ENABLED", True, of=(f"{_CLIP}.CLIP_*", f"{_CLIP}.NORM_TYPE")),
+    _switch(f"{_CLIP}.CLIP_TYPE", "norm", "full_model", of=(f"{_CLIP}.NORM_TYPE",)),
+    _switch(_SCHEDULE, _MULTI_STEP, of=("SOLVER.STEPS",)),
+    _switch(_SCHEDULE, _MULTI_STEP, _FIXED_GAMMA, of=("SOLVER.GAMMA",)),
+    _switch(_SCHEDULE, _FIXED_GAMMA, of=("SOLVER.NUM_DECAYS",)),
+    _switch(_SCHEDULE, _COSINE, of=("SOLVER.BASE_LR_END",)),
+    Reader(("DATASETS.SHAPES.*",), _uses_shapes, "with a built-in set in DATASETS"),
+    Reader(
+        ("TEST.EVAL_PERIOD", "TEST.BEST_METRIC", "TEST.EXPECTED_RESULTS"),
+        lambda cfg: bool(cfg.DATASETS.TEST),
+        "with a set in DATASETS.TEST",
+    ),
+    # Their ENABLED is refused.
+    Reader(
+        ("TEST.AUG.M*", "TEST.AUG.FLIP", "TEST.PRECISE_BN.NUM_ITER"),
+        _never,
+        "by what d2kd does not do",
+    ),
+)
+
+# Of a node of a head: keys that are read where their neighbour has one of these values.
+HEAD_SWITCHES = (
+    (("SCHEDULE.DECAY_FROM", "SCHEDULE.END_FACTOR"), "DECAY", ("linear", "cosine")),
+    (("MASK.THRESHOLD",), "RULE", ("threshold",)),
+    (("CKD.SHARED_CHANNELS",), "PROJECTION", ("shared",)),
+    (("MAR.MAX_CELLS",), "RELATION", ("dense",)),
+)

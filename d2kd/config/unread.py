@@ -1,0 +1,112 @@
+"""Overrides that are known keys, and that this config nevertheless does not read."""
+
+from fnmatch import fnmatchcase
+from typing import Any, List, Sequence
+
+from detectron2.config import CfgNode
+
+from ..heads.build import head_class, head_names
+from . import leaves, load_config, student_config
+from .readers import HEAD_SWITCHES, READERS, value_of
+
+# Keys of a teacher's own config that have an effect: the detector, how many boxes it gives, and the
+# names of its classes
+OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE", "DATASETS.TRAIN")
+OF_TEACHER += ("DATASETS.TEST", "DATASETS.COCO_FORMAT")
+INSTEAD = {
+    "MODEL.WEIGHTS": "DISTILL.TEACHER.WEIGHTS names its weights",
+    "MODEL.DEVICE": "it is where the student is",
+}
+
+
+def refuse_unread(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
+    """
+    In a YAML such keys are sound: it may be the base of others that read them. Who types one means
+    it.
+
+    Args:
+        cfg: with the overrides in it
+        opts: key, value, key, value, ...
+        source: of the overrides, for the error
+
+    Raises:
+        ValueError: naming each key that has no effect, and what would read it
+    """
+    found = {str(key): why_unread(str(key), cfg) for key in opts[0::2]}
+    lines = [f"  {key} (read only {who})" for key, who in found.items() if who]
+    if lines:
+        raise ValueError(f"{source} has keys that would have no effect:\n" + "\n".join(lines))
+
+
+def refuse_unread_by_teacher(cfg: CfgNode, opts: Sequence[Any]) -> None:
+    """
+    As :func:`refuse_unread`, of DISTILL.TEACHER.OPTS: only what makes the teacher the detector that
+    it is has an effect.
+    """
+    for key in map(str, opts[0::2]):
+        if not any(fnmatchcase(key, pattern) for pattern in OF_TEACHER) or key in INSTEAD:
+            raise ValueError(
+                f"DISTILL.TEACHER.OPTS has {key}, which would have no effect on a teacher: "
+                f"{INSTEAD.get(key, 'it is neither trained nor fed by its own config')}. What has "
+                f"is {', '.join(OF_TEACHER)}."
+            )
+    refuse_unread(cfg, opts, "DISTILL.TEACHER.OPTS")
+
+
+def unread_keys(cfg: CfgNode) -> List[str]:
+    """Keys whose value is not the default and has no effect."""
+    defaults = dict(leaves(load_config()))
+    changed = [k for k, v in leaves(cfg) if k in defaults and v != defaults[k]]
+    return [key for key in changed if why_unread(key, cfg)]
+
+
+def why_unread(key: str, cfg: CfgNode) -> str:
+    """
+    What would read a key; "" if something does. The keys of DISTILL count as read where nothing is
+    distilled: a student alone is trained with the overrides of the distilled one.
+    """
+    if key.startswith("DISTILL."):
+        distils = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
+        return _why_unread_in_distillation(key, cfg) if distils else ""
+    detector = student_config(cfg)
+    readers = (x for x in READERS if any(fnmatchcase(key, pattern) for pattern in x.patterns))
+    return next((x.who for x in readers if not x.reads(detector)), "")
+
+
+def _why_unread_in_distillation(key: str, cfg: CfgNode) -> str:
+    node, owner, heads = cfg.DISTILL, key.split(".")[1], _heads(cfg)
+    if owner in head_names():
+        if owner not in heads:
+            return f"where {owner!r} is in DISTILL.HEADS, which is {heads}"
+        return _why_unread_in_head(key, cfg)
+    if owner == "REGIONS" and not any(_may_read_regions(x) for x in heads):
+        return f"by heads that look at regions; DISTILL.HEADS is {heads}"
+    if key == "DISTILL.STAGE_LR" and not node.STAGES:
+        return "with DISTILL.STAGES"
+    if key == "DISTILL.TEACHER.MIN_AP" and not node.TEACHER.EVAL_IMAGES:
+        return "with DISTILL.TEACHER.EVAL_IMAGES above 0"
+    if owner == "LIVENESS" and key != "DISTILL.LIVENESS.ENABLED" and not node.LIVENESS.ENABLED:
+        return "with DISTILL.LIVENESS.ENABLED"
+    return ""
+
+
+def _why_unread_in_head(key: str, cfg: CfgNode) -> str:
+    for ends, name, values in HEAD_SWITCHES:
+        neighbour = f"{key.rpartition('.')[0]}.{name}"
+        if key.endswith(ends) and value_of(cfg, neighbour) not in values:
+            return f"with {neighbour} {' or '.join(values)}"
+    return ""
+
+
+def _heads(cfg: CfgNode) -> List[str]:
+    """Of the run and of its stages."""
+    nodes = [cfg.DISTILL, *(x for x in cfg.DISTILL.STAGES if isinstance(x, dict))]
+    named = [x["HEADS"] for x in nodes if isinstance(x.get("HEADS"), (list, tuple))]
+    return list(dict.fromkeys(name for names in named for name in names if isinstance(name, str)))
+
+
+def _may_read_regions(name: str) -> bool:
+    if name not in head_names():  # which another error tells
+        return True
+    requires = getattr(head_class(name), "requires", ())
+    return callable(requires) or "regions" in requires

@@ -1,0 +1,174 @@
+"""Two processes, gloo on the CPU, in which the images differ: nobody waits for ever."""
+
+import functools
+import gc
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from typing import Any, Dict, List, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..engine.parallel import data_parallel
+from ..utils.compat import create_local_process_group
+from .batches import batch
+from .case import Case
+from .saving import step
+
+NUM_PROCESSES = 2
+TIMEOUT = 40.0  # seconds without progress; a step of the toys takes a twentieth of one
+DONE = "done"
+
+
+def check_processes(case: Case, together: Sequence[Case] = ()) -> None:
+    """
+    Three steps of two processes under DistributedDataParallel, one without boxes in the second and
+    with larger images in the third: nobody raises, nobody waits for ever, both stay equal.
+
+    Args:
+        together: cases that share the start of the processes, `case` among them
+    """
+    cases = tuple(together) or (case,)
+    error = _errors(cases)[cases.index(case)]
+    assert not error, (
+        f"{case}: training in {NUM_PROCESSES} processes, of which process 1 has no boxes in step 2 "
+        f"and larger images in step 3, fails.\n{error}\nEvery parameter of the head must take part "
+        "in the loss of every process in every step, and every process in what the head reduces "
+        "or gathers."
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _errors(cases: Tuple[Case, ...]) -> List[str]:
+    """What went wrong with each case, "" for nothing. After an error the processes start anew."""
+    errors: List[str] = []
+    while len(errors) < len(cases):
+        errors += _start(cases[len(errors) :])
+    return errors
+
+
+def _start(cases: Sequence[Case]) -> List[str]:
+    """The errors of the first cases, up to the first that has one."""
+    # Forked, the processes have the heads and detectors of this one, whatever file registered
+    # them, and need no seconds of imports.
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_in_process, args=(rank, folder, cases), daemon=True)
+            for rank in range(NUM_PROCESSES)
+        ]
+        for process in processes:
+            process.start()
+        hung = _wait(processes, folder)
+        return _read(folder, len(cases), hung)
+
+
+def _wait(processes: Sequence[Any], folder: str) -> bool:
+    """Until all have ended; whether they were killed because none made progress."""
+    progress, since = _progress(folder), time.monotonic()
+    while any(p.is_alive() for p in processes):
+        time.sleep(0.02)
+        if _progress(folder) != progress:
+            progress, since = _progress(folder), time.monotonic()
+        if time.monotonic() - since > TIMEOUT:
+            for process in processes:
+                process.kill()
+                process.join()
+            return True
+    return False
+
+
+def _progress(folder: str) -> int:
+    return os.stat(folder).st_mtime_ns  # of the latest report
+
+
+def _read(folder: str, num_cases: int, hung: bool) -> List[str]:
+    errors: List[str] = []
+    for index in range(num_cases):
+        found = [_report(folder, index, rank) for rank in range(NUM_PROCESSES)]
+        if all(text == DONE for text in found):
+            errors.append("")
+            continue
+        hanging = [f"No progress in {TIMEOUT:.0f} s; the processes were stopped."] if hung else []
+        said = [f"process {rank}: {text}" for rank, text in enumerate(found) if text != DONE]
+        return errors + ["\n".join(hanging + said)]
+    return errors
+
+
+def _report(folder: str, index: int, rank: int) -> str:
+    try:
+        with open(os.path.join(folder, f"{index}_{rank}")) as file:
+            return file.read()
+    except FileNotFoundError:
+        return "did not begin"
+
+
+def _in_process(rank: int, folder: str, cases: Sequence[Case]) -> None:
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here
+    gc.freeze()  # to look through what it left would copy its memory
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        world_size=NUM_PROCESSES,
+        rank=rank,
+        timeout=timedelta(seconds=2 * TIMEOUT),
+    )
+    create_local_process_group(NUM_PROCESSES, machine_rank=0)
+    for index, case in enumerate(cases):
+        path = os.path.join(folder, f"{index}_{rank}")
+        try:
+            _train(case, rank, path)
+        except Exception as error:
+            _write(path, f"{type(error).__name__}: {error}\n{_last_line(error)}")
+            return  # which the other process notices, should it be waiting
+        _write(path, DONE)
+
+
+def _train(case: Case, rank: int, path: str) -> None:
+    distiller = case.distiller  # that of the process itself, which is a copy of the one at large
+    model = data_parallel(distiller)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for i, inputs in enumerate(_batches(rank)):
+        _write(path, f"is in step {i + 1} still")
+        step(model, optimizer, inputs, seed=10 * i + rank)
+    # Not before: DistributedDataParallel tells in the next forward which gradient it misses.
+    _compare({k: p.grad for k, p in distiller.named_parameters()}, "gradient")
+    _compare(dict(distiller.named_parameters()), "value after the last step")
+
+
+def _batches(rank: int) -> List[List[Dict[str, Any]]]:
+    """Three steps of this process."""
+    shapes = [(2, 64, 64), (0 if rank else 2, 64, 64), (2, 64, 128 if rank else 64)]
+    return [
+        batch(2, boxes=boxes, height=height, width=width, seed=10 * i + rank)
+        for i, (boxes, height, width) in enumerate(shapes)
+    ]
+
+
+def _compare(tensors: Dict[str, Tensor], what: str) -> None:
+    """Raises in every process where they are not equal."""
+    flat = {k: torch.zeros(0) if x is None else x.detach().flatten() for k, x in tensors.items()}
+    ours = torch.cat(list(flat.values()))
+    everywhere = [torch.empty_like(ours) for _ in range(NUM_PROCESSES)]
+    dist.all_gather(everywhere, ours)
+    sizes = [len(x) for x in flat.values()]
+    for name, *values in zip(flat, *(x.split(sizes) for x in everywhere)):
+        if not torch.equal(*values):
+            raise AssertionError(f"the {what} of {name} is not the same in both processes")
+
+
+def _write(path: str, text: str) -> None:
+    with open(f"{path}.new", "w") as file:
+        file.write(text)
+    os.replace(f"{path}.new", path)
+
+
+def _last_line(error: Exception) -> str:
+    """Where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"  {frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"

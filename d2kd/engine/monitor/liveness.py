@@ -1,0 +1,180 @@
+"""Prove in the first steps that each term of the distillation does something."""
+
+import hashlib
+import itertools
+import logging
+import time
+from typing import Any, List, Mapping, Optional, Set
+
+import torch
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ...distiller import Distiller
+from .head_check import HeadProof
+from .head_parameters import HeadParameters
+from .loss_gradients import LossGradients, describe, loss_scale, suggest_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Liveness(HookBase):
+    """
+    Watch what each loss does to the student's pyramid, that the heads train and the teacher rests.
+
+    In a watched step, the gradient of every loss at every level is taken before the step's own
+    backward: a table in the log, scalars in TensorBoard. Between watched steps nothing is done.
+    Training is the same to the bit. Every process looks, because layers such as synchronised norms
+    wait for all in their backward; the main one judges.
+    """
+
+    def __init__(self, distiller: Distiller, optimizer: torch.optim.Optimizer, cfg: CfgNode):
+        """
+        Args:
+            cfg: of the stage
+
+        Raises:
+            ValueError: a parameter of a head that the optimizer does not have, or a head of which
+                it would move none
+        """
+        node = cfg.DISTILL.LIVENESS
+        self.distiller = distiller
+        self.period, self.wanted_share = node.PERIOD, node.WANTED_SHARE
+        self.loss_weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
+        self.parameters = HeadParameters(distiller.heads, optimizer)
+        self.proofs = {
+            name: HeadProof(name, head, self.parameters, node.FIRST_STEPS)
+            for name, head in distiller.heads.items()
+        }
+        self.were_on: Set[str] = set()  # heads, in any step so far
+        self.found: Optional[LossGradients] = None
+        self.handle: Any = None
+
+    def before_train(self) -> None:
+        self.teacher = fingerprint(self.distiller.teacher.model)
+        if comm.is_main_process():
+            self.parameters.remember()
+
+    def before_step(self) -> None:
+        iteration = self.trainer.iter
+        periodic = self.period > 0 and iteration % self.period == self.period - 1
+        schedules = self.distiller.schedules.items()
+        on = {x for x, schedule in schedules if schedule(iteration - self.distiller.start_iter)}
+        self.were_on |= on
+        if not all(self.proofs[name].is_done for name in on) or (periodic and on):
+            self.handle = self.distiller.register_forward_hook(self._look)
+
+    def _look(self, module: nn.Module, inputs: Any, losses: Mapping[str, Tensor]) -> None:
+        first, start = self.found is None, time.perf_counter()
+        self.scale = loss_scale(self.trainer._trainer)
+        self.found = LossGradients.measure(losses, self.distiller.latest, self.scale)
+        self.seconds = time.perf_counter() - start
+        if first:
+            self._tell("Before the first step, what each loss does to the student")
+
+    def after_step(self) -> None:
+        if self.handle is None:
+            return
+        self.handle.remove()
+        self.handle = None
+        self._check_teacher()
+        for name, value in self.found.scalars().items():
+            self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
+        proofs = [self.proofs[name] for name in self.found.heads]
+        due = [x for x in proofs if not x.is_done]
+        # The main process's answer for all: it judges, and they must go on to look together.
+        if due and not comm.all_gather(self._proves_something())[0]:
+            return
+        is_main = comm.is_main_process()
+        for proof in due:
+            proof.add(self.found, judged_here=is_main)
+        proved = [x for x in due if x.is_done]
+        if proved:
+            # The main process's verdict stops all of them, on other machines too.
+            verdict = comm.all_gather([x.verdict() for x in proved] if is_main else [])[0]
+            if any(verdict):
+                raise RuntimeError(" ".join(filter(None, verdict)))
+        if is_main and (proved or not due):
+            self._warn_of_the_dead([x for x in proofs if x not in due])
+            self.parameters.remember()
+            self._tell("What each loss does to the student")
+
+    def _tell(self, title: str) -> None:
+        if comm.is_main_process():
+            logger.info(
+                f"{title} (a look of {self.seconds:.2f} s):\n{describe(self.found)}\n"
+                f"{suggest_weights(self.found, self.loss_weights, self.wanted_share)}"
+            )
+
+    def _proves_something(self) -> bool:
+        """Not where a loss on objects is rightly 0, nor where mixed precision skips a step."""
+        skipped = loss_scale(self.trainer._trainer) < self.scale
+        return has_boxes(self.distiller) and not skipped
+
+    def _warn_of_the_dead(self, proofs: List[HeadProof]) -> None:
+        if not (proofs and has_boxes(self.distiller)):
+            return
+        dead = [x for proof in proofs for x in proof.dead(self.found)]
+        if dead:
+            logger.warning(
+                f"Iteration {self.trainer.iter}: what worked in the first steps does nothing now: "
+                f"{', '.join(dead)}."
+            )
+
+    def _check_teacher(self) -> None:
+        """
+        Raises:
+            RuntimeError: it could change from now on
+        """
+        teacher = self.distiller.teacher.model
+        if any(x.training for x in teacher.modules()):
+            raise RuntimeError("The teacher is in training mode. Look for code that calls train().")
+        if any(x.requires_grad for x in teacher.parameters()):
+            raise RuntimeError("The teacher's parameters require gradients: it must be frozen.")
+
+    def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            return  # an error is on its way, and must not be hidden by another
+        unproved = sorted(name for name in self.were_on if not self.proofs[name].is_done)
+        if unproved:
+            logger.warning(
+                f"The run had less than {self.proofs[unproved[0]].steps} steps with objects in "
+                f"which {', '.join(unproved)} was on: that it works is not proved."
+            )
+        if fingerprint(self.distiller.teacher.model) != self.teacher:
+            raise RuntimeError(
+                "The teacher's parameters or buffers changed during training: the student did not "
+                "learn from the teacher that DISTILL.TEACHER names. Look for code of your own that "
+                "writes to it or trains it."
+            )
+
+
+def has_boxes(distiller: Distiller) -> bool:
+    """Whether any image of the batch has an object, of a class that the teacher knows too."""
+    classes = torch.cat([x.gt_classes for x in distiller.latest["student"].gt_instances])
+    if distiller.merges:
+        merge = distiller.merges[0]
+        classes = classes[merge.labels(classes) < merge.num_classes]
+    return len(classes) > 0
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 of all parameters and buffers, by name; also of buffers that are not saved."""
+    digest = hashlib.sha256()
+    for key, value in itertools.chain(module.named_parameters(), module.named_buffers()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def liveness_hooks(
+    model: nn.Module, optimizer: torch.optim.Optimizer, cfg: CfgNode
+) -> List[HookBase]:
+    """[] for a student alone, or where it is switched off."""
+    distils = getattr(model, "teacher", None) is not None
+    if not (distils and cfg.DISTILL.LIVENESS.ENABLED):
+        return []
+    return [Liveness(model, optimizer, cfg)]

@@ -1,0 +1,35 @@
+from typing import Sequence
+
+from torch import nn
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ...panel import draw_panel
+
+
+class ShowPanel(HookBase):
+    """
+    Give TensorBoard the panel of a batch's first image, in those iterations in which Detectron2
+    gives it the student's detections.
+
+    It reads what the step has left and draws no random number, so training is the same without it.
+    """
+
+    def __init__(self, model: nn.Module, period: int, class_names: Sequence[str] = ()):
+        """
+        Args:
+            model: a Distiller; one without a teacher, or a plain detector, has no panel
+            period: iterations between panels; 0: none
+            class_names: of the ground truth
+        """
+        self.model = model
+        self.period = period
+        self.class_names = class_names
+
+    def after_step(self) -> None:
+        if self.period <= 0 or self.trainer.iter % self.period or not comm.is_main_process():
+            return
+        if getattr(self.model, "latest", {}):
+            panel = draw_panel(self.model, class_names=self.class_names)
+            self.trainer.storage.put_image("distillation", panel.transpose(2, 0, 1))

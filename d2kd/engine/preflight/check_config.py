@@ -1,0 +1,116 @@
+"""Everything that can be found wrong with a config before a model is built."""
+
+import math
+
+import torch
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from ...heads import head_class
+from ...inherit import PARTS
+from ...schedule import WeightSchedule
+from ...teacher import resolve_teacher
+from ...utils.checks import check_choice, check_range, nearest
+from ..optimizer import CLIP_TYPES
+from ..stages import STAGE_LR, plan_stages
+from .evaluation_keys import check_evaluation
+
+
+def check_config(cfg: CfgNode, evaluation: bool = False) -> None:
+    """
+    Args:
+        evaluation: of a plain detector, which is not trained
+
+    Raises:
+        ValueError, FileNotFoundError: naming the key, its value and what would be right
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU. Leave the key out to "
+            "take a GPU where there is one, or set it to cpu."
+        )
+    check_evaluation(cfg, training=not evaluation)
+    if not evaluation:
+        _check_run(cfg)
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+        _check_meta_architecture("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+        if not evaluation:
+            _check_plain(cfg)
+        return
+    _check_meta_architecture(
+        "DISTILL.STUDENT_META_ARCHITECTURE", cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    )
+    if cfg.DISTILL.ENABLED:
+        check_choice("DISTILL.STAGE_LR", cfg.DISTILL.STAGE_LR, STAGE_LR)
+        for stage in plan_stages(cfg):
+            with stage.in_errors():
+                _check_distillation(stage.cfg)
+
+
+def _check_run(cfg: CfgNode) -> None:
+    """What Detectron2 reads unchecked: it would fail late, or train something else."""
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ValueError(
+            "SOLVER.AMP.ENABLED is True, which Detectron2 has for GPUs only; MODEL.DEVICE is "
+            f"{cfg.MODEL.DEVICE!r}. Set it to False."
+        )
+    check_range("SEED", cfg.SEED, -math.inf, 2**31 - 1, "below 0 is a random one")
+    check_range("VIS_PERIOD", cfg.VIS_PERIOD, 0, math.inf)
+    check_range("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1, 10**9)
+    for key in ("IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        check_range(f"SOLVER.{key}", cfg.SOLVER[key], 1, math.inf)
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.ENABLED:
+        check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
+        if not clip.CLIP_VALUE > 0:
+            raise ValueError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be above 0, got {clip.CLIP_VALUE}: nothing "
+                "would be learnt."
+            )
+
+
+def _check_plain(cfg: CfgNode) -> None:
+    """A student alone must be what somebody asked for."""
+    if cfg.DISTILL.HEADS and cfg.DISTILL.ENABLED:
+        raise ValueError(
+            f"DISTILL.HEADS is {list(cfg.DISTILL.HEADS)}, but MODEL.META_ARCHITECTURE is "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}, which distils nothing. Set that to Distiller and "
+            "DISTILL.STUDENT_META_ARCHITECTURE to the student's, or DISTILL.ENABLED to False."
+        )
+
+
+def _check_meta_architecture(key: str, name: str) -> None:
+    known = sorted(k for k, _ in META_ARCH_REGISTRY if k != "Distiller")
+    if name not in known:
+        hint = "".join(f" Did you mean {x}?" for x in nearest(name, known))
+        raise ValueError(f"{key} is {name!r}; registered are {', '.join(known)}.{hint}")
+
+
+def _check_distillation(cfg: CfgNode) -> None:
+    if not cfg.DISTILL.HEADS:
+        raise ValueError(
+            "DISTILL.HEADS is empty: nothing would be distilled. Name a head, or set "
+            "DISTILL.ENABLED False to train the student alone."
+        )
+    if len(set(map(str, cfg.DISTILL.HEADS))) < len(cfg.DISTILL.HEADS):
+        raise ValueError(f"DISTILL.HEADS names a head twice: {list(cfg.DISTILL.HEADS)}.")
+    for name in cfg.DISTILL.HEADS:
+        head_class(name)
+        WeightSchedule.from_config(name, cfg)
+    for part in cfg.DISTILL.INHERIT:
+        if part not in PARTS:
+            raise ValueError(f"DISTILL.INHERIT has {part!r}; it may list {', '.join(PARTS)}.")
+    check_range("DISTILL.TEACHER.EVAL_IMAGES", cfg.DISTILL.TEACHER.EVAL_IMAGES, 0, math.inf)
+    check_range("DISTILL.TEACHER.MIN_AP", cfg.DISTILL.TEACHER.MIN_AP, 0, 100, "percent")
+    _check_liveness(cfg.DISTILL.LIVENESS)
+    resolve_teacher(cfg)
+
+
+def _check_liveness(node: CfgNode) -> None:
+    check_range("DISTILL.LIVENESS.FIRST_STEPS", node.FIRST_STEPS, 2, math.inf)
+    check_range("DISTILL.LIVENESS.PERIOD", node.PERIOD, 0, math.inf, "0 is never again")
+    if not 0 < node.WANTED_SHARE < 1:
+        raise ValueError(
+            f"DISTILL.LIVENESS.WANTED_SHARE must be in (0, 1), got {node.WANTED_SHARE}."
+        )

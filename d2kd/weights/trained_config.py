@@ -1,0 +1,54 @@
+"""The config that a checkpoint was trained with, beside the one that it is used with."""
+
+from fnmatch import fnmatchcase
+from typing import Any, List, Mapping, Tuple
+
+import yaml
+
+from detectron2.config import CfgNode
+
+from ..config import leaves, student_config
+
+Change = Tuple[str, Any, Any]  # key, the checkpoint's value, this run's
+
+# What a detector's weights mean, and their shapes do not show
+MEANING = (
+    "INPUT.FORMAT",
+    "MODEL.PIXEL_*",
+    "MODEL.ANCHOR_GENERATOR.*",
+    "*.BBOX_REG_WEIGHTS",
+    "*.USE_SIGMOID_CE",
+)
+
+
+def changed_keys(theirs: str, ours: str) -> List[Change]:
+    """
+    Keys that have another value in the second of two configs, each as text of yacs. A key of one
+    side alone is another version's, which is told elsewhere.
+    """
+    old, new = (dict(leaves(yaml.safe_load(text))) for text in (theirs, ours))
+    return [(k, old[k], new[k]) for k in new if k in old and old[k] != new[k]]
+
+
+def check_same_detector(found: Mapping[str, Any], cfg: CfgNode, source: str) -> None:
+    """
+    Args:
+        found: what is in a checkpoint beside the weights; one without a config is not compared
+        cfg: of the detector that they were loaded into
+        source: of the checkpoint, for the error
+
+    Raises:
+        ValueError: a key has another value, with which the weights fit and mean something else
+    """
+    saved = found.get("trainer", {}).get("config")
+    changed = changed_keys(saved, student_config(cfg).dump()) if saved else []
+    lines = [
+        f"  {key}: {old!r}, now {new!r}"
+        for key, old, new in changed
+        if any(fnmatchcase(key, pattern) for pattern in MEANING)
+    ]
+    if lines:
+        raise ValueError(
+            f"{source}: the detector was trained with other values, and would detect something "
+            "else with these:\n" + "\n".join(lines) + "\nTake the config that it was trained with."
+        )

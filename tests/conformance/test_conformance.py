@@ -1,0 +1,260 @@
+"""All heads pass the conformance kit, and the kit catches heads with defects."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Type
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+
+from d2kd import DISTILL_HEAD_REGISTRY
+from d2kd.conformance import conformance
+from d2kd.conformance.case import PAIRS, Case, check_refusal, find_case
+from d2kd.conformance.gradients import check_gradients, check_without_boxes
+from d2kd.conformance.half_precision import check_mixed_precision, runs_in_float16
+from d2kd.conformance.numerics import check_extreme_logits
+from d2kd.conformance.saving import check_checkpoint
+from d2kd.conformance.terms import check_names, check_weight, check_zero_at_equal
+from d2kd.conformance.two_processes import check_processes
+from d2kd.heads import DistillPair
+from d2kd.heads.build import head_names
+from d2kd.views import DetectorView
+
+from toys import ROOT
+
+TestHeads = conformance(*head_names())
+
+RETINANET = PAIRS[0]
+
+
+class SoundHead(nn.Module):
+    """The squared error on P3 behind an adapter; each of the others below has one defect."""
+
+    requires = frozenset({"features", "dense"})
+
+    @configurable
+    def __init__(self, *, loss_weight: float):
+        super().__init__()
+        self.loss_weight = loss_weight
+        self.adapter = nn.Conv2d(32, 32, 1)
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        node.LOSS_WEIGHT = 2.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        return {"loss_weight": cfg.DISTILL.Defective.LOSS_WEIGHT}
+
+    def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
+        return {"loss_defective": self.error(student, teacher)}
+
+    def error(self, student: DetectorView, teacher: DetectorView) -> Tensor:
+        x = self.adapter(student.features["p3"]).float()
+        return (x - teacher.features["p3"].float()).square().mean()
+
+
+class Misnamed(SoundHead):
+    def forward(self, student, teacher):
+        return {"distance": self.error(student, teacher)}
+
+
+class Unreduced(SoundHead):
+    def forward(self, student, teacher):
+        return {"loss_defective": self.adapter(student.features["p3"]).square()}
+
+
+class TakenName(SoundHead):
+    def forward(self, student, teacher):
+        return {"loss_cls": self.error(student, teacher)}
+
+
+class DetachesTheStudent(SoundHead):
+    def forward(self, student, teacher):
+        x = self.adapter(student.features["p3"].detach())
+        return {"loss_defective": (x - teacher.features["p3"]).square().mean()}
+
+
+class WeighsItself(SoundHead):
+    def forward(self, student, teacher):
+        return {"loss_defective": self.loss_weight * self.error(student, teacher)}
+
+
+class TrainsTheTeacher(SoundHead):
+    def forward(self, student, teacher):
+        head = teacher.detector.head.requires_grad_(True)
+        logits = torch.cat([x.flatten() for x in head(list(student.features.values()))[0]])
+        return {"loss_defective": self.error(student, teacher) + logits.square().mean()}
+
+
+class MovesTheTeacher(SoundHead):
+    def forward(self, student, teacher):
+        detector = teacher.detector.train()
+        detector.backbone(detector.preprocess_image(teacher.batched_inputs).tensor)
+        detector.eval()
+        return super().forward(student, teacher)
+
+
+class HasAnUnusedParameter(SoundHead):
+    def __init__(self, cfg, pair):
+        super().__init__(cfg, pair)
+        self.forgotten = nn.Linear(2, 2)
+
+
+class TakesLogOfSoftmax(SoundHead):
+    def forward(self, student, teacher):
+        x, target = (view.dense().logits[0].flatten(1).softmax(1) for view in (student, teacher))
+        divergence = (target * (target.log() - x.log())).sum()
+        return {"loss_defective": self.error(student, teacher) + divergence}
+
+
+class NeedsBoxes(SoundHead):
+    def forward(self, student, teacher):
+        boxes = sum(len(x) for x in student.gt_instances)
+        zero = student.features["p3"].sum() * 0
+        return {"loss_defective": self.error(student, teacher) if boxes else zero}
+
+
+class DividesByBoxes(SoundHead):
+    def forward(self, student, teacher):
+        boxes = sum(len(x) for x in student.gt_instances)
+        return {"loss_defective": self.error(student, teacher) / torch.tensor(float(boxes))}
+
+
+class ForgetsItsMemory(SoundHead):
+    def __init__(self, cfg, pair):
+        super().__init__(cfg, pair)
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+
+    def forward(self, student, teacher):
+        self.steps += 1
+        return {"loss_defective": self.error(student, teacher) * self.steps}
+
+
+class MultipliesInHalfPrecision(SoundHead):
+    def forward(self, student, teacher):
+        x = student.features["p3"].float().flatten(1)
+        return {"loss_defective": (x @ x.T).mean()}
+
+
+class CancelsInHalfPrecision(SoundHead):
+    def forward(self, student, teacher):
+        x = self.adapter(student.features["p3"]) + 1000
+        return {"loss_defective": (x - 1000).float().square().mean()}
+
+
+class OverflowsInTheBackward(SoundHead):
+    def forward(self, student, teacher):
+        total = self.adapter(student.features["p3"] * 1e4).float().square().sum()
+        return {"loss_defective": total * 1e-6}
+
+
+class PromisesZero(SoundHead):
+    zero_at_equal = True
+
+
+class RefusesCurtly(SoundHead):
+    @classmethod
+    def from_config(cls, cfg, pair):
+        raise ValueError("does not fit")
+
+
+DEFECTS = [
+    (Misnamed, check_names, "key 'distance'.* must start with \"loss_\""),
+    (Unreduced, check_names, r"loss_defective is \(2, 32, 8, 8\); reduce it"),
+    (TakenName, check_names, "the student has a loss 'loss_cls' of its own|a name that is taken"),
+    (DetachesTheStudent, check_gradients, "no parameter of the student gets a gradient"),
+    (WeighsItself, check_weight, "LOSS_WEIGHT doubled, 4 times as much"),
+    (TrainsTheTeacher, check_gradients, "depends on head.* of the teacher.* must be detached"),
+    (MovesTheTeacher, check_gradients, "changes backbone.*running_.* of the teacher.*eval mode"),
+    (HasAnUnusedParameter, check_gradients, "forgotten.weight, forgotten.bias of the head got no"),
+    (HasAnUnusedParameter, check_processes, "finished reduction in the prior iteration"),
+    (TakesLogOfSoftmax, check_extreme_logits, "loss_defective is nan when all class logits"),
+    (NeedsBoxes, check_without_boxes, "adapter.weight, .* got no gradient when no image has a box"),
+    (NeedsBoxes, check_processes, "process 1 has no boxes in step 2"),
+    (DividesByBoxes, check_without_boxes, "loss_defective is inf when no image has a box"),
+    (ForgetsItsMemory, check_checkpoint, "after a resume loss_defective is .*register_buffer"),
+    (MultipliesInHalfPrecision, check_mixed_precision, "float16 under torch.autocast.*enabled"),
+    (CancelsInHalfPrecision, check_mixed_precision, "in float32 and .* in float16. Compute"),
+    (OverflowsInTheBackward, check_mixed_precision, "gradient in .* is off by inf of its norm"),
+    (PromisesZero, check_zero_at_equal, "zero_at_equal is declared, but the loss .* is"),
+]
+
+
+@pytest.fixture
+def build() -> Iterator[Callable[[Type[nn.Module]], Case]]:
+    """A Case of a class that is registered as "Defective"; forgotten after the test."""
+
+    def build_case(cls: Type[nn.Module]) -> Case:
+        DISTILL_HEAD_REGISTRY._obj_map["DefectiveHead"] = cls
+        return Case("Defective", RETINANET)
+
+    yield build_case
+    DISTILL_HEAD_REGISTRY._obj_map.pop("DefectiveHead", None)
+
+
+@pytest.mark.parametrize("cls, check, message", DEFECTS)
+def test_defect_is_caught_by_its_name(
+    build: Callable, cls: Type[nn.Module], check: Callable, message: str
+) -> None:
+    if check is check_mixed_precision and not runs_in_float16():
+        pytest.skip("this PyTorch has no float16 on CPUs")
+    case = build(cls)
+    assert not case.refusal
+    with pytest.raises(AssertionError, match=re.compile(message, re.DOTALL)):
+        check(case)
+
+
+def test_head_without_defects_passes_what_the_others_do_not(build: Callable) -> None:
+    case = build(SoundHead)
+    skipped = {check_zero_at_equal} | (set() if runs_in_float16() else {check_mixed_precision})
+    for check in {check: None for _, check, _ in DEFECTS if check not in skipped}:
+        check(case)
+
+
+def test_curt_refusal_is_caught(build: Callable) -> None:
+    case = build(RefusesCurtly)
+    with pytest.raises(AssertionError, match="refuses the pair with the message 'does not fit'"):
+        check_refusal(case)
+
+
+def test_unknown_head_is_refused_when_the_suite_is_made() -> None:
+    with pytest.raises(ValueError, match="unknown head 'Xyz'"):
+        conformance("Xyz")
+    with pytest.raises(ValueError, match="needs the name of a head"):
+        conformance()
+
+
+def test_opts_may_hold_lists() -> None:
+    suite = conformance("PKD", opts=["DISTILL.LEVELS", [["p3", "p3"]]])
+    case = find_case("PKD", RETINANET, suite.opts)
+    assert not case.refusal and list(case.cfg.DISTILL.LEVELS[0]) == ["p3", "p3"]
+
+
+def command(*words: str) -> "subprocess.CompletedProcess[str]":
+    words = (sys.executable, "-W", "ignore", "-m", "d2kd.conformance", *words)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_head_of_the_readme_passes_on_the_command_line(tmp_path: Path) -> None:
+    readme = (Path(ROOT) / "README.md").read_text()
+    code = re.search(r"```python\n(# my_head\.py\n.*?)```", readme, re.DOTALL).group(1)
+    (tmp_path / "my_head.py").write_text(code)
+    done = command(str(tmp_path / "my_head.py"), "-k", "retinanet-to")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d\d passed", done.stdout) and "failed" not in done.stdout
+
+
+def test_command_teaches_and_refuses_a_file_without_heads(tmp_path: Path) -> None:
+    text = command("--help").stdout
+    for words in ("LOSS_WEIGHT is applied once", "conformance(", "my_head.py -x"):
+        assert words in text
+    (tmp_path / "empty.py").write_text("")
+    done = command(str(tmp_path / "empty.py"))
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "registers no head" in done.stderr

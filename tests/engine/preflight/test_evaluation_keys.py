@@ -1,0 +1,92 @@
+"""Keys under TEST that would be asked for in vain, or be missed only after the training."""
+
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+
+from detectron2.data import MetadataCatalog
+
+from d2kd.data import register_datasets
+from d2kd.engine import evaluate, train
+from d2kd.engine.evaluator import build_evaluator
+from d2kd.engine.preflight.check_config import check_config
+
+from runs import run_config
+from toys import detector_config
+
+RESULT = ["bbox", "AP", 38.5, 0.2]
+ONE = {"DATASETS.TEST": ("a",)}
+MISTAKES = [
+    ({"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED is True"),
+    ({"TEST.PRECISE_BN.ENABLED": True}, "TEST.PRECISE_BN.ENABLED is True.*resumed exactly"),
+    ({"TEST.EXPECTED_RESULTS": [RESULT]}, r"EXPECTED_RESULTS .* DATASETS.TEST is \(\)"),
+    ({"TEST.EXPECTED_RESULTS": [RESULT], "DATASETS.TEST": ("a", "b")}, r"is \('a', 'b'\)"),
+    ({"TEST.EXPECTED_RESULTS": [["bbox_TTA", *RESULT[1:]]], **ONE}, "has .'bbox_TTA'.*bbox, segm"),
+    ({"TEST.EXPECTED_RESULTS": [RESULT[:3]], **ONE}, r"\['bbox', 'AP', 38.5\]; an entry is"),
+    ({"TEST.EXPECTED_RESULTS": RESULT, **ONE}, "has 'bbox'; an entry is"),
+    ({"TEST.EXPECTED_RESULTS": [["bbox", "AP", "x", 1.0]], **ONE}, "has .*'x'"),
+]
+
+
+@pytest.mark.parametrize("values, message", MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])
+def test_what_an_evaluation_would_not_do_is_refused(values: Any, message: str) -> None:
+    cfg = detector_config("retinanet")
+    cfg.merge_from_list([word for pair in values.items() for word in pair])
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg)
+
+
+def test_sound_expectation_passes() -> None:
+    cfg = detector_config("retinanet", DATASETS__TEST=("a",), TEST__EXPECTED_RESULTS=[RESULT])
+    check_config(cfg)
+
+
+def test_evaluation_does_not_look_at_what_only_training_reads() -> None:
+    cfg = detector_config("retinanet", SOLVER__AMP__ENABLED=True, SOLVER__IMS_PER_BATCH=0)
+    cfg.TEST.PRECISE_BN.ENABLED = True
+    check_config(cfg, evaluation=True)
+    cfg.TEST.AUG.ENABLED = True
+    with pytest.raises(ValueError, match="TEST.AUG.ENABLED"):
+        check_config(cfg, evaluation=True)
+
+
+def test_evaluation_on_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="DATASETS.TEST is empty"):
+        evaluate(run_config(tmp_path, MODEL__WEIGHTS="some.pth"))
+
+
+def test_evaluation_of_a_last_checkpoint_that_is_not_there_takes_no_other(tmp_path: Path) -> None:
+    cfg = run_config(tmp_path, MODEL__WEIGHTS="some.pth", DATASETS__TEST=("d2kd_shapes_val",))
+    with pytest.raises(ValueError, match="OUTPUT_DIR: there is no checkpoint in .*--resume"):
+        evaluate(cfg, resume=True)
+
+
+def test_sigmas_of_keypoints_reach_the_evaluator(tmp_path: Path) -> None:
+    cfg = run_config(tmp_path, DATASETS__TEST=("d2kd_shapes_val",))
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.5, 0.25]
+    register_datasets(cfg, "RetinaNet")
+    assert MetadataCatalog.get("d2kd_shapes_val").evaluator_type == "coco"
+    found: List[float] = build_evaluator(cfg, "d2kd_shapes_val")._kpt_oks_sigmas
+    assert list(found) == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.PIXEL_STD", [57.0, 57.0, 57.0]),
+        ("INPUT.FORMAT", "RGB"),
+        ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5),
+        ("MODEL.RETINANET.BBOX_REG_WEIGHTS", (2.0, 2.0, 2.0, 2.0)),
+    ],
+)
+def test_detector_is_evaluated_as_it_was_trained(key: str, value: Any, tmp_path: Path) -> None:
+    cfg = run_config(tmp_path, DATASETS__TEST=("d2kd_shapes_val",), SOLVER__MAX_ITER=1)
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    train(cfg)
+    cfg.MODEL.WEIGHTS = f"{cfg.OUTPUT_DIR}/model_final.pth"
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.01  # how many boxes are asked for may change
+    assert evaluate(cfg)
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=f"model_final.*trained with other values.*\n  {key}: "):
+        evaluate(cfg)

@@ -121,7 +121,8 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
     classes = find_view(distiller.student, "student").num_classes(distiller.student)
     height = cfg.INPUT.MIN_SIZE_TRAIN[0]
     size = height, min(4 * height // 3, cfg.INPUT.MAX_SIZE_TRAIN)
-    batches = [noise_batch(num_images, *size, 4, classes) for _ in range(STEPS)]
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
+    batches = [noise_batch(num_images, *size, 4, classes, keypoints) for _ in range(STEPS)]
     kind = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
     trainer = kind(distiller, batches, build_optimizer(cfg, distiller))
     found: List[LossGradients] = []

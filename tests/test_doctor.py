@@ -59,6 +59,27 @@ def test_run_that_works_is_described(
     assert sorted(x.name for x in tmp_path.iterdir()) == before, "nothing is written"
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"MODEL__KEYPOINT_ON": True, "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": 5},
+        {
+            "MODEL__LOAD_PROPOSALS": True,
+            "MODEL__PROPOSAL_GENERATOR__NAME": "PrecomputedProposals",
+        },
+    ],
+    ids=["keypoints", "proposals"],
+)
+def test_noise_has_all_that_a_student_learns_from(
+    values: dict, config_file: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    assert (
+        doctor.main(["--config-file", config_file("faster_rcnn", "faster_rcnn", ["PKD"], **values)])
+        == 0
+    )
+    assert "loss_pkd" in capsys.readouterr().out
+
+
 def test_every_head_is_listed_with_its_reason(
     config_file: Callable, capsys: pytest.CaptureFixture
 ) -> None:

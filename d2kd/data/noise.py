@@ -2,15 +2,16 @@ from typing import Any, Dict, List
 
 import torch
 
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 
 
 def noise_batch(
-    num_images: int, height: int, width: int, boxes: int, num_classes: int
+    num_images: int, height: int, width: int, boxes: int, num_classes: int, num_keypoints: int = 0
 ) -> List[Dict[str, Any]]:
     """
     Images of noise with random boxes, on the host, as a data loader gives them in training. Every
-    box is its own mask, which Mask R-CNN alone reads.
+    box is its own mask, which Mask R-CNN alone reads, and with MODEL.LOAD_PROPOSALS its own
+    proposal; its keypoints are anywhere in it.
     """
     batch = []
     for _ in range(num_images):
@@ -21,6 +22,13 @@ def noise_batch(
         instances = Instances((height, width), gt_boxes=Boxes(corners))
         instances.gt_masks = PolygonMasks([[x] for x in outlines])
         instances.gt_classes = torch.randint(num_classes, (boxes,))
+        if num_keypoints:
+            inside = corner[:, None] + torch.rand(boxes, num_keypoints, 2) * size[:, None]
+            visible = torch.full((boxes, num_keypoints, 1), 2.0)
+            instances.gt_keypoints = Keypoints(torch.cat([inside, visible], dim=2))
+        proposals = Instances((height, width), proposal_boxes=Boxes(corners))
+        proposals.objectness_logits = torch.zeros(boxes)
         image = torch.randint(256, (3, height, width), dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+        said = {"image": image, "instances": instances, "proposals": proposals}
+        batch.append({**said, "height": height, "width": width})
     return batch

@@ -20,6 +20,7 @@ from .pairing.classes import common_classes
 from .pairing.levels import pair_levels
 from .pairing.pair import DENSE
 from .schedule import WeightSchedule
+from .step import Step
 from .teacher import Teacher, build_teacher
 from .utils.compat import current_iteration
 from .views import (
@@ -77,13 +78,15 @@ class Distiller(nn.Module):
         self.inherit_parts = inherit_parts
         self.members = members
         self.pair = pair
+        if teacher is not None:
+            self.student_view = find_view(student, "student")
+            self.teacher_view = find_view(teacher.model, "teacher")
         self.merges = _merges(pair)
         self.anchor_orders = pair.anchor_orders if pair and pair.kind in DENSE else {}
         # The run's iteration from which the schedules count: where its stage began.
         self.start_iter = 0
-        # Of the latest batch, to explain and draw it: views, unweighted terms, which head each of
-        # them is of ("keys"), and the heads' maps.
-        self.latest: Dict[str, Any] = {}
+        # The latest training step with a teacher; None of a student alone, or in eval mode.
+        self.last_step: Optional[Step] = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
@@ -127,22 +130,21 @@ class Distiller(nn.Module):
             in training, the student's losses and the weighted distillation losses, all scalars
             whose names start with "loss_"; else the student's detections
         """
-        self.latest = {}
+        self.last_step = None
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
         batched_inputs = _to_device(batched_inputs, self.device)
         iteration = current_iteration() - self.start_iter
         weights = {name: self.schedules[name](iteration) for name in self.heads}
-        student = find_view(self.student, "student")(self.student, batched_inputs)
+        student = self.student_view(self.student, batched_inputs)
         teacher_batch = self.teacher.batch(batched_inputs, self.image_format)
-        view_class = find_view(self.teacher.model, "teacher")
-        teacher = view_class(self.teacher.model, teacher_batch, self.members)
+        teacher = self.teacher_view(self.teacher.model, teacher_batch, self.members)
         if any(weights.values()):
             # Before the student: what its forward passes through is freed again, while what the
             # student's passes through stays for the backward. Together they would be the peak.
             teacher.features
         # Already here: a student may stop in its forward, and be explained by its features.
-        self.latest = {"student": student, "teacher": teacher, "terms": {}, "keys": {}, "maps": {}}
+        self.last_step = Step(student, teacher)
         with student.record(self.members):
             losses = dict(self.student(batched_inputs))
         comparable = self._comparable(student, teacher)
@@ -181,12 +183,10 @@ class Distiller(nn.Module):
             # parameter of the head to take part.
             zeros = [p.sum() * 0 for p in head.parameters()]
             return {f"loss_{name.lower()}": sum(zeros)} if zeros else {}
-        terms = head(student, teacher)
-        self.latest["terms"].update(terms)
-        self.latest["keys"][name] = list(terms)
-        self.latest["maps"][name] = getattr(head, "maps", {})
-        totals = {k: sum(v.values()) if isinstance(v, dict) else v for k, v in terms.items()}
-        return {key: total * weight for key, total in totals.items()}
+        losses = head(student, teacher)
+        terms = {k: v if isinstance(v, dict) else {"": v} for k, v in losses.items()}
+        self.last_step.terms[name], self.last_step.maps[name] = terms, getattr(head, "maps", {})
+        return {key: sum(levels.values()) * weight for key, levels in terms.items()}
 
     def inherit_from_teacher(self) -> None:
         """Initialise the parts of the student in DISTILL.INHERIT from the teacher; say which."""

@@ -129,7 +129,7 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
 
     def look(module: Distiller, inputs: Any, losses: Dict[str, torch.Tensor]) -> None:
         if not found:
-            found.append(LossGradients.measure(losses, module.latest, loss_scale(trainer)))
+            found.append(LossGradients.measure(losses, module.last_step, loss_scale(trainer)))
 
     distiller.register_forward_hook(look)
     seconds: List[float] = []

@@ -86,9 +86,9 @@ def check_step(distiller: torch.nn.Module, inputs: List[Dict[str, Any]]) -> None
     with EventStorage():
         losses = distiller(inputs)
     # Of a box without area, the student's own loss is not finite; Detectron2's mapper drops those.
-    bad = [k for k in distiller.latest["terms"] if not losses[k].isfinite()]
+    bad = [k for k in distiller.last_step.losses if not losses[k].isfinite()]
     assert not bad, bad
-    sum(losses[k] for k in distiller.latest["terms"]).backward()
+    sum(losses[k] for k in distiller.last_step.losses).backward()
     grads = {k: p.grad for k, p in distiller.named_parameters() if p.grad is not None}
     assert not [k for k, g in grads.items() if not g.isfinite().all()]
     assert {f"heads.{k}" for k, _ in distiller.heads.named_parameters()} <= set(grads)

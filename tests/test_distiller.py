@@ -268,7 +268,7 @@ def test_teacher_with_dropout_is_deterministic(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         with EventStorage():
             distiller(batch())
-        features.append(distiller.latest["teacher"].features)
+        features.append(distiller.last_step.teacher.features)
     for level, x in features[0].items():
         assert torch.equal(x, features[1][level]) and not x.requires_grad
 
@@ -295,7 +295,7 @@ def test_levels_that_are_not_distilled_get_no_gradient_from_the_head(
     cfg = distill_config("retinanet", retinanet, DISTILL__LEVELS=[["p4", "p4"]])
     distiller = build(cfg)
     loss = losses_of(distiller, batch())["loss_mgd"]
-    features = distiller.latest["student"].features
+    features = distiller.last_step.student.features
     for x in features.values():
         x.retain_grad()
     loss.backward()
@@ -331,7 +331,7 @@ def test_images_of_different_sizes_train_in_one_batch(student: str, retinanet: L
     distiller = build(distill_config(student, retinanet, ["MGD", "PKD"]))
     inputs = batch(1, height=64, width=96) + batch(1, height=80, width=50)
     losses = losses_of(distiller, inputs)
-    views = distiller.latest["student"], distiller.latest["teacher"]
+    views = distiller.last_step.student, distiller.last_step.teacher
     assert [v.image_size for v in views] == [(96, 96)] * 2
     assert [v.image_sizes for v in views] == [[(64, 96), (80, 50)]] * 2
     sum(losses.values()).backward()
@@ -343,8 +343,8 @@ def test_detectors_of_different_size_divisibility_train_together(tmp_path: Path)
     )
     distiller = build(distill_config("retinanet", teacher, ["MGD", "PKD"]))
     losses = losses_of(distiller, batch(height=64, width=90))
-    assert distiller.latest["student"].image_size == (64, 96)
-    assert distiller.latest["teacher"].image_size == (64, 128)
+    assert distiller.last_step.student.image_size == (64, 96)
+    assert distiller.last_step.teacher.image_size == (64, 128)
     sum(losses.values()).backward()
     assert all(x.isfinite() for x in losses.values())
 
@@ -355,7 +355,7 @@ def test_every_weight_is_applied_once(retinanet: List[Any]) -> None:
         cfg = distill_config("retinanet", retinanet, DISTILL__MGD__LOSS_WEIGHT=weight)
         distiller = build(cfg)
         losses[weight] = losses_of(distiller, batch())["loss_mgd"]
-        terms = distiller.latest["terms"]["loss_mgd"]
+        terms = distiller.last_step.losses["loss_mgd"]
         assert list(terms) == ["p3", "p4", "p5", "p6", "p7"]
         torch.testing.assert_close(losses[weight], sum(terms.values()) * weight)
     np.testing.assert_allclose(float(losses[3e-4]), 3 * float(losses[1e-4]), rtol=1e-5)

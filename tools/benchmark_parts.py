@@ -162,7 +162,7 @@ def training_step(cfg: CfgNode, model: nn.Module, batch: Batch, trainer: type) -
 
 def look(distiller: Distiller, inputs: Any, losses: Dict[str, Tensor]) -> None:
     """What DISTILL.LIVENESS does in a watched step."""
-    LossGradients.measure(losses, distiller.latest)
+    LossGradients.measure(losses, distiller.last_step)
 
 
 def teacher_arm(distiller: Distiller) -> str:
@@ -203,8 +203,10 @@ class HeadAlone:
         self.teacher_arm = teacher_arm(distiller)
         with autocast(cfg):
             distiller(batch)
-        self.student, self.teacher = (detached(distiller.latest[k]) for k in ("student", "teacher"))
-        distiller.latest = {}
+        self.student, self.teacher = map(
+            detached, (distiller.last_step.student, distiller.last_step.teacher)
+        )
+        distiller.last_step = None
         has_parameters = any(p.requires_grad for p in self.heads.parameters())
         self.optimizer = build_optimizer(cfg, self.heads) if has_parameters else None
 

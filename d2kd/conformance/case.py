@@ -104,7 +104,7 @@ class Case:
             seed: of every generator, before the step
         """
         losses = self.losses(distiller, inputs, seed)
-        return {k: losses[k] for k in distiller.latest["terms"]}
+        return {k: losses[k] for k in distiller.last_step.losses}
 
     def losses(
         self, distiller: Distiller, inputs: Sequence[Any] = (), seed: int = 0

@@ -91,7 +91,7 @@ def compare(case: Case, inputs: Sequence[Any] = ()) -> Tuple[Step, Step]:
     head = copy.deepcopy(distiller.heads[case.name])  # as it was before the first step
     with cuda_autocast():
         case.losses(distiller, inputs)
-    student, teacher = (distiller.latest[side] for side in ("student", "teacher"))
+    student, teacher = distiller.last_step.student, distiller.last_step.teacher
     steps = []
     for dtype in (torch.float32, torch.float16):
         distiller.heads[case.name] = copy.deepcopy(head)

@@ -17,7 +17,7 @@ def check_names(case: Case) -> None:
     student, under names that the student's own losses do not have.
     """
     distiller = case.fresh()
-    own = set(case.losses(distiller)) - set(distiller.latest["terms"])
+    own = set(case.losses(distiller)) - set(distiller.last_step.losses)
     seen = []
     distiller.heads[case.name].register_forward_hook(
         lambda module, inputs, output: seen.append(_check_output(case, output, own))
@@ -89,9 +89,9 @@ def check_zero_at_equal(case: Case) -> None:
     """Where `zero_at_equal` is declared: no loss between two detectors that are the same."""
     distiller = _twins(case)
     equal = sum(x.item() for x in case.terms(distiller).values())
-    views = distiller.latest
-    for level, x in views["student"].features.items():
-        torch.testing.assert_close(x, views["teacher"].features[level])  # or the test is void
+    step = distiller.last_step
+    for level, x in step.student.features.items():
+        torch.testing.assert_close(x, step.teacher.features[level])  # or the test is void
     with torch.no_grad():
         for p in distiller.student.parameters():
             p += 0.1 * p.abs().mean() * torch.randn_like(p)

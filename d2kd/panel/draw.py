@@ -43,9 +43,9 @@ def draw_panel(distiller: Distiller, index: int = 0, class_names: Sequence[str] 
     Raises:
         ValueError: there was no such forward
     """
-    if not distiller.latest:
+    if distiller.last_step is None:
         raise ValueError("There is nothing to draw: no training forward with a teacher was made.")
-    view = distiller.latest["student"]
+    view = distiller.last_step.student
     size, boxes = view.image_sizes[index], view.gt_instances[index].gt_boxes.tensor.cpu().numpy()
     rows = [
         join([blank(1, TILE) if x is None else map_tile(x, size, boxes) for x in row], axis=1)
@@ -61,7 +61,7 @@ def _ground_truth(
     distiller: Distiller, index: int, boxes: np.ndarray, names: Sequence[str]
 ) -> np.ndarray:
     """The image as the student was shown it, large, with boxes and class names."""
-    view = distiller.latest["student"]
+    view = distiller.last_step.student
     image = view.batched_inputs[index]["image"].permute(1, 2, 0)
     image = convert_image_to_rgb(image, distiller.image_format).clip(0, 255).astype(np.uint8)
     scale = 2 * TILE / max(image.shape[:2])
@@ -76,7 +76,7 @@ def _ground_truth(
 
 
 def _legend(distiller: Distiller, index: int) -> np.ndarray:
-    sample = distiller.latest["student"].batched_inputs[index]
+    sample = distiller.last_step.student.batched_inputs[index]
     height, width = sample["image"].shape[-2:]
     keys = [
         (colour_bar(WEIGHTS), "attention: where the teacher responds, mean 1; weights of a head"),

@@ -94,7 +94,7 @@ def add_level_weights(tables: Mapping[str, LevelWeights], distiller: Distiller) 
     """Add the regions of the latest batch, a forward in training mode, to the tables of heads."""
     for name, table in tables.items():
         weights, boxes = distiller.heads[name].latest_weights
-        table.add(weights, assigned_rows(distiller.latest["teacher"], boxes))
+        table.add(weights, assigned_rows(distiller.last_step.teacher, boxes))
 
 
 def rows_of(teacher: DetectorView) -> List[Row]:

@@ -44,10 +44,10 @@ def image_maps(distiller: Distiller, index: int) -> List[Row]:
         rows of the teacher's attention, of each map that a head left, and of the energies of
         teacher and student
     """
-    student, teacher = distiller.latest["student"], distiller.latest["teacher"]
+    student, teacher = distiller.last_step.student, distiller.last_step.teacher
     pairs = _level_pairs(distiller)
     rows: List[Row] = [[_attention(teacher, p.teacher, index) for p in pairs]]
-    for head, maps in distiller.latest["maps"].items():
+    for head, maps in distiller.last_step.maps.items():
         for name, levels in maps.items():
             title, row = f"{head} {name}", [levels.get(p.student) for p in pairs]
             rows.append([_left(student, teacher, p, x, title, index) for p, x in zip(pairs, row)])

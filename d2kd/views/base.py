@@ -149,7 +149,9 @@ class DetectorView(Recording):
     def gt_instances(self) -> List[Instances]:
         """Ground truth of each image, boxes XYXY in input pixels; may be empty."""
         device = next(self.detector.parameters()).device
-        return [x["instances"].to(device) for x in self.batched_inputs]
+        return self._once(
+            "gt_instances", lambda: [x["instances"].to(device) for x in self.batched_inputs]
+        )
 
     def dense(self) -> DensePredictions:
         """Per-cell predictions; a two-stage detector answers with its RPN."""

@@ -243,7 +243,7 @@ def detector_steps(teacher: List[Any]) -> Dict[str, Any]:
             found = model(batch(2, boxes=0 if rank else 2, seed=10 * i + rank))
         sum(found.values()).backward()
         optimizer.step()
-        view = distiller.latest["student"]
+        view = distiller.last_step.student
         regions.append(len(view.regions(distiller.heads["CKD"].sampler)))
         losses.append({k: v.item() for k, v in found.items()})
         states.append(state_of(distiller))

@@ -245,7 +245,7 @@ def test_step_trains_a_dense_pair_with_the_losses_of_the_equations(
     distiller = build(name, teacher_of(name))
     inputs = batch(1) + batch(1, height=40, width=50, seed=3)  # the second one is padded
     losses = losses_of(distiller, inputs)
-    views = distiller.latest["student"], distiller.latest["teacher"]
+    views = distiller.last_step.student, distiller.last_step.teacher
     dense, count, cls, box = [x.dense() for x in views], positives(views[0]), 0.0, 0.0
     on_objects = [bool(x.any()) for x in views[0].anchor_labels().on_objects]
     assert set(on_objects) == {True, False}, "the released loss is 0 on the others"
@@ -307,7 +307,7 @@ def test_images_without_objects_give_a_connected_loss(
     losses = losses_of(distiller, batch(boxes=0))
     own = losses["loss_bckd_cls"] + losses["loss_bckd_box"]
     own.backward()
-    assert own.isfinite() and positives(distiller.latest["student"]) == 0
+    assert own.isfinite() and positives(distiller.last_step.student) == 0
     assert distiller.student.head.bbox_pred.weight.grad.isfinite().all()
 
 

@@ -709,7 +709,7 @@ def test_step_trains_any_pair_with_the_loss_of_the_equation(
         losses = distiller(masked_batch())
     if two_stage:
         assert calls == stages, "each stage once"
-    ours, theirs = distiller.latest["student"], distiller.latest["teacher"]
+    ours, theirs = distiller.last_step.student, distiller.last_step.teacher
     regions = ours.regions(head.sampler)
     assert len(regions) == len(head.queue) > 10
     ours = VectorView(ours.region_vectors(regions), regions, two_stage)

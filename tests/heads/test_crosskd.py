@@ -273,7 +273,7 @@ def test_step_has_the_losses_of_the_equations(
     distiller = build(name, teacher_of(name), "DEPTH", depth, "BOX_LOSS", box_loss)
     inputs = batch(1, boxes=6) + batch(1, height=40, width=50, seed=3)  # the second one is padded
     losses = losses_of(distiller, inputs)
-    views = distiller.latest["student"], distiller.latest["teacher"]
+    views = distiller.last_step.student, distiller.last_step.teacher
     labels, terms = views[0].anchor_labels().maps, []
     for i, level in enumerate(range(3, 8)):
         ratios = [1.0] if of_fcos else [0.5, 1.0, 2.0]
@@ -344,7 +344,7 @@ def test_images_without_objects_give_a_connected_loss(
     losses = losses_of(distiller, batch(boxes=0))
     own = losses["loss_crosskd_cls"] + losses["loss_crosskd_box"]
     own.backward()
-    assert own.isfinite() and positives(distiller.latest["student"]) == 0
+    assert own.isfinite() and positives(distiller.last_step.student) == 0
     assert distiller.student.head.cls_subnet[0].weight.grad.isfinite().all()
 
 

@@ -228,7 +228,7 @@ def test_step_of_a_dense_pair_has_the_loss_of_the_equations_summed_over_levels(
 ) -> None:
     distiller = build(name, teacher_of(name), DISTILL__DIST__TEMPERATURE=2.0)
     losses = losses_of(distiller, batch())
-    ours, theirs = (distiller.latest[x].dense() for x in ("student", "teacher"))
+    ours, theirs = (x.dense() for x in (distiller.last_step.student, distiller.last_step.teacher))
     assert ours.logits[0].shape[1] == (9 if name == "retinanet" else 3), "A * K"
     levels = [
         dist(*(sigmoid_rows(z.double(), 2.0) for z in pair), 2.0)
@@ -250,7 +250,7 @@ def test_step_of_a_two_stage_pair_has_the_loss_of_the_equations(
 ) -> None:
     distiller = build("faster_rcnn", teacher_of(teacher), DISTILL__DIST__TEMPERATURE=0.5)
     losses = losses_of(distiller, batch())
-    ours, theirs = distiller.latest["student"], distiller.latest["teacher"]
+    ours, theirs = distiller.last_step.student, distiller.last_step.teacher
     logits = ours.roi_predictions().logits, theirs.roi_predictions(ours.regions().boxes).logits
     expected = dist(*(softmax_rows(x.double(), 0.5) for x in logits), 0.5)
     found = [losses[f"loss_dist_{k}"].item() for k in ("inter", "intra")]

@@ -218,7 +218,7 @@ def test_step_trains_any_two_stage_pair_with_the_losses_of_the_equations(
     distiller = build(student, teacher_of(teacher), ["DKD"], DISTILL__DKD__TEMPERATURE=2.0)
     losses = losses_of(distiller, batch())
     own = [losses[f"loss_dkd_{x}"] for x in ("target", "non_target")]
-    ours, theirs = distiller.latest["student"], distiller.latest["teacher"]
+    ours, theirs = distiller.last_step.student, distiller.last_step.teacher
     logits = ours.roi_predictions().logits, theirs.roi_predictions(ours.regions().boxes).logits
     labels = true_classes(ours)
     assert len(set(labels)) > 1 and CLASSES in labels
@@ -255,7 +255,7 @@ def test_images_without_objects_train_with_background_alone(
 ) -> None:
     distiller = build("faster_rcnn", teacher_of("faster_rcnn"), ["DKD"])
     losses = losses_of(distiller, batch(boxes=0))
-    ours, theirs = distiller.latest["student"], distiller.latest["teacher"]
+    ours, theirs = distiller.last_step.student, distiller.last_step.teacher
     logits = ours.roi_predictions().logits, theirs.roi_predictions(ours.regions().boxes).logits
     expected = expected_of(*logits, [CLASSES] * len(logits[0]))
     own = [losses[f"loss_dkd_{x}"] for x in ("target", "non_target")]

@@ -123,7 +123,7 @@ def forward(distiller: nn.Module, inputs: List[Dict[str, Any]]) -> Dict[str, Ten
 def losses_of(distiller: nn.Module, inputs: List[Dict[str, Any]]) -> Dict[str, Dict[str, Tensor]]:
     """By head, those of the student alone left out."""
     losses = forward(distiller, inputs)
-    return {k: {x: losses[x] for x in v} for k, v in distiller.latest["keys"].items()}
+    return {k: {x: losses[x] for x in v} for k, v in distiller.last_step.terms.items()}
 
 
 def step(
@@ -266,7 +266,7 @@ def test_class_that_a_two_stage_teacher_lacks_is_pushed_as_background_is(
     # Background b = log(sum over the rest of e^z): d loss / d z_i = (d loss / d b) e^z_i / e^b.
     distiller = build("faster_rcnn", teacher_of("faster_rcnn", *COMMON))
     losses = losses_of(distiller, inputs_of())
-    raw = distiller.latest["student"].roi_predictions()
+    raw = distiller.last_step.student.roi_predictions()
     (grad,) = torch.autograd.grad(losses.pop("RoILoc")["loss_roiloc"], [raw.deltas])
     by_class = grad.unflatten(1, (K, 4))
     assert not by_class[:, ALONE].any() and all(by_class[:, i].any() for i in (0, 2, 4))
@@ -303,7 +303,7 @@ def test_object_of_a_class_that_the_student_alone_knows_is_background_to_dkd(
 ) -> None:
     distiller = build("faster_rcnn", teacher_of("faster_rcnn", *COMMON), ["DKD"])
     losses = losses_of(distiller, inputs_of(*objects))["DKD"]
-    ours, theirs = distiller.latest["student"], distiller.latest["teacher"]
+    ours, theirs = distiller.last_step.student, distiller.last_step.teacher
     labels = true_classes(ours, {0: 0, 2: 1, 4: 2})  # in the student's order
     assert set(labels) == ({3} if objects == [1] else {0, 3})
     logits = (
@@ -326,7 +326,7 @@ def test_object_of_a_class_that_the_student_alone_knows_is_no_positive(
         distiller = build("retinanet", opts, ["BCKD", "CrossKD"])
         inputs = inputs_of(*classes)
         found.append(forward(distiller, inputs))
-        positives = distiller.latest["student"].anchor_labels().mean_positives.item()
+        positives = distiller.last_step.student.anchor_labels().mean_positives.item()
     of_common, of_own = (x["loss_crosskd_cls"].item() for x in found)
     assert positives > len(inputs)
     assert of_own == pytest.approx(positives / len(inputs) * of_common, rel=1e-4)
@@ -421,7 +421,7 @@ def test_user_s_head_that_compares_logits_gets_all_in_the_common_classes(
     assert (pair.student.num_classes, pair.teacher.num_classes) == (3, 3)
     assert (raw_pair.student.num_classes, raw_pair.teacher.num_classes) == (K, 4)
     views, raw = heads["CuriousLogits"].views, heads["CuriousFeatures"].views
-    assert raw == (distiller.latest["student"], distiller.latest["teacher"])
+    assert raw == (distiller.last_step.student, distiller.last_step.teacher)
     for view, own, rows in zip(views, raw, ([0, 2, 4], [2, 3, 0])):
         assert view.num_classes(view.detector) == 3 and view.features is own.features
         for merged, logits in zip(view.dense().logits, own.dense().logits):
@@ -445,8 +445,8 @@ def test_without_a_map_every_head_has_the_views_themselves(
 ) -> None:
     distiller = build("retinanet", teacher_of("retinanet", *SHAPES), ["CuriousLogits"])
     forward(distiller, inputs_of())
-    latest = distiller.latest
-    assert distiller.heads["CuriousLogits"].views == (latest["student"], latest["teacher"])
+    step = distiller.last_step
+    assert distiller.heads["CuriousLogits"].views == (step.student, step.teacher)
 
 
 # Refusals ----------------------------------------------------------------------------------------

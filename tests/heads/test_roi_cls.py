@@ -269,7 +269,7 @@ def test_step_trains_any_two_stage_pair_with_the_loss_of_the_equation(
 ) -> None:
     distiller = build(student, teacher_of(teacher), ["RoICls"], DISTILL__RoICls__TEMPERATURE=2.0)
     loss = losses_of(distiller, batch())["loss_roicls"]
-    ours, theirs = distiller.latest["student"], distiller.latest["teacher"]
+    ours, theirs = distiller.last_step.student, distiller.last_step.teacher
     logits = ours.roi_predictions().logits, theirs.roi_predictions(ours.regions().boxes).logits
     assert logits[0].shape == logits[1].shape == (len(ours.regions()), 4)
     # Between new detectors it is a small difference of logarithms, each rounded to 1e-7.

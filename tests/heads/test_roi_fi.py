@@ -169,7 +169,7 @@ def test_student_s_features_are_those_of_its_own_training_pass(
     with EventStorage():
         losses = distiller(batch())
     assert calls == expected
-    view, head = distiller.latest["student"], distiller.heads["RoIFI"]
+    view, head = distiller.last_step.student, distiller.heads["RoIFI"]
     features = view.roi_features(view.regions(head.sampler).boxes)
     assert features.requires_grad and len(features) > 0
     if own:

@@ -301,7 +301,7 @@ def test_step_trains_any_two_stage_pair_with_the_loss_of_the_equation(
     torch.manual_seed(1)  # which proposals are sampled
     with EventStorage():
         loss = distiller(batch())["loss_roiloc"]
-    ours, theirs = distiller.latest["student"], distiller.latest["teacher"]
+    ours, theirs = distiller.last_step.student, distiller.last_step.teacher
     answer = theirs.roi_predictions(ours.regions().boxes)
     expected = loc_in_loops(ours.roi_predictions().deltas, answer.deltas, answer.logits)
     assert loss.item() == pytest.approx(expected, rel=1e-4) and expected > 0

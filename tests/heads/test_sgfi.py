@@ -524,7 +524,7 @@ def test_step_trains_student_and_head_of_any_pair(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
     assert all(p.grad.abs().sum() > 0 for p in distiller.heads.parameters())
     assert all(p.grad is None for p in distiller.teacher.model.parameters())
-    head, view = distiller.heads["SGFI"], distiller.latest["student"]
+    head, view = distiller.heads["SGFI"], distiller.last_step.student
     levels = list(distiller.student.backbone.output_shape())
     assert head.student_levels == levels and len(levels) == 5
     weights, boxes = head.latest_weights
@@ -544,7 +544,7 @@ def test_detectors_without_any_region_train(
             nn.init.constant_(p, 0.0)
         nn.init.constant_(distiller.student.head.bbox_pred.bias, -1e4)
     loss = losses_of(distiller, batch(boxes=0))["loss_sgfi"]
-    assert len(distiller.latest["student"].regions(distiller.heads["SGFI"].sampler)) == 0
+    assert len(distiller.last_step.student.regions(distiller.heads["SGFI"].sampler)) == 0
     assert loss.item() == 0.0
     loss.backward()
     trained = [*distiller.heads.parameters(), *distiller.student.backbone.bottom_up.parameters()]

@@ -44,7 +44,7 @@ def test_step_trains_student_and_head_on_the_levels_in_common(
     distiller = build_model(distill_config(student, opts, ["DFMSD"])).train()
     with EventStorage():
         losses = distiller(batch(height=64, width=96))
-    terms = distiller.latest["terms"]
+    terms = distiller.last_step.losses
     assert {k: list(v) for k, v in terms.items()} == {
         "loss_dfmsd_rebuild": levels,
         "loss_dfmsd_semantic": levels,

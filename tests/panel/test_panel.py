@@ -108,7 +108,7 @@ def test_maps_are_of_the_image_asked_for(teacher: List[Any]) -> None:
         np.testing.assert_allclose(attention[:rows, :columns].mean(), 1, rtol=1e-5)
         np.testing.assert_allclose(attention.sum(), rows * columns, rtol=1e-5)
         for side, values in (("teacher", energies), ("student", own)):
-            feature = distiller.latest[side].features["p3"][index].detach()
+            feature = getattr(distiller.last_step, side).features["p3"][index].detach()
             np.testing.assert_allclose(values, feature.abs().mean(dim=0).numpy(), rtol=1e-5)
         expected = distiller.heads["MGD"].maps["visible"]["p3"][index, 0]
         assert visible.dtype == bool and np.array_equal(visible, expected.numpy())
@@ -130,7 +130,7 @@ def test_heads_that_do_not_say_their_levels_see_those_of_equal_stride(teacher: L
 def test_a_map_of_a_coarser_grid_covers_the_same_image(teacher: List[Any]) -> None:
     distiller = step(build(teacher), batch())
     maps = {"pooled": {"p3": torch.ones(2, 1, 4, 4)}, "nowhere": {}}
-    distiller.latest["maps"] = {"Own": maps}
+    distiller.last_step.maps = {"Own": maps}
     rows = image_maps(distiller, 0)
     assert titles(rows)[1] == ["p3 Own pooled"] and len(rows) == 4
     assert rows[1][0].cell == 16 and rows[1][1:] == [None] * 4
@@ -181,7 +181,7 @@ def _state(distiller: Distiller) -> List[Tensor]:
 
 
 def _features(distiller: Distiller, side: str) -> List[Tensor]:
-    return list(distiller.latest[side].features.values())
+    return list(getattr(distiller.last_step, side).features.values())
 
 
 def test_without_a_training_forward_there_is_nothing_to_draw(teacher: List[Any]) -> None:

@@ -34,7 +34,7 @@ def terms(distiller: Distiller) -> Dict[str, float]:
     torch.manual_seed(1)
     with EventStorage():
         losses = distiller(batch())
-    names = [k for x in distiller.latest["keys"].values() for k in x]
+    names = list(distiller.last_step.losses)
     return {k: losses[k].item() for k in names}
 
 

@@ -1,6 +1,6 @@
 """Say which term, level and image made a loss infinite or NaN."""
 
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from detectron2.engine import AMPTrainer, SimpleTrainer
 
 from ...checkpoint import unwrap
+from ...step import ByLevel, Step
 
 
 class LossNotFinite(FloatingPointError):
@@ -46,8 +47,8 @@ class FiniteLossMixin:
         super()._write_metrics(loss_dict, *args, **kwargs)
 
     def _explain(self, losses: Dict[str, float], what: str = "") -> str:
-        latest = getattr(unwrap(self.model), "latest", {})
-        return explain(losses, latest, [_describe(x) for x in self._batch], what)
+        step = getattr(unwrap(self.model), "last_step", None)
+        return explain(losses, step, [_describe(x) for x in self._batch], what)
 
 
 class FiniteSimpleTrainer(FiniteLossMixin, SimpleTrainer):
@@ -59,22 +60,22 @@ class FiniteAMPTrainer(FiniteLossMixin, AMPTrainer):
 
 
 def explain(
-    losses: Dict[str, float], latest: Dict[str, Any], images: List[str], what: str = ""
+    losses: Dict[str, float], step: Optional[Step], images: List[str], what: str = ""
 ) -> str:
     """
     Args:
         losses: name to value, some not finite; {} where none has been computed
-        latest: `Distiller.latest`, empty for a plain detector
+        step: `Distiller.last_step`; None of a plain detector
         images: of the batch
         what: is not finite; empty: the losses
     """
     bad = [k for k, v in losses.items() if not torch.tensor(v).isfinite()]
     lines = [what or f"Loss not finite: {', '.join(f'{k} = {losses[k]}' for k in bad)}."]
     for key in bad:
-        lines += _bad_levels(key, latest.get("terms", {}).get(key))
-    for side in ("student", "teacher"):
-        if side in latest:
-            lines += _bad_features(side, latest[side].features)
+        lines += _bad_levels(key, step.losses.get(key, {}) if step else {})
+    if step:
+        lines += _bad_features("student", step.student.features)
+        lines += _bad_features("teacher", step.teacher.features)
     lines.append("  images of the batch: " + ", ".join(images))
     if losses:
         lines.append(f"  all losses: { {k: round(v, 4) for k, v in losses.items()} }")
@@ -92,10 +93,8 @@ def _describe(sample: Dict[str, Any]) -> str:
     return f"{name} (which has {count} values that are not finite)" if count else name
 
 
-def _bad_levels(key: str, term: Any) -> List[str]:
-    if not isinstance(term, dict):
-        return []
-    levels = [k for k, v in term.items() if not v.detach().isfinite()]
+def _bad_levels(key: str, by_level: ByLevel) -> List[str]:
+    levels = [k for k, v in by_level.items() if k and not v.detach().isfinite()]
     return [f"  {key} is not finite at level {', '.join(levels)}"] if levels else []
 
 

@@ -70,7 +70,7 @@ class Liveness(HookBase):
     def _look(self, module: nn.Module, inputs: Any, losses: Mapping[str, Tensor]) -> None:
         first, start = self.found is None, time.perf_counter()
         self.scale = loss_scale(self.trainer._trainer)
-        self.found = LossGradients.measure(losses, self.distiller.latest, self.scale)
+        self.found = LossGradients.measure(losses, self.distiller.last_step, self.scale)
         self.seconds = time.perf_counter() - start
         if first:
             self._tell("Before the first step, what each loss does to the student")
@@ -154,7 +154,7 @@ class Liveness(HookBase):
 
 def has_boxes(distiller: Distiller) -> bool:
     """Whether any image of the batch has an object, of a class that the teacher knows too."""
-    classes = torch.cat([x.gt_classes for x in distiller.latest["student"].gt_instances])
+    classes = torch.cat([x.gt_classes for x in distiller.last_step.student.gt_instances])
     if distiller.merges:
         merge = distiller.merges[0]
         classes = classes[merge.labels(classes) < merge.num_classes]

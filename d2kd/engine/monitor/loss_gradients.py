@@ -10,6 +10,8 @@ from torch import Tensor
 
 from detectron2.engine import SimpleTrainer
 
+from ...step import Step
+
 TASK = "student's own"
 
 
@@ -42,26 +44,24 @@ class LossGradients:
 
     @classmethod
     def measure(
-        cls, losses: Mapping[str, Tensor], latest: Mapping[str, Any], scale: float = 1.0
+        cls, losses: Mapping[str, Tensor], step: Step, scale: float = 1.0
     ) -> "LossGradients":
         """
         Args:
             losses: of a step, as the Distiller returns them, before their backward
-            latest: `Distiller.latest` of that step
+            step: `Distiller.last_step`
             scale: by which mixed precision multiplies losses, so that no gradient is rounded to 0
         """
-        features = {k: v for k, v in latest["student"].features.items() if v.requires_grad}
-        heads = latest["keys"]
-        distilled = [key for keys in heads.values() for key in keys]
+        features = {k: v for k, v in step.student.features.items() if v.requires_grad}
+        distilled = step.losses
         own = sum(v for k, v in losses.items() if k not in distilled)
         task = _gradient(own, features, scale)
         found = {TASK: _summary(own, task, task, {})}
-        for key in distilled:
-            ours, term = _gradient(losses[key], features, scale), latest["terms"][key]
-            terms = term if isinstance(term, dict) else {"": term}
-            terms = {k: _number(v) for k, v in terms.items()}
+        for key, levels in distilled.items():
+            ours = _gradient(losses[key], features, scale)
+            terms = {k: _number(v) for k, v in levels.items()}
             found[key] = _summary(losses[key], ours, task, terms)
-        return cls(found, {name: list(keys) for name, keys in heads.items()})
+        return cls(found, {name: list(terms) for name, terms in step.terms.items()})
 
     def share(self, key: str, level: str = "") -> float:
         """Of the sum of all losses' norms, at one level or at all together."""

@@ -30,6 +30,6 @@ class ShowPanel(HookBase):
     def after_step(self) -> None:
         if self.period <= 0 or self.trainer.iter % self.period or not comm.is_main_process():
             return
-        if getattr(self.model, "latest", {}):
+        if getattr(self.model, "last_step", None):
             panel = draw_panel(self.model, class_names=self.class_names)
             self.trainer.storage.put_image("distillation", panel.transpose(2, 0, 1))

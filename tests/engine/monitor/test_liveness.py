@@ -19,6 +19,7 @@ from d2kd.engine.monitor.liveness import Liveness, fingerprint, has_boxes
 from d2kd.engine.monitor.loss_gradients import TASK, LossGradients, describe, suggest_weights
 from d2kd.heads import DistillPair
 from d2kd.pairing.levels import LevelPair
+from d2kd.step import Step
 from d2kd.views import DetectorView, MergeClasses
 
 from runs import (
@@ -48,9 +49,11 @@ def two_levels() -> Dict[str, Any]:
         "loss_b": (p3 * torch.tensor([-4.0, 3.0])).sum() + 12 * p4.sum(),
         "loss_c": torch.tensor(5.0),
     }
-    keys = {"A": ["loss_a"], "B": ["loss_b", "loss_c"]}
-    terms = {"loss_a": {"p3": losses["loss_a"]}, "loss_b": losses["loss_b"], "loss_c": 5.0}
-    return {"losses": losses, "latest": {"student": student, "keys": keys, "terms": terms}}
+    terms = {
+        "A": {"loss_a": {"p3": losses["loss_a"]}},
+        "B": {"loss_b": {"": losses["loss_b"]}, "loss_c": {"": losses["loss_c"]}},
+    }
+    return {"losses": losses, "step": Step(student, None, terms)}
 
 
 def test_norms_shares_and_cosines_are_those_of_the_gradients() -> None:
@@ -71,7 +74,7 @@ def test_losses_can_still_go_backward() -> None:
     given = two_levels()
     LossGradients.measure(**given)
     sum(given["losses"].values()).backward()
-    assert given["latest"]["student"].features["p4"].grad.tolist() == [12.0]
+    assert given["step"].student.features["p4"].grad.tolist() == [12.0]
 
 
 def test_suggested_weights_give_the_wanted_share_in_equal_parts() -> None:
@@ -267,7 +270,7 @@ def test_steps_that_mixed_precision_skips_prove_nothing(folder: Path, teacher: L
 def test_gradient_too_small_for_half_precision_is_measured_as_it_is_trained() -> None:
     given = two_levels()
     p3 = torch.tensor([3.0, 4.0], dtype=torch.half, requires_grad=True)
-    given["latest"]["student"].features["p3"] = p3
+    given["step"].student.features["p3"] = p3
     given["losses"]["loss_a"] = 1e-9 * p3.float().sum()
     assert LossGradients.measure(**given).losses["loss_a"].norm == 0
     found = LossGradients.measure(**given, scale=2.0**16)
@@ -335,14 +338,14 @@ def test_steps_without_any_object_prove_nothing(
 def test_objects_of_classes_that_the_student_alone_knows_prove_nothing() -> None:
     none, own = torch.zeros(0, dtype=torch.int64), torch.tensor([1, 1])
     objects = [Instances((64, 64), gt_classes=x) for x in (none, own)]
-    latest = {"student": SimpleNamespace(gt_instances=objects)}
+    step = Step(SimpleNamespace(gt_instances=objects), None)
     merge = MergeClasses([[0], [2]], num_classes=3)
-    assert has_boxes(SimpleNamespace(latest=latest, merges=[]))
-    assert not has_boxes(SimpleNamespace(latest=latest, merges=[merge]))
+    assert has_boxes(SimpleNamespace(last_step=step, merges=[]))
+    assert not has_boxes(SimpleNamespace(last_step=step, merges=[merge]))
     objects.append(Instances((64, 64), gt_classes=torch.tensor([2])))
-    assert has_boxes(SimpleNamespace(latest=latest, merges=[merge]))
+    assert has_boxes(SimpleNamespace(last_step=step, merges=[merge]))
     objects[:] = [Instances((64, 64), gt_classes=none)]
-    assert not has_boxes(SimpleNamespace(latest=latest, merges=[]))
+    assert not has_boxes(SimpleNamespace(last_step=step, merges=[]))
 
 
 def test_part_without_weight_is_said_and_does_not_stop_a_head_that_works(

@@ -83,5 +83,5 @@ def test_instances_stay_where_detectron2_can_draw_them(teacher: List[Any]) -> No
     inputs = batch()
     with EventStorage():
         distiller(inputs)
-    seen = distiller.latest["student"].batched_inputs
+    seen = distiller.last_step.student.batched_inputs
     assert [x["instances"] for x in seen] == [x["instances"] for x in inputs]

@@ -127,7 +127,7 @@ def test_nothing_in_common_goes_on_with_features_where_that_is_allowed(
         (
             "ALIASES",
             [["disc", "dsic"]],
-            r"entry \['disc', 'dsic'\], but the teacher .* It has star,",
+            r"entry \['disc', 'dsic'\], but the teacher .* Did you mean 'Disc'\?",
         ),
         ("CLASSES", [], r"DISTILL.TEACHER.ALIASES .* teacher's classes are not known"),
     ],

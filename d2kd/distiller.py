@@ -90,8 +90,8 @@ class Distiller(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
-        # The student first: its initialisation must not depend on whether there is a teacher.
         check_trainable(student_config(cfg))
+        # The student first: its initialisation must not depend on whether there is a teacher.
         student = build_detector(student_config(cfg), "The student")
         ret = {
             "student": student,

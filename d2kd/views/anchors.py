@@ -1,7 +1,7 @@
 """Which anchors a cell has, and a view that lists a teacher's in the student's order."""
 
 from dataclasses import replace
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .base import DetectorView
 from .parts import DensePredictions
 from .towers import Towers
+from .wrapped import WrappedView
 
 # XYXY in input pixels
 Anchor = Tuple[float, ...]
@@ -47,7 +48,7 @@ def anchor_order(ours: Sequence[Anchor], theirs: Sequence[Anchor]) -> Optional[T
     return tuple(order)
 
 
-class ReorderedAnchorsView:
+class ReorderedAnchorsView(WrappedView):
     """
     A dense teacher's view in which the predictions of a cell stand in the student's order of
     anchors. Everything else is the view's own.
@@ -59,13 +60,8 @@ class ReorderedAnchorsView:
             orders: the teacher's level to the index of each of the student's anchors there; levels
                 that are not named stay as they are
         """
-        self._view = view
+        super().__init__(view)
         self._orders = orders
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_view":  # of a copy that is being made
-            raise AttributeError(name)
-        return getattr(self._view, name)
 
     def dense(self) -> DensePredictions:
         return self._view._once("reordered dense", lambda: self._reordered(self._view.dense()))

@@ -1,7 +1,7 @@
 """A view whose class logits are of the classes that student and teacher have in common."""
 
 from dataclasses import replace
-from typing import Any, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from .anchor_labels import AnchorLabels
 from .base import DetectorView
 from .parts import DensePredictions, RoIPredictions
 from .towers import Towers
+from .wrapped import WrappedView
 
 
 class MergeClasses(nn.Module):
@@ -90,7 +91,7 @@ class MergeClasses(nn.Module):
         return logits[:, self.groups].masked_fill(self.filler, -torch.inf)
 
 
-class CommonClassesView:
+class CommonClassesView(WrappedView):
     """
     A DetectorView with C common classes in place of its K: class logits, the boxes that depend on
     the class, and labels, in which C is background or a class that only the student knows.
@@ -103,14 +104,9 @@ class CommonClassesView:
             merge: from the detector's classes
             merge_labels: from the student's, which are those of the data, also for a teacher
         """
-        self._view = view
+        super().__init__(view)
         self._merge = merge
         self._merge_labels = merge_labels
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_view":  # of a copy that is being made
-            raise AttributeError(name)
-        return getattr(self._view, name)
 
     def num_classes(self, detector: nn.Module) -> int:
         return self._merge.num_classes

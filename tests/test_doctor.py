@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, List
 
 import pytest
 
@@ -30,19 +30,11 @@ def config_file(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def forget() -> Iterator[None]:
-    """Data sets that the test registers; others may have registered the built-in ones."""
+def forget(forget_sets: None) -> None:
+    """As forget_sets, also of the built-in ones, which other tests may have registered."""
     for name in set(SPLITS) & set(DatasetCatalog.list()):
-        remove(name)
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        remove(name)
-
-
-def remove(name: str) -> None:
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_run_that_works_is_described(

@@ -18,6 +18,7 @@ from d2kd.views import DetectorView
 
 __all__ = [
     "DETECTORS",
+    "GROUP_NORM",
     "NUM_CLASSES",
     "ROOT",
     "FeatureView",
@@ -31,6 +32,15 @@ __all__ = [
 ]
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# GroupNorm has no running averages, so eval mode is sane without training. It makes 32 groups.
+GROUP_NORM = {
+    "MODEL__RESNETS__NORM": "GN",
+    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
+    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
+    "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
+    "MODEL__FPN__NORM": "",
+}
 
 
 def level_pairs(**channels: Tuple[int, int]) -> Tuple[LevelPair, ...]:

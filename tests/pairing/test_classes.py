@@ -3,7 +3,7 @@
 import json
 import random
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
+from typing import Any, Dict, List, Sequence, Set, Tuple
 
 import pytest
 
@@ -366,15 +366,6 @@ def with_coco(path: Path, *rest: str) -> CfgNode:
     return cfg
 
 
-@pytest.fixture
-def unregister() -> Iterator[None]:
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
-
-
 def test_built_in_shapes_are_known_without_being_drawn(tmp_path: Path) -> None:
     cfg = config()
     cfg.DATASETS.SHAPES.ROOT = str(tmp_path)
@@ -430,7 +421,7 @@ def test_classes_of_detectron2_s_sets_are_known_without_a_file() -> None:
 
 
 def test_registered_set_is_read_where_detectron2_has_not_read_it(
-    tmp_path: Path, unregister: None
+    tmp_path: Path, forget_sets: None
 ) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(coco("dog", "cat")))

@@ -19,7 +19,7 @@ from d2kd.views.parts import map_of_rows, rows_of_map
 from d2kd.views.towers import depth_of
 
 from logit_references import decode_map
-from toys import batch, detector_config, noise
+from toys import GROUP_NORM, batch, detector_config, noise
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"
@@ -27,14 +27,6 @@ needs_fcos = pytest.mark.skipif(
 DENSE = ["retinanet", pytest.param("fcos", marks=needs_fcos)]
 CLASSES = 3
 EXACT = "donot_use_mm_for_euclid_dist"
-# GroupNorm has no running averages, so eval mode is sane without training. It makes 32 groups.
-GROUP_NORM = {
-    "MODEL__RESNETS__NORM": "GN",
-    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
-    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
-    "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
-    "MODEL__FPN__NORM": "",
-}
 
 
 def build(name: str, norm: str = "", **overrides: Any) -> nn.Module:

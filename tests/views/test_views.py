@@ -16,7 +16,7 @@ from d2kd import DetectorView
 from d2kd.views import RegionSampler, find_view
 from d2kd.views.parts import cells_inside
 
-from toys import batch, detector_config
+from toys import GROUP_NORM, batch, detector_config
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"
@@ -33,16 +33,6 @@ def build(name: str, **overrides: Any) -> nn.Module:
     """A detector in training mode; its BatchNorm takes the statistics of the batch."""
     torch.manual_seed(0)
     return build_model(detector_config(name, **overrides)).train()
-
-
-# GroupNorm has no running averages, so eval mode is sane without training. It makes 32 groups.
-GROUP_NORM = {
-    "MODEL__RESNETS__NORM": "GN",
-    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
-    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
-    "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
-    "MODEL__FPN__NORM": "",
-}
 
 
 def build_teacher(name: str, **overrides: Any) -> nn.Module:

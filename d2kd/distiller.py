@@ -12,7 +12,7 @@ from detectron2.utils.events import get_event_storage
 
 from .config import student_config
 from .heads import DistillPair, build_head, head_class
-from .heads.build import compares_logits, required_members
+from .heads.build import compares_logits, requires_of
 from .inherit import inherit
 from .modeling.build import build_detector
 from .modeling.trainable import check_trainable
@@ -54,7 +54,7 @@ class Distiller(nn.Module):
         schedules: Mapping[str, Callable[[int], float]],
         image_format: str,
         inherit_parts: List[str],
-        members: FrozenSet[str] = frozenset({"features"}),
+        requires: FrozenSet[str] = frozenset({"features"}),
         pair: Optional[DistillPair] = None,
     ):
         """
@@ -65,7 +65,7 @@ class Distiller(nn.Module):
             schedules: name of a head to its weight as a function of the stage's iteration
             image_format: channel order of the batches, the student's INPUT.FORMAT
             inherit_parts: parts of the student that :meth:`inherit_from_teacher` initialises
-            members: what the heads read of the student's view
+            requires: what the heads require of both views
             pair: student and teacher as the heads were told of them
         """
         super().__init__()
@@ -76,7 +76,7 @@ class Distiller(nn.Module):
         self.schedules = dict(schedules)
         self.image_format = image_format
         self.inherit_parts = inherit_parts
-        self.members = members
+        self.requires = requires
         self.pair = pair
         if teacher is not None:
             self.student_view = find_view(student, "student")
@@ -111,8 +111,8 @@ class Distiller(nn.Module):
         ret["heads"] = {name: build_head(name, cfg, pair) for name in names}
         ret["schedules"] = {name: WeightSchedule.from_config(name, cfg) for name in names}
         ret["inherit_parts"] = list(cfg.DISTILL.INHERIT)
-        needed = [required_members(head_class(name), cfg, pair) for name in names]
-        ret["members"] = frozenset().union(*needed)
+        required = [requires_of(head_class(name), cfg, pair) for name in names]
+        ret["requires"] = frozenset().union(*required)
         ret["pair"] = pair
         return ret
 
@@ -138,14 +138,14 @@ class Distiller(nn.Module):
         weights = {name: self.schedules[name](iteration) for name in self.heads}
         student = self.student_view(self.student, batched_inputs)
         teacher_batch = self.teacher.batch(batched_inputs, self.image_format)
-        teacher = self.teacher_view(self.teacher.model, teacher_batch, self.members)
+        teacher = self.teacher_view(self.teacher.model, teacher_batch, self.requires)
         if any(weights.values()):
             # Before the student: what its forward passes through is freed again, while what the
             # student's passes through stays for the backward. Together they would be the peak.
             teacher.features
         # Already here: a student may stop in its forward, and be explained by its features.
         self.last_step = Step(student, teacher)
-        with student.record(self.members):
+        with student.record(self.requires):
             losses = dict(self.student(batched_inputs))
         comparable = self._comparable(student, teacher)
         for name, weight in weights.items():

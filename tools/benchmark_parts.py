@@ -25,7 +25,7 @@ from d2kd.engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from d2kd.engine.monitor.loss_gradients import LossGradients
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight.check_config import check_config
-from d2kd.heads.build import required_members
+from d2kd.heads.build import requires_of
 from d2kd.views import Regions, find_view
 
 Step = Callable[[], None]
@@ -145,14 +145,14 @@ def with_heads(cfg: CfgNode, whole: Distiller, names: Sequence[str]) -> Distille
         schedules=whole.schedules,
         image_format=whole.image_format,
         inherit_parts=[],
-        members=members_of(cfg, whole, names),
+        requires=required_by(cfg, whole, names),
     )
 
 
-def members_of(cfg: CfgNode, whole: Distiller, names: Sequence[str]) -> FrozenSet[str]:
-    """What these heads read of both views, where `whole.members` is what all of them read."""
-    needed = [required_members(type(whole.heads[name]), cfg, whole.pair) for name in names]
-    return frozenset().union(*needed)
+def required_by(cfg: CfgNode, whole: Distiller, names: Sequence[str]) -> FrozenSet[str]:
+    """What these heads require of both views; `whole.requires` is what all of them do."""
+    required = [requires_of(type(whole.heads[name]), cfg, whole.pair) for name in names]
+    return frozenset().union(*required)
 
 
 def training_step(cfg: CfgNode, model: nn.Module, batch: Batch, trainer: type) -> Step:
@@ -173,7 +173,7 @@ def reads_dense(distiller: Distiller) -> bool:
     """Whether a head reads the teacher's dense predictions, or region vectors cut out of them."""
     teacher = find_view(distiller.teacher.model, "teacher")
     parts = {"dense"} if teacher.two_stage else {"dense", "region_vectors"}
-    return bool(parts & distiller.members)
+    return bool(parts & distiller.requires)
 
 
 def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:

@@ -21,10 +21,9 @@ A head is an nn.Module with
 * `add_config(node)`, a static method that writes its keys and defaults into `DISTILL.<NAME>`,
   LOSS_WEIGHT among them;
 * `pairs`, the kinds of detectors it takes, out of d2kd/pairing/pair.py (default: ANY_PAIR);
-* `requires`, a frozenset of what it reads of both detectors' views: "features", "dense",
-  "roi_features", "roi_predictions", "regions", "region_vectors", "anchor_labels", "tower_<depth>"
-  (default: "features"), or a static method that tells it from the config and the
-  :class:`DistillPair`; `requires_logits = True` where class logits are compared one by one: a dense
+* `requires`, a frozenset of what both detectors' views must provide, such as "dense", in the words
+  of :class:`DetectorView` (default: "features"), or a static method that returns it, given the
+  config and the :class:`DistillPair`; `requires_logits = True` where class logits are compared one by one: a dense
   pair's anchors must be the same then, the teacher's predictions are put into the student's order
   of anchors, and of detectors with other classes the head is given the C in common, in logits,
   labels and `num_classes` alike (label C: background, or none of them);
@@ -103,15 +102,15 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
     if pair.kind not in pairs:
         return f"{name} takes {_listed(pairs)}; this is {pair.kind} ({names})."
     for side, detector in (("student", student), ("teacher", teacher)):
-        missing = required_members(cls, cfg, pair) - detector.members
+        missing = requires_of(cls, cfg, pair) - detector.provides
         if missing:
             by_depth = f"tower_{cfg.DISTILL[name].get('DEPTH')}" in missing
             asked = f" (DISTILL.{name}.DEPTH)" if by_depth else ""
             return (
                 f"{name} needs {_listed(missing)}{asked}; the {side} {detector.name} has none. It "
-                f"has {_listed(detector.members)}."
+                f"has {_listed(detector.provides)}."
             )
-    if "roi_predictions" in required_members(cls, cfg, pair) and pair.kind in TWO_STAGE:
+    if "roi_predictions" in requires_of(cls, cfg, pair) and pair.kind in TWO_STAGE:
         problem = _other_activation(name, pair)
         if problem:
             return problem
@@ -185,8 +184,8 @@ def fitting(cfg: CfgNode, pair: DistillPair) -> List[str]:
     return names
 
 
-def required_members(head: Type[nn.Module], cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
-    """What the head reads of both views of this pair."""
+def requires_of(head: Type[nn.Module], cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
+    """What the head requires of both views of this pair."""
     requires = getattr(head, "requires", {"features"})
     if not callable(requires):
         return frozenset(requires)

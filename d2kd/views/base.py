@@ -105,7 +105,7 @@ class DetectorView(Recording):
             name=type(detector).__name__,
             shapes=detector.backbone.output_shape(),
             num_classes=cls.num_classes(detector),
-            members=cls.members_of(detector),
+            provides=cls.members_of(detector),
             num_anchors=cls.num_anchors(detector),
             two_stage=cls.two_stage,
         )

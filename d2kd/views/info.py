@@ -12,7 +12,7 @@ class DetectorInfo:
     What a head may know of a detector when it is built.
 
     `name`: meta-architecture; `shapes`: level name to channels and stride; `num_classes`:
-    foreground classes; `members`: what the detector's view can give; `num_anchors`: dense
+    foreground classes; `provides`: what its view gives; `num_anchors`: dense
     predictions per cell; `two_stage`: whether classes are told by a head on regions;
     `class_activation`: how that head's logits become probabilities, "softmax" over classes and
     background, or a "sigmoid" for each class (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE);
@@ -26,7 +26,7 @@ class DetectorInfo:
     name: str
     shapes: Dict[str, ShapeSpec]
     num_classes: int
-    members: FrozenSet[str]
+    provides: FrozenSet[str]
     num_anchors: int = 0
     two_stage: bool = False
     class_activation: str = "softmax"

@@ -38,13 +38,13 @@ class RCNNView(DetectorView):
     @classmethod
     def info(cls, detector: nn.Module) -> DetectorInfo:
         info = super().info(detector)
-        if "dense" in info.members:
+        if "dense" in info.provides:
             rpn = detector.proposal_generator
             anchors = cell_anchors(rpn.anchor_generator, rpn.in_features)
             info = replace(info, dense_levels=tuple(rpn.in_features), anchors=anchors)
-        if "roi_predictions" not in info.members:
+        if "roi_predictions" not in info.provides:
             return info
-        predictor, has_vectors = _predictor(detector), "region_vectors" in info.members
+        predictor, has_vectors = _predictor(detector), "region_vectors" in info.provides
         return replace(
             info,
             vector_channels=predictor.cls_score.in_features if has_vectors else 0,

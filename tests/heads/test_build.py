@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 
 from d2kd import DISTILL_HEAD_REGISTRY, load_config
 from d2kd.heads import DetectorInfo, DistillPair, MGDHead, PKDHead, build_head, head_class
-from d2kd.heads.build import head_names, required_members
+from d2kd.heads.build import head_names, requires_of
 from d2kd.pairing.levels import pair_levels
 from d2kd.pairing.pair import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
 
@@ -18,12 +18,12 @@ from logit_references import refusal_of
 
 RETINANET = {
     "name": "RetinaNet",
-    "members": frozenset({"features", "dense", "roi_features"}),
+    "provides": frozenset({"features", "dense", "roi_features"}),
     "num_anchors": 9,
 }
 FASTER_RCNN = {
     "name": "GeneralizedRCNN",
-    "members": frozenset({"features", "dense", "roi_features", "roi_predictions"}),
+    "provides": frozenset({"features", "dense", "roi_features", "roi_predictions"}),
     "num_anchors": 3,
     "two_stage": True,
 }
@@ -113,7 +113,7 @@ def test_head_of_a_user_has_keys_and_is_built_from_them(register: Callable) -> N
     head = build_head("Toy", cfg, make_pair(RETINANET, RETINANET, SAME_CLASSES))
     assert head.colour == "blue"
     pair = make_pair(RETINANET, RETINANET, SAME_CLASSES)
-    assert required_members(head_class("Toy"), cfg, pair) == {"features"}, "the default"
+    assert requires_of(head_class("Toy"), cfg, pair) == {"features"}, "the default"
 
 
 def test_head_that_needs_what_the_student_cannot_give_is_refused(register: Callable) -> None:
@@ -135,17 +135,17 @@ def test_head_that_needs_what_both_can_give_is_built(register: Callable) -> None
 
 
 @pytest.mark.parametrize(
-    "detector, needed", [(RETINANET, {"dense"}), (FASTER_RCNN, {"roi_predictions"})]
+    "detector, expected", [(RETINANET, {"dense"}), (FASTER_RCNN, {"roi_predictions"})]
 )
 def test_what_a_head_needs_may_depend_on_the_pair(
-    register: Callable, detector: Dict[str, Any], needed: Set[str]
+    register: Callable, detector: Dict[str, Any], expected: Set[str]
 ) -> None:
     def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
         return frozenset({"roi_predictions" if pair.student.two_stage else "dense"})
 
     cls = register(requires=staticmethod(requires))
     pair = make_pair(detector, detector, SAME_CLASSES)
-    assert required_members(cls, load_config(), pair) == needed
+    assert requires_of(cls, load_config(), pair) == expected
     assert type(build_head("Toy", load_config(), pair)) is cls
     with pytest.raises(ValueError, match="Toy needs roi_predictions; the teacher RetinaNet has"):
         build_head("Toy", load_config(), make_pair(FASTER_RCNN, RETINANET, SAME_CLASSES))
@@ -159,7 +159,7 @@ def test_what_a_head_needs_may_depend_on_its_keys(register: Callable) -> None:
     pair = make_pair(RETINANET, RETINANET, SAME_CLASSES)
     assert type(build_head("Toy", load_config(), pair)) is cls
     blue = load_config(opts=["DISTILL.Toy.COLOUR", "blue"])
-    assert required_members(cls, blue, pair) == {"roi_predictions"}
+    assert requires_of(cls, blue, pair) == {"roi_predictions"}
     text = refusal_of("Toy", blue, pair)
     assert "Toy needs roi_predictions; the student RetinaNet has none." in text
 
@@ -173,18 +173,18 @@ def test_head_may_refuse_a_pair_in_words_of_its_own(register: Callable) -> None:
         build_head("Toy", load_config(), make_pair(FASTER_RCNN, RETINANET, SAME_CLASSES))
 
 
-@pytest.mark.parametrize("name, needed", [("MGD", {"features"}), ("PKD", {"features"})])
-def test_heads_that_read_features_need_nothing_else_of_any_pair(name: str, needed: Set) -> None:
+@pytest.mark.parametrize("name, expected", [("MGD", {"features"}), ("PKD", {"features"})])
+def test_heads_that_read_features_need_nothing_else_of_any_pair(name: str, expected: Set) -> None:
     for student, teacher in ((RETINANET, FASTER_RCNN), (FASTER_RCNN, FASTER_RCNN)):
         pair = make_pair(student, teacher, SAME_CLASSES)
-        assert required_members(head_class(name), load_config(), pair) == needed
+        assert requires_of(head_class(name), load_config(), pair) == expected
 
 
 def test_masked_logits_need_what_tells_the_classes_apart() -> None:
     of_regions = {"regions", "roi_predictions"}
-    for detector, members in ((RETINANET, {"dense"}), (FASTER_RCNN, of_regions)):
+    for detector, requires in ((RETINANET, {"dense"}), (FASTER_RCNN, of_regions)):
         pair = make_pair(detector, detector, SAME_CLASSES)
-        assert required_members(head_class("MLD"), load_config(), pair) == {"features"} | members
+        assert requires_of(head_class("MLD"), load_config(), pair) == {"features"} | requires
 
 
 OF_KIND = {

@@ -569,7 +569,7 @@ def test_queue_is_saved_and_resumed(batches: int, tmp_path: Path) -> None:
 
 # Which pairs, and which values -------------------------------------------------------------------
 
-MEMBERS = frozenset({"features", "regions", "region_vectors"})
+PROVIDES = frozenset({"features", "regions", "region_vectors"})
 TWO_STAGE = {"name": "GeneralizedRCNN", "two_stage": True, "vector_channels": 8}
 DENSE = {"name": "RetinaNet", "num_anchors": 9, "vector_channels": 4}
 
@@ -578,7 +578,7 @@ def info(detector: Dict[str, Any], levels: Sequence[str] = ("p3", "p4")) -> Dete
     shapes = {k: ShapeSpec(channels=4, stride=2 ** int(k[1:])) for k in levels}
     dense = () if detector.get("two_stage") else tuple(levels)
     return DetectorInfo(
-        shapes=shapes, num_classes=3, members=MEMBERS, dense_levels=dense, **detector
+        shapes=shapes, num_classes=3, provides=PROVIDES, dense_levels=dense, **detector
     )
 
 

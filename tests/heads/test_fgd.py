@@ -334,7 +334,7 @@ def test_large_features_of_half_precision_do_not_overflow() -> None:
 
 def build(**values: Any) -> nn.Module:
     shapes = {f"p{i}": ShapeSpec(channels=4, stride=2**i) for i in (3, 4)}
-    detector = DetectorInfo("Toy", shapes, num_classes=3, members=frozenset({"features"}))
+    detector = DetectorInfo("Toy", shapes, num_classes=3, provides=frozenset({"features"}))
     pair = DistillPair(detector, detector, pair_levels(shapes, shapes))
     return build_head("FGD", config(**values), pair)
 

@@ -389,9 +389,9 @@ def config(**values: Any) -> CfgNode:
 
 def build(teacher_roi_size: int = 7, **values: Any) -> nn.Module:
     shapes = {f"p{i}": ShapeSpec(channels=4, stride=2**i) for i in (3, 4, 5)}
-    members = frozenset({"features", "dense", "regions", "roi_features"})
+    provides = frozenset({"features", "dense", "regions", "roi_features"})
     sides = [
-        DetectorInfo("Toy", shapes, 3, members, dense_levels=("p3", "p5"), roi_size=size)
+        DetectorInfo("Toy", shapes, 3, provides, dense_levels=("p3", "p5"), roi_size=size)
         for size in (7, teacher_roi_size)
     ]
     return build_head("MAR", config(**values), DistillPair(*sides, pair_levels(shapes, shapes)))

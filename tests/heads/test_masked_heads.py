@@ -251,7 +251,7 @@ def test_maps_show_what_was_visible(name: str) -> None:
 
 def build(name: str, **values: Any) -> nn.Module:
     shapes = {f"p{i}": ShapeSpec(channels=4, stride=2**i) for i in (3, 4, 5)}
-    detector = DetectorInfo("Toy", shapes, num_classes=3, members=frozenset({"features"}))
+    detector = DetectorInfo("Toy", shapes, num_classes=3, provides=frozenset({"features"}))
     pair = DistillPair(detector, detector, pair_levels(shapes, shapes))
     words = [w for k, v in values.items() for w in (f"DISTILL.{name}.{k.replace('__', '.')}", v)]
     return build_head(name, load_config(opts=words), pair)

@@ -556,14 +556,14 @@ def test_regions_without_neighbouring_levels_are_refused_with_the_key(
 
 
 def detector(two_stage: bool = False, **values: Any) -> DetectorInfo:
-    members = {"features", "dense", "roi_features"}
-    members |= {"regions", "roi_predictions"} if two_stage else set()
+    provides = {"features", "dense", "roi_features"}
+    provides |= {"regions", "roi_predictions"} if two_stage else set()
     values.setdefault("shapes", {"p3": ShapeSpec(channels=4, stride=8)})
     values.setdefault("num_classes", 3)
     values.setdefault("num_anchors", 3 if two_stage else 9)
     values.setdefault("dense_levels", tuple(values["shapes"]))
     name = "GeneralizedRCNN" if two_stage else "RetinaNet"
-    return DetectorInfo(name=name, members=frozenset(members), two_stage=two_stage, **values)
+    return DetectorInfo(name=name, provides=frozenset(provides), two_stage=two_stage, **values)
 
 
 def build_for(student: DetectorInfo, teacher: DetectorInfo, **values: Any) -> nn.Module:
@@ -600,7 +600,7 @@ def test_detector_without_a_box_head_is_refused() -> None:
         "GeneralizedRCNN",
         detector().shapes,
         num_classes=3,
-        members=frozenset({"features", "dense"}),
+        provides=frozenset({"features", "dense"}),
         two_stage=True,
     )
     with pytest.raises(ValueError, match="MLD needs regions, roi_predictions; the teacher Gen"):

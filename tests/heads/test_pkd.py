@@ -59,7 +59,7 @@ def pair_of_detectors(
             name="Toy",
             shapes={k: ShapeSpec(channels=c, stride=s) for k, (c, s) in levels.items()},
             num_classes=3,
-            members=frozenset({"features"}),
+            provides=frozenset({"features"}),
         )
         for levels in (student, teacher)
     ]

@@ -205,7 +205,7 @@ def config(**values: Any) -> CfgNode:
 
 def build(**values: Any) -> nn.Module:
     shapes = {f"p{i}": ShapeSpec(channels=4, stride=2**i) for i in (3, 4, 5)}
-    detector = DetectorInfo("Toy", shapes, num_classes=3, members=frozenset({"features"}))
+    detector = DetectorInfo("Toy", shapes, num_classes=3, provides=frozenset({"features"}))
     pair = DistillPair(detector, detector, pair_levels(shapes, shapes))
     return build_head("ReviewKD", config(**values), pair)
 

@@ -23,7 +23,7 @@ from d2kd.views.parts import RoIPredictions
 from logit_references import refusal_of
 from toys import FeatureView, batch, distill_config, noise, write_teacher
 
-MEMBERS = frozenset({"features", "regions", "roi_predictions"})
+PROVIDES = frozenset({"features", "regions", "roi_predictions"})
 
 
 class PredictionView(FeatureView):
@@ -197,10 +197,10 @@ def test_batch_without_regions_gives_a_connected_zero() -> None:
 
 # Which pairs -------------------------------------------------------------------------------------
 
-TWO_STAGE = {"name": "GeneralizedRCNN", "two_stage": True, "members": MEMBERS, "num_classes": 3}
+TWO_STAGE = {"name": "GeneralizedRCNN", "two_stage": True, "provides": PROVIDES, "num_classes": 3}
 DENSE = {
     "name": "RetinaNet",
-    "members": frozenset({"features", "dense", "regions"}),
+    "provides": frozenset({"features", "dense", "regions"}),
     "num_classes": 3,
 }
 
@@ -224,7 +224,7 @@ def test_detector_without_a_head_on_regions_is_refused(side: str) -> None:
 
 
 def test_two_stage_detector_without_a_box_head_is_refused_by_what_it_lacks() -> None:
-    c4 = {**TWO_STAGE, "members": frozenset({"features", "dense"})}
+    c4 = {**TWO_STAGE, "provides": frozenset({"features", "dense"})}
     text = refusal_of("RoICls", load_config(), pair_of(TWO_STAGE, c4))
     assert "RoICls needs regions, roi_predictions; the teacher GeneralizedRCNN has none" in text
 

@@ -186,8 +186,8 @@ def test_student_s_features_are_those_of_its_own_training_pass(
 
 def detector(roi_size: int = 7, channels: Sequence[int] = (8, 8)) -> DetectorInfo:
     shapes = {f"p{i}": ShapeSpec(channels=c, stride=2**i) for i, c in zip(range(3, 5), channels)}
-    members = frozenset({"features", "roi_features", "regions"})
-    return DetectorInfo("RetinaNet", shapes, 3, members, roi_size=roi_size)
+    provides = frozenset({"features", "roi_features", "regions"})
+    return DetectorInfo("RetinaNet", shapes, 3, provides, roi_size=roi_size)
 
 
 def build_for(student: DetectorInfo, teacher: DetectorInfo) -> nn.Module:

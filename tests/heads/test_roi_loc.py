@@ -217,13 +217,13 @@ def test_batch_without_regions_gives_a_connected_zero(ours: int, theirs: int) ->
 TWO_STAGE = {
     "name": "GeneralizedRCNN",
     "two_stage": True,
-    "members": frozenset({"features", "regions", "roi_predictions"}),
+    "provides": frozenset({"features", "regions", "roi_predictions"}),
     "num_classes": 3,
     "box_weights": (10.0, 10.0, 5.0, 5.0),
 }
 DENSE = {
     "name": "RetinaNet",
-    "members": frozenset({"features", "dense", "regions"}),
+    "provides": frozenset({"features", "dense", "regions"}),
     "num_classes": 3,
 }
 
@@ -251,7 +251,7 @@ def test_detector_without_a_head_on_regions_is_refused(side: str) -> None:
 
 
 def test_two_stage_detector_without_a_box_head_is_refused_by_what_it_lacks() -> None:
-    c4 = {**TWO_STAGE, "members": frozenset({"features", "dense"})}
+    c4 = {**TWO_STAGE, "provides": frozenset({"features", "dense"})}
     text = refusal_of("RoILoc", load_config(), pair_of(TWO_STAGE, c4))
     assert "RoILoc needs regions, roi_predictions; the teacher GeneralizedRCNN has none" in text
 

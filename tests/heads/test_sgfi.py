@@ -618,8 +618,8 @@ def test_loss_is_the_same_beside_another_head(
 def detector(two_stage: bool = True, **values: Any) -> DetectorInfo:
     values.setdefault("shapes", {f"p{i}": ShapeSpec(channels=8, stride=2**i) for i in (3, 4, 5)})
     values.setdefault("roi_size", 7)
-    members = frozenset({"features", "dense", "roi_features", "regions"})
-    values.setdefault("members", members)
+    provides = frozenset({"features", "dense", "roi_features", "regions"})
+    values.setdefault("provides", provides)
     name = "GeneralizedRCNN" if two_stage else "RetinaNet"
     return DetectorInfo(name=name, num_classes=3, two_stage=two_stage, **values)
 
@@ -687,6 +687,6 @@ def test_levels_of_unequal_channels_are_refused(side: str) -> None:
 
 
 def test_detector_without_a_box_head_is_refused() -> None:
-    c4 = detector(members=frozenset({"features", "dense"}), roi_size=0)
+    c4 = detector(provides=frozenset({"features", "dense"}), roi_size=0)
     with pytest.raises(ValueError, match="SGFI needs regions, roi_features; the student General"):
         build_for(c4, detector())

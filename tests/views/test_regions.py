@@ -495,7 +495,7 @@ def test_mean_over_regions_divides_by_one_at_least() -> None:
 # Configuration -----------------------------------------------------------------------------------
 
 
-STUDENT = DetectorInfo("RetinaNet", shapes={}, num_classes=3, members=frozenset())
+STUDENT = DetectorInfo("RetinaNet", shapes={}, num_classes=3, provides=frozenset())
 
 
 def test_keys_reach_the_sampler_and_defaults_are_its_own() -> None:

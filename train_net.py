@@ -37,8 +37,8 @@ Examples:
   2 processes on the CPU:
     python train_net.py --config-file configs/quickstart/pkd.yaml --num-gpus 2 MODEL.DEVICE cpu
 
-A method's keys are under DISTILL.<METHOD>, and each is explained where it is defined: the common
-ones in d2kd/config/distill_keys.py, a method's own in d2kd/heads/<method>.py.
+A method's keys are under DISTILL.<METHOD>: python -m d2kd.heads MGD prints them, with defaults and
+what they are for. The common ones are explained in d2kd/config/distill_keys.py.
 """
 
 

@@ -1,6 +1,7 @@
 """The meta-architecture that trains a student with a frozen teacher beside it."""
 
 import logging
+from types import MappingProxyType
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
@@ -11,15 +12,16 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 
 from .config import student_config
-from .heads import DistillPair, build_head, head_class
-from .heads.build import compares_logits, requires_of
+from .heads.build import build_head
+from .heads.fit import requires_of
+from .heads.registry import compares_logits, head_class
 from .inherit import inherit
 from .modeling.build import build_detector
 from .modeling.trainable import check_trainable
 from .pairing.classes import common_classes
 from .pairing.levels import pair_levels
-from .pairing.pair import DENSE
-from .schedule import WeightSchedule
+from .pairing.pair import DENSE, DistillPair
+from .schedule import WeightSchedule, pixel_factor
 from .step import Step
 from .teacher import Teacher, build_teacher
 from .utils.compat import current_iteration
@@ -52,6 +54,7 @@ class Distiller(nn.Module):
         teacher: Optional[Teacher],
         heads: Mapping[str, nn.Module],
         schedules: Mapping[str, Callable[[int], float]],
+        reference_pixels: Mapping[str, int] = MappingProxyType({}),
         image_format: str,
         inherit_parts: List[str],
         requires: FrozenSet[str] = frozenset({"features"}),
@@ -63,6 +66,8 @@ class Distiller(nn.Module):
             teacher: see build_teacher; None trains the student alone
             heads: name in DISTILL.HEADS to head
             schedules: name of a head to its weight as a function of the stage's iteration
+            reference_pixels: name of a head whose loss is a sum over cells to the number of pixels
+                that its weight is meant for; 0, or none: no matter how many
             image_format: channel order of the batches, the student's INPUT.FORMAT
             inherit_parts: parts of the student that :meth:`inherit_from_teacher` initialises
             requires: what the heads require of both views
@@ -74,6 +79,7 @@ class Distiller(nn.Module):
         # Past nn.Module's own __setattr__, which would make a submodule of it.
         object.__setattr__(self, "teacher", teacher)
         self.schedules = dict(schedules)
+        self.reference_pixels = dict(reference_pixels)
         self.image_format = image_format
         self.inherit_parts = inherit_parts
         self.requires = requires
@@ -98,6 +104,7 @@ class Distiller(nn.Module):
             "teacher": None,
             "heads": {},
             "schedules": {},
+            "reference_pixels": {},
             "image_format": cfg.INPUT.FORMAT,
             "inherit_parts": [],
         }
@@ -110,6 +117,7 @@ class Distiller(nn.Module):
         ret["teacher"] = teacher
         ret["heads"] = {name: build_head(name, cfg, pair) for name in names}
         ret["schedules"] = {name: WeightSchedule.from_config(name, cfg) for name in names}
+        ret["reference_pixels"] = {x: cfg.DISTILL[x].get("REFERENCE_PIXELS", 0) for x in names}
         ret["inherit_parts"] = list(cfg.DISTILL.INHERIT)
         required = [requires_of(head_class(name), cfg, pair) for name in names]
         ret["requires"] = frozenset().union(*required)
@@ -185,6 +193,9 @@ class Distiller(nn.Module):
             return {f"loss_{name.lower()}": sum(zeros)} if zeros else {}
         losses = head(student, teacher)
         terms = {k: v if isinstance(v, dict) else {"": v} for k, v in losses.items()}
+        if self.reference_pixels.get(name):
+            factor = pixel_factor(self.reference_pixels[name], student.image_sizes)
+            terms = {k: {i: factor * x for i, x in v.items()} for k, v in terms.items()}
         self.last_step.terms[name], self.last_step.maps[name] = terms, getattr(head, "maps", {})
         return {key: sum(levels.values()) * weight for key, levels in terms.items()}
 

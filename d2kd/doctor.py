@@ -33,7 +33,8 @@ from .engine.optimizer import build_optimizer
 from .engine.preflight.check_config import check_config
 from .engine.preflight.summary import summary
 from .engine.stages import plan_stages
-from .heads.build import head_names, misfit
+from .heads.fit import misfit
+from .heads.registry import head_names
 from .utils.command_line import add_overrides, parse_command_line
 from .utils.plugin import import_file
 from .views import find_view

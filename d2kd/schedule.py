@@ -1,6 +1,7 @@
 """How the weight of a distillation loss changes while training runs."""
 
 import math
+from typing import Sequence, Tuple
 
 from fvcore.common.param_scheduler import (
     ConstantParamScheduler,
@@ -10,7 +11,7 @@ from fvcore.common.param_scheduler import (
 
 from detectron2.config import CfgNode
 
-from .utils.checks import check_choice
+from .utils.checks import check_choice, check_range
 
 DECAYS = ("none", "linear", "cosine")
 
@@ -100,6 +101,8 @@ def _check(key: str, node: CfgNode, max_iter: int) -> None:
             f"{key}.LOSS_WEIGHT must be above 0, got {node.LOSS_WEIGHT}: infinity is no weight, "
             "and a head without one would be silently off. Take it out of DISTILL.HEADS instead."
         )
+    why = "0 is as published; else a number of pixels, such as 1075200 for 800x1344"
+    check_range(f"{key}.REFERENCE_PIXELS", node.get("REFERENCE_PIXELS", 0), 0, 10**9, why)
     check_choice(f"{key}.SCHEDULE.DECAY", schedule.DECAY, DECAYS)
     if not 0 <= schedule.END_FACTOR <= 1:
         raise ValueError(
@@ -117,3 +120,24 @@ def _check(key: str, node: CfgNode, max_iter: int) -> None:
             f"{key}.SCHEDULE.STOP_ITER must be -1 (never) or a positive iteration, got "
             f"{schedule.STOP_ITER}."
         )
+
+
+def pixel_factor(reference_pixels: int, image_sizes: Sequence[Tuple[int, int]]) -> float:
+    """
+    What makes the weight of a loss that is a sum over cells independent of the size of the images.
+
+    Such a loss grows with the image, so that a weight is right for one size; those published are
+    for 800x1344. With REFERENCE_PIXELS N it means at every size what it means at N pixels: 1075200
+    lets the published weights be typed in at any size.
+
+    Args:
+        reference_pixels: N; 0: as published, no factor
+        image_sizes: (height, width) of each image, without padding
+
+    Returns:
+        what to multiply the loss with, N / mean pixels of the images
+    """
+    if not reference_pixels:
+        return 1.0
+    pixels = sum(height * width for height, width in image_sizes) / len(image_sizes)
+    return reference_pixels / pixels

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten
 
 from detectron2.structures import Boxes, Instances
 
-from d2kd.layers import GlobalContext, ReviewFusion
+from d2kd.heads.fgd import GlobalContext
+from d2kd.heads.reviewkd import ReviewFusion
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.parts import DensePredictions
 

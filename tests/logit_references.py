@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 
 from d2kd.heads import DistillPair, build_head
-from d2kd.heads.build import head_names
+from d2kd.heads.registry import head_names
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.anchor_labels import AnchorLabels
 from d2kd.views.parts import DensePredictions, RoIPredictions

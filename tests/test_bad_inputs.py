@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2kd.engine import train
-from d2kd.heads.build import head_class, head_names
+from d2kd.heads.registry import head_class, head_names
 from d2kd.pairing.pair import ANY_PAIR
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
 

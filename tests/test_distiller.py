@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import Distiller, student_config
 from d2kd.engine.optimizer import build_optimizer
-from d2kd.heads.build import head_class, head_names
+from d2kd.heads.registry import head_class, head_names
 from d2kd.pairing.pair import ANY_PAIR
 
 from toys import DETECTORS, batch, distill_config, write_teacher
@@ -359,6 +359,22 @@ def test_every_weight_is_applied_once(retinanet: List[Any]) -> None:
         assert list(terms) == ["p3", "p4", "p5", "p6", "p7"]
         torch.testing.assert_close(losses[weight], sum(terms.values()) * weight)
     np.testing.assert_allclose(float(losses[3e-4]), 3 * float(losses[1e-4]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["MGD", "AMD", "DMKD", "SAMKD"])
+def test_reference_pixels_scale_a_sum_over_cells_by_the_size_of_the_images(
+    head: str, retinanet: List[Any]
+) -> None:
+    # Images and not their padding count, as in the published setting of 800 x 1333 padded to 1344.
+    inputs = batch(1, height=64, width=64) + batch(1, height=32, width=96)  # 3584 on average
+    terms = []
+    for pixels in (0, 2 * 3584):
+        values = {f"DISTILL__{head}__REFERENCE_PIXELS": pixels}
+        distiller = build(distill_config("retinanet", retinanet, [head], **values))
+        losses_of(distiller, inputs)
+        (levels,) = distiller.last_step.losses.values()
+        terms.append(torch.stack(list(levels.values())))
+    torch.testing.assert_close(terms[1], 2 * terms[0])
 
 
 def build_with(student: str, head: str, teacher: List[Any]) -> Distiller:

@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd import doctor, load_config
 from d2kd.data.shapes import SPLITS
-from d2kd.heads.build import head_names
+from d2kd.heads.registry import head_names
 
 from toy_sets import name_sets, second, write_set
 from toys import distill_config, write_teacher

@@ -17,7 +17,7 @@ from d2kd import doctor, load_config
 from d2kd.config import flatten
 from d2kd.data import register_datasets
 from d2kd.engine.preflight.check_config import check_config
-from d2kd.heads.build import head_class, head_names
+from d2kd.heads.registry import head_class, head_names
 from d2kd.pairing.pair import ANY_PAIR
 from d2kd.utils.safe_yaml import read_yaml
 

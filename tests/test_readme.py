@@ -7,7 +7,7 @@ from typing import Dict, List
 import pytest
 
 from d2kd import load_config
-from d2kd.heads.build import head_class, head_names
+from d2kd.heads.registry import head_class, head_names
 from d2kd.pairing.pair import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
 
 from toys import ROOT

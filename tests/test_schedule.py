@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from d2kd import load_config
-from d2kd.schedule import WeightSchedule
+from d2kd.schedule import WeightSchedule, pixel_factor
 
 
 def schedule(**keys: Any) -> WeightSchedule:
@@ -97,3 +97,28 @@ def test_value_outside_its_range_is_refused_by_its_key(key: str, value: Any, mes
     dotted = key.replace("__", r"\.")
     with pytest.raises(ValueError, match=rf"DISTILL\.MGD\.{dotted} {message}"):
         from_yaml_keys(**{key: value})
+
+
+# Weights at other sizes of the input --------------------------------------------------------------
+
+
+# Cells per level, padded to a multiple of 32 pixels; P6 and P7 are strided convolutions.
+LEVELS_800x1344 = {"p3": 100 * 168, "p4": 50 * 84, "p5": 25 * 42, "p6": 13 * 21, "p7": 7 * 11}
+LEVELS_512x512 = {"p3": 64 * 64, "p4": 32 * 32, "p5": 16 * 16, "p6": 8 * 8, "p7": 4 * 4}
+
+
+def test_weights_at_512_pixels_are_those_at_800x1344() -> None:
+    # 800 x 1344 / 512^2 = 4.1. P6 and P7 are rounded up to whole cells at 800 x 1344 (13 x 21 for
+    # 12.5 x 21), hence have 4 % and 15 % less at 512; together they are 1.6 % of all cells.
+    reference = 800 * 1344
+    assert pixel_factor(reference, [(800, 1344)] * 2) == 1.0
+    factor = pixel_factor(reference, [(512, 512)] * 2)
+    weights = {k: factor * cells for k, cells in LEVELS_512x512.items()}
+    for level in ("p3", "p4", "p5"):
+        assert weights[level] == pytest.approx(LEVELS_800x1344[level], rel=0.01)
+    assert sum(weights.values()) == pytest.approx(sum(LEVELS_800x1344.values()), rel=0.01)
+
+
+def test_factor_is_that_of_the_mean_size_and_one_as_published() -> None:
+    assert pixel_factor(0, [(10, 10)]) == 1.0
+    assert pixel_factor(3000, [(10, 10), (20, 20), (10, 50)]) == 9.0  # 1000 pixels on average

@@ -25,7 +25,7 @@ from d2kd.engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from d2kd.engine.monitor.loss_gradients import LossGradients
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight.check_config import check_config
-from d2kd.heads.build import requires_of
+from d2kd.heads.fit import requires_of
 from d2kd.views import Regions, find_view
 
 Step = Callable[[], None]

@@ -4,6 +4,7 @@ from detectron2.config import CfgNode
 
 from ..data.data_keys import add_data_config
 from ..heads import DISTILL_HEAD_REGISTRY
+from ..heads.keys import add_head_keys
 from ..modeling import add_model_config
 from ..schedule import add_schedule_config
 from ..views.region_sampler import add_region_config
@@ -13,8 +14,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     """
     Add d2kd's keys to a config from detectron2.config.get_cfg().
 
-    The keys of a head, DISTILL.<NAME>.*, are written by the head itself (`add_config`, in
-    d2kd/heads), so that a head registered by a user has them too: import it before this call.
+    The keys of a head, DISTILL.<NAME>.*, come from its constructor (d2kd/heads/keys.py), so that a
+    head registered by a user has them too: import it before this call.
     """
     add_data_config(cfg)
     add_model_config(cfg)
@@ -86,5 +87,5 @@ def add_distill_config(cfg: CfgNode) -> None:
 
     for name, head in DISTILL_HEAD_REGISTRY:
         head_node = node[name[: -len("Head")]] = CfgNode()
-        head.add_config(head_node)
+        add_head_keys(head_node, head)
         add_schedule_config(head_node)

@@ -5,7 +5,7 @@ from typing import Any, List, Sequence
 
 from detectron2.config import CfgNode
 
-from ..heads.build import head_class, head_names
+from ..heads.registry import head_class, head_names
 from . import leaves, load_config, student_config
 from .readers import HEAD_SWITCHES, READERS, value_of
 

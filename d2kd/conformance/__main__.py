@@ -13,7 +13,7 @@ from typing import List
 
 import pytest
 
-from ..heads.build import head_names
+from ..heads.registry import head_names
 from ..utils.plugin import import_file
 from . import gradients, half_precision, numerics, saving, terms, two_processes
 

@@ -18,7 +18,8 @@ from detectron2.utils.events import EventStorage
 
 from ..config import merge_opts
 from ..distiller import Distiller, describe_pair
-from ..heads.build import build_head, head_class
+from ..heads.build import build_head
+from ..heads.registry import head_class
 from ..schedule import WeightSchedule
 from .batches import batch
 from .detectors import distill_config, enliven, write_teacher

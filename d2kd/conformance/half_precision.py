@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..distiller import Distiller
-from ..heads.build import compares_logits
+from ..heads.registry import compares_logits
 from ..views import DetectorView, Regions
 from ..views.parts import DensePredictions, RoIPredictions
 from ..views.towers import Towers

@@ -5,7 +5,7 @@ from typing import Any, List, Sequence, Tuple, Type
 import pytest
 import torch
 
-from ..heads.build import head_class
+from ..heads.registry import head_class
 from .case import PAIRS, Case, Pair, check_refusal, find_case
 from .gradients import check_gradients, check_without_boxes
 from .half_precision import check_mixed_precision, runs_in_float16

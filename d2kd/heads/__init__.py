@@ -2,7 +2,7 @@ from ..pairing.pair import DistillPair
 from ..views import DetectorInfo
 from .amd import AMDHead
 from .bckd import BCKDHead
-from .build import DISTILL_HEAD_REGISTRY, build_head, head_class
+from .build import build_head
 from .ckd import CKDHead
 from .crosskd import CrossKDHead
 from .cwd import CWDHead
@@ -11,10 +11,12 @@ from .dist import DISTHead
 from .dkd import DKDHead
 from .dmkd import DMKDHead
 from .fgd import FGDHead
+from .keys import head_arguments
 from .mar import MARHead
 from .mgd import MGDHead
 from .mld import MLDHead
 from .pkd import PKDHead
+from .registry import DISTILL_HEAD_REGISTRY, head_class, head_names
 from .reviewkd import ReviewKDHead
 from .roi_cls import RoIClsHead
 from .roi_fi import RoIFIHead

@@ -1,15 +1,16 @@
-from typing import Dict, Sequence
+from typing import Any, Dict, Sequence
 
 from torch import Tensor, nn
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 
-from ..layers import difference_weighted, giou_distance
-from ..pairing.levels import LevelPair, match_levels
+from ..layers import difference_weighted, giou_distance, zero_outside
+from ..pairing.levels import LevelPair, match_level
 from ..pairing.pair import DENSE, DistillPair
 from ..utils.checks import check_weight
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY
+from .keys import head_arguments
+from .registry import DISTILL_HEAD_REGISTRY
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -25,69 +26,60 @@ class BCKDHead(nn.Module):
     pairs = DENSE
     requires = frozenset({"dense", "anchor_labels"})
     requires_logits = True
+    loss_weight = 1.0
     zero_at_equal = True
 
-    @configurable
     def __init__(self, *, levels: Sequence[LevelPair], num_anchors: int, box_weight: float = 4.0):
         """
         Args:
             levels: the pairs of levels on which both predict
             num_anchors: per cell
-            box_weight: of the boxes, beside the classes
+            box_weight: of the boxes, beside the classes; published: 4
         """
         super().__init__()
+        check_weight("box_weight", box_weight)
         self.levels = levels
         self.num_anchors = num_anchors
         self.box_weight = box_weight
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        node.LOSS_WEIGHT = 1.0
-        # Of the boxes, beside the classes; published: 4
-        node.BOX_WEIGHT = 4.0
-
     @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        check_weight("DISTILL.BCKD.BOX_WEIGHT", cfg.DISTILL.BCKD.BOX_WEIGHT)
-        return {
-            "levels": pair.dense_levels,
-            "num_anchors": pair.student.num_anchors,
-            "box_weight": cfg.DISTILL.BCKD.BOX_WEIGHT,
-        }
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        num_anchors = pair.student.num_anchors
+        return head_arguments(cls, cfg, pair, levels=pair.dense_levels, num_anchors=num_anchors)
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
         """
+        ::
+
+            d = |p_t - p_s|
+            cls = 1/P sum over anchors, k of d BCE(p_s, p_t)
+            box = box_weight/P sum over anchors of max_k d (1 - GIoU(B_s, B_t))
+
         Args:
-            student, teacher: views with logits (N, A*K, Hi, Wi) and deltas (N, A*4, Hi, Wi)
+            student, teacher: views with logits (N, A*K, Hi, Wi), of sigmoid p, and deltas
+                (N, A*4, Hi, Wi), which decode to the boxes B
 
         Returns:
             {"loss_bckd_cls", "loss_bckd_box": {level: scalar}}, summed over the anchors inside the
-            images (and classes) and divided by the number of the student's positive anchors, a mean
-            over processes. cls: |p_t - p_s| BCE(p_s, p_t); box: box_weight times max_c |p_t - p_s|,
-            without gradient, times 1 - GIoU of the decoded boxes. A level on which no anchor of the
-            batch is positive, in any process, has a loss of 0, as in the released code (which asks
-            each process by itself).
+            images and divided by P, the number of the student's positive anchors, a mean over
+            processes; max_k d has no gradient. A level on which no anchor of the batch is positive,
+            in any process, has a loss of 0, as in the released code (which asks each process by
+            itself).
         """
-        ours, theirs = student.dense(), teacher.dense()
-        boxes = ours.by_level(student.boxes(ours.deltas))
-        targets = theirs.by_level(teacher.boxes(theirs.deltas))
+        ours, theirs, labels = student.dense(), teacher.dense(), student.anchor_labels()
         logits, target_logits = ours.by_level(ours.logits), theirs.by_level(theirs.logits)
-        matched = zip(
-            match_levels(self.levels, logits, target_logits),
-            match_levels(self.levels, boxes, targets),
-        )
-        labels = student.anchor_labels()
+        boxes = ours.by_level(student.boxes(ours.deltas))
+        target_boxes = theirs.by_level(teacher.boxes(theirs.deltas))
         counts = dict(zip(ours.levels, labels.level_positives > 0))
-        losses: Dict[str, Dict[str, Tensor]] = {"loss_bckd_cls": {}, "loss_bckd_box": {}}
-        for (level, x, target), (_, box, target_box) in matched:
-            inside = student.inside_image(level, like=x)
-            inside = 1.0 if inside is None else inside
+        cls, box = {}, {}
+        for pair in self.levels:
+            level = pair.student
+            x, target = match_level(pair, logits, target_logits)
             classes, differ = difference_weighted(x, target)
             differ = differ.unflatten(1, (self.num_anchors, -1)).amax(dim=2)
-            distance = giou_distance(box, target_box, self.num_anchors)
+            distance = giou_distance(*match_level(pair, boxes, target_boxes), self.num_anchors)
+            inside = student.inside_image(level, like=x)
             scale = counts[level] / labels.mean_positives
-            losses["loss_bckd_cls"][level] = scale * (classes * inside).sum()
-            losses["loss_bckd_box"][level] = (
-                self.box_weight * scale * (differ * distance * inside).sum()
-            )
-        return losses
+            cls[level] = scale * zero_outside(classes, inside).sum()
+            box[level] = self.box_weight * scale * zero_outside(differ * distance, inside).sum()
+        return {"loss_bckd_cls": cls, "loss_bckd_box": box}

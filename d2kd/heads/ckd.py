@@ -1,18 +1,20 @@
-from typing import Dict
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils import comm
 
-from ..layers import PerAnchorLinear, gather_rows, unit_vectors
+from ..layers import unit_vectors
 from ..pairing.pair import ANY_PAIR, DistillPair
 from ..utils.checks import MAX_CHANNELS, check_choice, check_range, check_temperature
+from ..utils.processes import gather_rows
 from ..views import DetectorView, Regions, RegionSampler
-from .build import DISTILL_HEAD_REGISTRY
+from .keys import head_arguments
+from .registry import DISTILL_HEAD_REGISTRY
 
 PROJECTIONS = ("student", "shared")
 
@@ -27,13 +29,16 @@ class CKDHead(nn.Module):
 
     Shapes: R regions; M regions of all processes; Q keys in the queue; Cs, Ct length of the
     vectors; D of what is compared: Ct, or that of the shared projection.
+
+    Attributes:
+        loss_weight: lambda_ckd
     """
 
+    loss_weight = 0.5
     # The proposals of a two-stage student come from no cell of a dense teacher.
     pairs = ANY_PAIR - {"dense -> two-stage"}
     requires = frozenset({"regions", "region_vectors"})
 
-    @configurable
     def __init__(
         self,
         *,
@@ -44,85 +49,77 @@ class CKDHead(nn.Module):
         temperature: float = 0.07,
         iou_threshold: float = 0.5,
         queue_size: int = 81920,
-        shared_channels: int = 0,
+        projection: str = "student",
+        shared_channels: int = 128,
     ):
         """
         Args:
             student_channels, teacher_channels: length of the region vectors
             num_anchors: of a dense student; each has a projection of its own
             sampler: which of a dense student's boxes are its regions
-            temperature: divides cosines, > 0
-            iou_threshold: boxes of one image that overlap by more are no negatives of each other
-            queue_size: keys of past batches, 0 or more
-            shared_channels: of a projection of student and teacher after the student's own; 0: none
+            temperature: gamma: divides cosines, > 0
+            iou_threshold: keys of the same image whose boxes overlap by more than this IoU, in
+                (0, 1], are no negatives
+            queue_size: keys of past batches, of all processes together. Per key, 2 x Ct
+                multiply-adds for each region in forward and backward, and 4 x Ct bytes in memory
+                and in every checkpoint: 335 MB for these and the 1024 numbers of a Faster R-CNN.
+                The logits of 1024 regions take as much again, and their gradient
+            projection: f_theta. "student": the student's vectors are projected to the teacher's
+                length, the teacher's are taken as they are. "shared": and then both by one
+                projection
+            shared_channels: length of the vectors after the shared projection
         """
         super().__init__()
+        check_temperature("temperature", temperature)
+        if not 0 < iou_threshold <= 1:
+            raise ValueError(f"iou_threshold must be in (0, 1], got {iou_threshold}.")
+        why = f"a key is 4 x {teacher_channels} bytes"
+        check_range("queue_size", queue_size, 0, 10**7, why)
+        check_choice("projection", projection, PROJECTIONS)
+        check_range("shared_channels", shared_channels, 1, MAX_CHANNELS)
+        shared = projection == "shared"
         self.sampler = sampler
         self.temperature = temperature
         self.iou_threshold = iou_threshold
         self.projection = PerAnchorLinear(student_channels, teacher_channels, num_anchors)
-        self.shared = (
-            nn.Linear(teacher_channels, shared_channels, bias=False) if shared_channels else None
-        )
+        self.shared = nn.Linear(teacher_channels, shared_channels, bias=False) if shared else None
         self.queue_size = queue_size
         # (Q, D), newest first. Saved as extra state, since Q grows until the queue is full.
-        queue = torch.zeros(0, shared_channels or teacher_channels)
+        queue = torch.zeros(0, shared_channels if shared else teacher_channels)
         self.register_buffer("queue", queue, persistent=False)
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        # lambda_ckd
-        node.LOSS_WEIGHT = 0.5
-        # gamma
-        node.TEMPERATURE = 0.07
-        # Keys of the same image whose boxes overlap by more than this IoU are no negatives
-        node.IOU_THRESHOLD = 0.5
-        # Keys of past batches, of all processes together. Per key, 2 x Ct multiply-adds for each
-        # region in forward and backward, and 4 x Ct bytes in memory and in every checkpoint: 335 MB
-        # for these and the 1024 numbers of a Faster R-CNN. The logits of 1024 regions take as much
-        # again, and their gradient
-        node.QUEUE_SIZE = 81920
-        # f_theta. "student": the student's vectors are projected to the teacher's length, the
-        # teacher's are taken as they are. "shared": and then both by one projection
-        node.PROJECTION = "student"
-        # Length of the vectors after the shared projection
-        node.SHARED_CHANNELS = 128
-
     @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        node, student, teacher = cfg.DISTILL.CKD, pair.student, pair.teacher
-        check_choice("DISTILL.CKD.PROJECTION", node.PROJECTION, PROJECTIONS)
-        check_temperature("DISTILL.CKD.TEMPERATURE", node.TEMPERATURE)
-        if not 0 < node.IOU_THRESHOLD <= 1:
-            raise ValueError(
-                f"DISTILL.CKD.IOU_THRESHOLD must be in (0, 1], got {node.IOU_THRESHOLD}."
-            )
-        why = f"a key is 4 x {teacher.vector_channels} bytes"
-        check_range("DISTILL.CKD.QUEUE_SIZE", node.QUEUE_SIZE, 0, 10**7, why)
-        check_range("DISTILL.CKD.SHARED_CHANNELS", node.SHARED_CHANNELS, 1, MAX_CHANNELS)
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        student, teacher = pair.student, pair.teacher
         if not teacher.two_stage:
             _check_cells(pair)
-        return {
-            "student_channels": student.vector_channels,
-            "teacher_channels": teacher.vector_channels,
-            "num_anchors": 1 if student.two_stage else student.num_anchors,
-            "sampler": RegionSampler.from_config(cfg, pair.student),
-            "temperature": node.TEMPERATURE,
-            "iou_threshold": node.IOU_THRESHOLD,
-            "queue_size": node.QUEUE_SIZE,
-            "shared_channels": node.SHARED_CHANNELS if node.PROJECTION == "shared" else 0,
-        }
+        return head_arguments(
+            cls,
+            cfg,
+            pair,
+            student_channels=student.vector_channels,
+            teacher_channels=teacher.vector_channels,
+            num_anchors=1 if student.two_stage else student.num_anchors,
+        )
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         """
+        ::
+
+            q = unit(f(s)),  k = unit(t)
+            e_rj = exp(<q_r, k_j> / gamma)
+            loss = -1/R sum over r of log(e_rr / sum over j of e_rj)
+
+        over the keys j of all regions and of the queue, without those that show what r shows.
+
         Args:
-            student, teacher: views with region vectors, (R, Cs) and (R, Ct)
+            student, teacher: views with region vectors s (R, Cs) and t (R, Ct)
 
         Returns:
-            {"loss_ckd": scalar}, -log of the share of a region's own key, averaged over regions;
-            near log(M + Q) for vectors that know nothing of each other. A share of all keys, its
-            own among them, as InfoNCE has it; third-party code of this method divides by the others
-            alone, and so gives smaller values, below 0 too.
+            {"loss_ckd": scalar}, averaged over regions (of all processes); near log(M + Q) for
+            vectors that have nothing to do with each other. A share of all keys, its own among
+            them, as InfoNCE has it; third-party code of this method divides by the others alone,
+            and so gives smaller values, below 0 too.
         """
         regions = student.regions(self.sampler)
         anchor = regions.source.anchor if regions.source else None
@@ -173,6 +170,34 @@ class CKDHead(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.queue = state[: self.queue_size].to(self.queue.device)
+
+
+class PerAnchorLinear(nn.Module):
+    """
+    A linear map without bias for each anchor of a cell: the anchors share the cell's feature, and
+    only their maps tell them apart.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_anchors: int = 1):
+        super().__init__()
+        linear = [nn.Linear(in_channels, out_channels, bias=False) for _ in range(num_anchors)]
+        self.weight = nn.Parameter(torch.stack([x.weight.detach() for x in linear]))  # (A, D, C)
+
+    def forward(self, x: Tensor, anchor: Optional[Tensor] = None) -> Tensor:
+        """
+        Args:
+            x: (R, C)
+            anchor: (R,) integers below A; None where A is 1
+
+        Returns:
+            (R, D)
+        """
+        if len(self.weight) == 1:
+            return F.linear(x, self.weight[0])
+        # Anchor by anchor: all maps on all rows would be A times the arithmetic.
+        order = anchor.argsort()
+        rows = x[order].split(anchor.bincount(minlength=len(self.weight)).tolist())
+        return torch.cat([F.linear(r, w) for r, w in zip(rows, self.weight)])[order.argsort()]
 
 
 def _check_cells(pair: DistillPair) -> None:

@@ -1,8 +1,8 @@
-from typing import Dict, FrozenSet, Sequence
+from typing import Any, Dict, FrozenSet, Sequence
 
 from torch import Tensor, nn
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 
 from ..layers import (
     difference_weighted,
@@ -10,13 +10,15 @@ from ..layers import (
     largest_probability,
     log_iou_distance,
     standardise,
+    zero_outside,
 )
-from ..pairing.levels import LevelPair, match_levels
+from ..pairing.levels import LevelPair, crop_to, match_level
 from ..pairing.pair import DENSE, DistillPair
 from ..utils.checks import check_choice, check_weight
 from ..views import DetectorView
 from ..views.towers import Towers
-from .build import DISTILL_HEAD_REGISTRY
+from .keys import head_arguments
+from .registry import DISTILL_HEAD_REGISTRY
 
 BOX_LOSSES = {"giou": giou_distance, "log_iou": log_iou_distance}
 
@@ -31,13 +33,17 @@ class CrossKDHead(nn.Module):
     to the ground truth.
 
     Shapes: N images; A anchors, K classes; C channels of the towers; Hi, Wi of level i.
+
+    Attributes:
+        loss_weight: published for RetinaNet: 1; FCOS: 0.4 for the classes and 0.75 for the boxes,
+            which is LOSS_WEIGHT 0.4 and BOX_WEIGHT 1.875
     """
 
+    loss_weight = 1.0
     pairs = DENSE
     requires_logits = True
     zero_at_equal = True
 
-    @configurable
     def __init__(
         self,
         *,
@@ -51,11 +57,14 @@ class CrossKDHead(nn.Module):
         Args:
             levels: the pairs of levels on which both predict
             num_anchors: per cell
-            depth: convolutions of the student's towers before the teacher's take over
-            box_loss: "giou" or "log_iou"
+            depth: i, convolutions of the student's towers before the teacher's take over; RetinaNet
+                3 (of 4), FCOS 2
+            box_loss: "giou", 1 - GIoU (RetinaNet), or "log_iou", -log(IoU) (FCOS)
             box_weight: of the boxes, beside the classes
         """
         super().__init__()
+        check_choice("box_loss", box_loss, sorted(BOX_LOSSES))
+        check_weight("box_weight", box_weight)
         self.levels = levels
         self.num_anchors = num_anchors
         self.depth = depth
@@ -66,23 +75,9 @@ class CrossKDHead(nn.Module):
     def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
         return frozenset({"dense", "anchor_labels", f"tower_{cfg.DISTILL.CrossKD.DEPTH}"})
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        # Published for RetinaNet: 1; FCOS: 0.4 for the classes and 0.75 for the boxes, which is
-        # LOSS_WEIGHT 0.4 and BOX_WEIGHT 1.875
-        node.LOSS_WEIGHT = 1.0
-        # Of the boxes, beside the classes
-        node.BOX_WEIGHT = 1.0
-        # i, how many of the student's convolutions in each tower; RetinaNet 3 (of 4), FCOS 2
-        node.DEPTH = 3
-        # "giou", 1 - GIoU (RetinaNet), or "log_iou", -log(IoU) (FCOS)
-        node.BOX_LOSS = "giou"
-
     @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        node, student, teacher = cfg.DISTILL.CrossKD, pair.student, pair.teacher
-        check_choice("DISTILL.CrossKD.BOX_LOSS", node.BOX_LOSS, sorted(BOX_LOSSES))
-        check_weight("DISTILL.CrossKD.BOX_WEIGHT", node.BOX_WEIGHT)
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        student, teacher = pair.student, pair.teacher
         strides = [[x.shapes[k].stride for k in x.dense_levels] for x in (student, teacher)]
         if strides[0] != strides[1]:
             raise ValueError(
@@ -95,50 +90,51 @@ class CrossKDHead(nn.Module):
                 f"student's has {student.vector_channels} channels and the teacher's "
                 f"{teacher.vector_channels} (MODEL.FPN.OUT_CHANNELS). BCKD takes such a pair."
             )
-        return {
-            "levels": pair.dense_levels,
-            "num_anchors": student.num_anchors,
-            "depth": node.DEPTH,
-            "box_loss": node.BOX_LOSS,
-            "box_weight": node.BOX_WEIGHT,
-        }
+        return head_arguments(
+            cls, cfg, pair, levels=pair.dense_levels, num_anchors=student.num_anchors
+        )
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
         """
+        ::
+
+            q, B_q = teacher's head from layer i on, of the student's towers at layer i
+            cls = 1/D sum over anchors, k of |p - q| BCE(q, p)
+            box = box_weight/D sum over anchors of max_k p distance(B_q, B)
+
         Args:
-            student, teacher: views with towers (N, C, Hi, Wi), logits (N, A*K, Hi, Wi) and deltas
-                (N, A*4, Hi, Wi)
+            student, teacher: views with towers (N, C, Hi, Wi), logits (N, A*K, Hi, Wi), of sigmoid
+                p, and deltas (N, A*4, Hi, Wi), which decode to the boxes B
 
         Returns:
-            {"loss_crosskd_cls", "loss_crosskd_box": {level: scalar}}. cls: |p_t - p| BCE(p, p_t),
-            summed over classes; box: box_weight times the teacher's largest class probability times
-            the distance of the decoded boxes. RetinaNet: summed over the anchors inside the images
-            that its own loss does not ignore, and divided by the number of positive ones. FCOS:
-            summed over all cells, padding too, and divided by the centerness of the positive ones,
-            summed (at least 1; the released code explodes without any). Divisors are means over
-            processes.
+            {"loss_crosskd_cls", "loss_crosskd_box": {level: scalar}}. RetinaNet: summed over the
+            anchors inside the images that its own loss does not ignore, and divided by the number
+            of positive ones. FCOS: summed over all cells, padding too, and divided by the
+            centerness of the positive ones, summed (at least 1; the released code explodes without
+            any). Divisors are means over processes.
         """
         ours, theirs, labels = student.dense(), teacher.dense(), student.anchor_labels()
         crossed = teacher.predict_from(self.depth, self._aligned(student, teacher))
-        pairs = (
-            (crossed.logits, theirs.logits),
-            (teacher.boxes(crossed.deltas), teacher.boxes(theirs.deltas)),
-            (labels.maps, theirs.deltas),  # what both have of a level
-        )
-        matched = zip(
-            *(match_levels(self.levels, ours.by_level(x), theirs.by_level(y)) for x, y in pairs)
-        )
+        logits, target_logits = ours.by_level(crossed.logits), theirs.by_level(theirs.logits)
+        boxes = ours.by_level(teacher.boxes(crossed.deltas))
+        target_boxes = theirs.by_level(teacher.boxes(theirs.deltas))
+        label_maps = ours.by_level(labels.maps)
         of_fcos = labels.centerness is not None
         divisor = labels.mean_centerness if of_fcos else labels.mean_positives
         cls, box = {}, {}
-        for (level, x, target), (_, boxes, target_boxes), (_, label, _) in matched:
-            inside = None if of_fcos else student.inside_image(level, like=x)
-            counted = label >= 0 if inside is None else (label >= 0) & inside  # (N, A, H, W)
+        for pair in self.levels:
+            level = pair.student
+            x, target = match_level(pair, logits, target_logits)
+            counted = crop_to(label_maps[level], x) >= 0  # (N, A, H, W)
+            if not of_fcos:
+                counted = zero_outside(counted, student.inside_image(level, like=x))
             classes, _ = difference_weighted(x, target)
-            classes = classes.unflatten(1, (self.num_anchors, -1))
-            cls[level] = (classes.sum(dim=2) * counted).sum() / divisor
+            classes = classes.unflatten(1, (self.num_anchors, -1)).sum(dim=2)
+            cls[level] = (classes * counted).sum() / divisor
             weight = largest_probability(target, self.num_anchors) * counted
-            distance = BOX_LOSSES[self.box_loss](boxes, target_boxes, self.num_anchors)
+            distance = BOX_LOSSES[self.box_loss](
+                *match_level(pair, boxes, target_boxes), self.num_anchors
+            )
             box[level] = self.box_weight * (distance * weight).sum() / divisor
         return {"loss_crosskd_cls": cls, "loss_crosskd_box": box}
 

@@ -3,14 +3,11 @@ from typing import Dict, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detectron2.config import CfgNode, configurable
-
 from ..layers import build_adapters
 from ..pairing.levels import LevelPair, match_levels
-from ..pairing.pair import DistillPair
 from ..utils.checks import check_temperature
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY
+from .registry import DISTILL_HEAD_REGISTRY
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -20,42 +17,38 @@ class CWDHead(nn.Module):
     every channel is a distribution over the cells; follow where the teacher's puts its mass.
 
     Shapes: N images; Cs, Ct student and teacher channels; Hi, Wi height and width of level i.
+
+    Attributes:
+        loss_weight: published, per level, for the pyramids of Faster R-CNN and RetinaNet: 10
     """
 
+    loss_weight = 10.0
     zero_at_equal = True
 
-    @configurable
     def __init__(self, *, levels: Sequence[LevelPair], temperature: float = 1.0):
         """
         Args:
             levels: the pairs of levels to distil
-            temperature: divides the features, > 0
+            temperature: tau: divides the features, > 0
         """
         super().__init__()
+        check_temperature("temperature", temperature)
         self.levels = levels
         self.temperature = temperature
         self.adapter = build_adapters(levels)
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        # Published, per level, for the pyramids of Faster R-CNN and RetinaNet
-        node.LOSS_WEIGHT = 10.0
-        # tau
-        node.TEMPERATURE = 1.0
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        check_temperature("DISTILL.CWD.TEMPERATURE", cfg.DISTILL.CWD.TEMPERATURE)
-        return {"levels": pair.levels, "temperature": cfg.DISTILL.CWD.TEMPERATURE}
-
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
         """
+        ::
+
+            p(X) = softmax over cells of X / tau
+            loss = tau^2 / (N Ct) sum over n, c of KL(p(T) || p(adapter(S)))
+
         Args:
-            student, teacher: views with features (N, Cs, Hi, Wi) and (N, Ct, Hi, Wi)
+            student, teacher: views with features S (N, Cs, Hi, Wi) and T (N, Ct, Hi, Wi)
 
         Returns:
-            {"loss_cwd": {level: scalar}}: temperature^2 KL(teacher || student) between the softmax
-            over cells of every channel, averaged over images and channels
+            {"loss_cwd": {level: scalar}}, averaged over images and channels
         """
         losses = {}
         for level, x, target in match_levels(self.levels, student.features, teacher.features):

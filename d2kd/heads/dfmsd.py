@@ -1,25 +1,22 @@
+import math
 from typing import Dict, Optional, Sequence
 
+import torch
 from torch import Tensor, nn
-
-from detectron2.config import CfgNode, configurable
+from torch.nn import functional as F
 
 from ..layers import (
     AttentionGuide,
     DualGenerator,
     MaskRule,
-    add_dual_mask_config,
     build_adapters,
-    high_pass,
     mean_one_softmax,
-    read_dual_mask,
     standardise,
 )
 from ..pairing.levels import LevelPair, match_inside
-from ..pairing.pair import DistillPair
 from ..utils.checks import check_weight
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY
+from .registry import DISTILL_HEAD_REGISTRY
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -33,9 +30,14 @@ class DFMSDHead(nn.Module):
     Both terms see standardised features, since magnitudes of unlike detectors differ.
 
     Shapes: N images; Cs, Ct student and teacher channels; Hi, Wi height and width of level i.
+
+    Attributes:
+        loss_weight: of the reconstruction: PKD's published weight for unlike pairs, as both compare
+            standardised features
     """
 
-    @configurable
+    loss_weight = 6.0
+
     def __init__(
         self,
         *,
@@ -44,7 +46,8 @@ class DFMSDHead(nn.Module):
         semantic_ratio: float = 0.5,
         cell_mask: MaskRule = MaskRule(),
         channel_mask: MaskRule = MaskRule(ratio=0.5),
-        guide: AttentionGuide = AttentionGuide(),
+        temperature: float = 0.5,
+        attention_from: str = "teacher",
         enhancement: float = 1.0,
         enhanced_max_stride: int = 16,
         high_pass_cutoff: float = 0.1,
@@ -52,20 +55,37 @@ class DFMSDHead(nn.Module):
         """
         Args:
             levels: the pairs of levels to distil
-            reconstruct: False leaves the semantic alignment alone, for a first stage
-            semantic_ratio: weight of the semantic alignment beside the reconstruction, >= 0
-            cell_mask, channel_mask: what is hidden, given the attention
-            guide: whose attention
-            enhancement: how much attention of high frequencies is added, >= 0
-            enhanced_max_stride: levels up to this stride get it, in pixels
-            high_pass_cutoff: frequency of half power, in cycles per cell, in (0, 0.15]
+            reconstruct: False: semantic alignment alone, the first stage where there is one teacher
+                only
+            semantic_ratio: beta: weight of the semantic alignment / LOSS_WEIGHT, 0 or above; 1.0
+                where it is alone
+            cell_mask: which cells are hidden, given the attention
+            channel_mask: which channels; half of them leaves enough to mix the others from
+            temperature: tau of FGD's attention: 0.5, and 0.8 for FCOS; larger: flatter
+            attention_from: "teacher", which knows objects from the first iteration on, or "student"
+            enhancement: gamma: how much high-frequency attention is added to the mask's; the paper
+                strengthens it with the stages: 0.0 in the first, 1.0 in the second
+            enhanced_max_stride: levels up to this stride get it: small objects live on the fine
+                levels
+            high_pass_cutoff: r, frequency of half power, in (0, 0.15] cycles per cell: slower
+                changes than one in ten cells are not an object's detail
         """
         super().__init__()
+        check_weight("semantic_ratio", semantic_ratio)
+        check_weight("enhancement", enhancement)
+        check_weight("enhanced_max_stride", enhanced_max_stride)
+        if not 0 < high_pass_cutoff <= 0.15:
+            raise ValueError(
+                f"high_pass_cutoff must be in (0, 0.15] cycles per cell, got {high_pass_cutoff}: "
+                "above, the filter is narrower than a cell."
+            )
+        if not reconstruct and not semantic_ratio:
+            raise ValueError("reconstruct is False and SEMANTIC_RATIO is 0, so nothing is left.")
         self.levels = levels
         self.semantic_ratio = semantic_ratio
         self.cell_mask = cell_mask
         self.channel_mask = channel_mask
-        self.guide = guide
+        self.guide = AttentionGuide(temperature, attention_from)
         self.high_pass_cutoff = high_pass_cutoff
         self.enhancement = {
             p.student: enhancement * (p.student_stride <= enhanced_max_stride) for p in levels
@@ -77,52 +97,16 @@ class DFMSDHead(nn.Module):
             {p.student: DualGenerator(p.teacher_channels) for p in rebuilt}
         )
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        # Of the reconstruction: PKD's published weight for unlike pairs, as both compare
-        # standardised features
-        node.LOSS_WEIGHT = 6.0
-        # False: semantic alignment alone, the first stage where there is one teacher only
-        node.RECONSTRUCT = True
-        # beta: weight of the semantic alignment / LOSS_WEIGHT; 1.0 where it is alone
-        node.SEMANTIC_RATIO = 0.5
-        add_dual_mask_config(node)
-        # gamma: how much high-frequency attention is added to the mask's; the paper strengthens it
-        # with the stages: 0.0 in the first, 1.0 in the second
-        node.ENHANCEMENT = 1.0
-        # Small objects live on the fine levels.
-        node.ENHANCED_MAX_STRIDE = 16
-        # r, in cycles per cell: slower changes than one in ten cells are not an object's detail
-        node.HIGH_PASS_CUTOFF = 0.1
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        node = cfg.DISTILL.DFMSD
-        for name in ("SEMANTIC_RATIO", "ENHANCEMENT", "ENHANCED_MAX_STRIDE"):
-            check_weight(f"DISTILL.DFMSD.{name}", node[name])
-        if not 0 < node.HIGH_PASS_CUTOFF <= 0.15:
-            raise ValueError(
-                "DISTILL.DFMSD.HIGH_PASS_CUTOFF must be in (0, 0.15] cycles per cell, got "
-                f"{node.HIGH_PASS_CUTOFF}: above, the filter is narrower than a cell."
-            )
-        if not node.RECONSTRUCT and not node.SEMANTIC_RATIO:
-            raise ValueError(
-                "DISTILL.DFMSD: RECONSTRUCT is False and SEMANTIC_RATIO is 0, so nothing is left."
-            )
-        return {
-            "levels": pair.levels,
-            "reconstruct": node.RECONSTRUCT,
-            "semantic_ratio": node.SEMANTIC_RATIO,
-            **read_dual_mask("DISTILL.DFMSD", node),
-            "enhancement": node.ENHANCEMENT,
-            "enhanced_max_stride": node.ENHANCED_MAX_STRIDE,
-            "high_pass_cutoff": node.HIGH_PASS_CUTOFF,
-        }
-
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
         """
+        ::
+
+            X = adapter(S),  Z(T) = T with mean 0 and variance 1 per channel
+            rebuild = mean over n, c, cells inside of (generator(X, masks) - Z(T))^2
+            semantic = beta / 2 mean over n, c, cells inside of (Z(X) - Z(T))^2
+
         Args:
-            student, teacher: views with features (N, Cs, Hi, Wi) and (N, Ct, Hi, Wi)
+            student, teacher: views with features S (N, Cs, Hi, Wi) and T (N, Ct, Hi, Wi)
 
         Returns:
             {"loss_dfmsd_rebuild": {level: scalar}}: squared error of the rebuilt features against
@@ -166,3 +150,40 @@ def _mean_square(x: Tensor, inside: Optional[Tensor]) -> Tensor:
     if inside is None:
         return x.square().mean()
     return (x.square() * inside).sum() / (inside.sum() * x.shape[1])
+
+
+def high_pass(x: Tensor, cutoff: float, inside: Optional[Tensor] = None) -> Tensor:
+    """
+    What is left of each channel without its low frequencies.
+
+    The filter's response is 1 - exp(-f^2 ln 2 / (2 cutoff^2)): x minus a Gaussian blur. Blurring
+    in space is that product in the frequency domain, and unlike a Fourier transform of the map it
+    neither joins its left border to its right one nor mixes padding in: cells outside the image
+    have no part in the average.
+
+    Args:
+        x: (N, C, H, W)
+        cutoff: frequency at which the blur passes half of the power, cycles per cell; a Gaussian
+            sampled once per cell has this response up to 0.15
+        inside: (N, 1, H, W), cells that hold a part of their image; None: all do
+
+    Returns:
+        (N, C, H, W), 0 outside
+    """
+    sigma = math.sqrt(math.log(2)) / (2 * math.pi * cutoff)  # cells
+    radius = math.ceil(3 * sigma)
+    offsets = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
+    weight = torch.ones_like(x[:, :1]) if inside is None else inside.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # a difference of nearly equal numbers
+        total = _blur(weight, kernel).clamp(min=torch.finfo(x.dtype).tiny)
+        return (x - _blur(x * weight, kernel) / total) * weight
+
+
+def _blur(x: Tensor, kernel: Tensor) -> Tensor:
+    """Weighted sum over columns, then rows, of every channel by itself; zeros beyond the border."""
+    images, channels, height, width = x.shape
+    x = x.reshape(images * channels, 1, height, width)
+    x = F.conv2d(x, kernel.view(1, 1, 1, -1), padding=(0, len(kernel) // 2))
+    x = F.conv2d(x, kernel.view(1, 1, -1, 1), padding=(len(kernel) // 2, 0))
+    return x.view(images, channels, height, width)

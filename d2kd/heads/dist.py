@@ -1,15 +1,16 @@
-from typing import Dict, FrozenSet, Sequence, Tuple, Union
+from typing import Any, Dict, FrozenSet, Sequence, Tuple, Union
 
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 
 from ..pairing.levels import LevelPair, match_levels
 from ..pairing.pair import SAME_KIND, DistillPair
 from ..utils.checks import check_temperature, check_weight
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY
+from .keys import head_arguments
+from .registry import DISTILL_HEAD_REGISTRY
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -26,11 +27,11 @@ class DISTHead(nn.Module):
     Shapes: R proposals; K classes; N images; A anchors; Hi, Wi height and width of level i.
     """
 
+    loss_weight = 1.0
     pairs = SAME_KIND
     requires_logits = True
     class_activations = frozenset({"softmax", "sigmoid"})
 
-    @configurable
     def __init__(
         self,
         *,
@@ -44,10 +45,14 @@ class DISTHead(nn.Module):
         Args:
             levels: the pairs of levels on which both predict; not read of two-stage pairs
             two_stage: compare the heads on regions, not the dense ones
-            inter_weight, intra_weight: of the two correlations
-            temperature: divides the logits of both, > 0
+            inter_weight: beta, of the correlation over classes
+            intra_weight: gamma, of the correlation over predictions
+            temperature: tau: divides the logits of both, > 0
         """
         super().__init__()
+        check_temperature("temperature", temperature)
+        check_weight("inter_weight", inter_weight)
+        check_weight("intra_weight", intra_weight)
         self.levels = levels
         self.two_stage = two_stage
         self.inter_weight = inter_weight
@@ -58,42 +63,28 @@ class DISTHead(nn.Module):
     def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
         return frozenset({"regions", "roi_predictions"} if pair.student.two_stage else {"dense"})
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        node.LOSS_WEIGHT = 1.0
-        # beta
-        node.INTER_WEIGHT = 1.0
-        # gamma
-        node.INTRA_WEIGHT = 1.0
-        # tau
-        node.TEMPERATURE = 1.0
-
     @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        node, two_stage = cfg.DISTILL.DIST, pair.student.two_stage
-        check_temperature("DISTILL.DIST.TEMPERATURE", node.TEMPERATURE)
-        check_weight("DISTILL.DIST.INTER_WEIGHT", node.INTER_WEIGHT)
-        check_weight("DISTILL.DIST.INTRA_WEIGHT", node.INTRA_WEIGHT)
-        return {
-            "levels": () if two_stage else pair.dense_levels,
-            "two_stage": two_stage,
-            "inter_weight": node.INTER_WEIGHT,
-            "intra_weight": node.INTRA_WEIGHT,
-            "temperature": node.TEMPERATURE,
-        }
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        two_stage = pair.student.two_stage
+        levels = () if two_stage else pair.dense_levels
+        return head_arguments(cls, cfg, pair, levels=levels, two_stage=two_stage)
 
     def forward(
         self, student: DetectorView, teacher: DetectorView
     ) -> Dict[str, Union[Tensor, Dict[str, Tensor]]]:
         """
+        ::
+
+            p = softmax or sigmoid of logits / tau,  d = 1 - Pearson's correlation
+            inter = beta tau^2 mean over predictions of d(p_student, p_teacher)
+            intra = gamma tau^2 mean over classes of d(p_student, p_teacher)
+
         Args:
             student, teacher: views with logits: (R, K+1), or (R, K) of a sigmoid each, or dense
                 ones (N, A*K, Hi, Wi)
 
         Returns:
-            {"loss_dist_inter", "loss_dist_intra": scalar, or of dense pairs {level: scalar}}:
-            temperature^2 times 1 minus Pearson's correlation, averaged over predictions and over
-            classes, each multiplied by its weight
+            {"loss_dist_inter", "loss_dist_intra": scalar, or of dense pairs {level: scalar}}
         """
         if self.two_stage:
             inter, intra = self._on_regions(student, teacher)

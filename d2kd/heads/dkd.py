@@ -4,12 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detectron2.config import CfgNode, configurable
-
-from ..pairing.pair import TWO_STAGE, DistillPair
+from ..pairing.pair import TWO_STAGE
 from ..utils.checks import check_temperature, check_weight
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY
+from .registry import DISTILL_HEAD_REGISTRY
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -27,8 +25,8 @@ class DKDHead(nn.Module):
     requires = frozenset({"regions", "roi_predictions"})
     requires_logits = True
     zero_at_equal = True
+    loss_weight = 1.0
 
-    @configurable
     def __init__(
         self,
         *,
@@ -38,45 +36,33 @@ class DKDHead(nn.Module):
     ):
         """
         Args:
-            target_weight, non_target_weight: of the two parts
-            temperature: divides the logits of both, > 0
+            target_weight: alpha, of the true class (TCKD)
+            non_target_weight: beta, of the others (NCKD)
+            temperature: tau: divides the logits of both, > 0
         """
         super().__init__()
+        check_weight("target_weight", target_weight)
+        check_weight("non_target_weight", non_target_weight)
+        check_temperature("temperature", temperature)
         self.target_weight = target_weight
         self.non_target_weight = non_target_weight
         self.temperature = temperature
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        node.LOSS_WEIGHT = 1.0
-        # alpha, of the true class (TCKD)
-        node.TARGET_WEIGHT = 1.0
-        # beta, of the others (NCKD)
-        node.NON_TARGET_WEIGHT = 0.25
-        # T
-        node.TEMPERATURE = 1.0
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        node = cfg.DISTILL.DKD
-        check_temperature("DISTILL.DKD.TEMPERATURE", node.TEMPERATURE)
-        check_weight("DISTILL.DKD.TARGET_WEIGHT", node.TARGET_WEIGHT)
-        check_weight("DISTILL.DKD.NON_TARGET_WEIGHT", node.NON_TARGET_WEIGHT)
-        return {
-            "target_weight": node.TARGET_WEIGHT,
-            "non_target_weight": node.NON_TARGET_WEIGHT,
-            "temperature": node.TEMPERATURE,
-        }
-
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         """
+        ::
+
+            p = softmax(z / tau)
+            b = (p of the true class, the rest),  q = p of the others / the rest
+            target = alpha tau^2 / R sum over r of KL(b_teacher || b_student)
+            non_target = beta tau^2 / R sum over r of KL(q_teacher || q_student)
+
         Args:
-            student, teacher: views with logits (R, K+1), background last
+            student, teacher: views with logits z (R, K+1), background last
 
         Returns:
-            {"loss_dkd_target", "loss_dkd_non_target": scalar}, temperature^2 KL(teacher || student)
-            of (true class, all others) and among all others, averaged over proposals, each
-            multiplied by its weight
+            {"loss_dkd_target", "loss_dkd_non_target": scalar}, averaged over proposals (of all
+            processes)
         """
         regions = student.regions()
         labels = torch.cat([x.gt_classes for x in student.sampled_proposals])

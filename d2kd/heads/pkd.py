@@ -1,77 +1,77 @@
-from typing import Dict, Iterator, Sequence, Tuple
+from typing import Any, Dict, Iterator, Sequence, Tuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 
 from ..layers import build_adapters, standardise
 from ..pairing.levels import LevelPair, make_pair, match_levels
 from ..pairing.pair import DistillPair
+from ..utils.checks import check_choice, check_range
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY
+from .keys import head_arguments
+from .registry import DISTILL_HEAD_REGISTRY
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class PKDHead(nn.Module):
     """
     Distillation by Pearson correlation, https://arxiv.org/abs/2207.02039 (exact, after the
-    authors' released code): bring every channel of both pyramids to mean 0 and deviation 1, then
-    compare. What a channel's magnitude is does not matter, so unlike detectors can be paired.
+    authors' released code): bring every channel of both pyramids to zero mean and unit variance,
+    then compare. That is invariant to a channel's scale, so unlike detectors can be paired.
 
     Shapes: N images; Cs, Ct student and teacher channels; Hi, Wi height and width of level i.
+
+    Attributes:
+        loss_weight: published, per level: 6 for a two-stage student, 10 for a dense one of the same
+            kind as its teacher, 6 for Mask R-CNN -> RetinaNet
     """
 
+    loss_weight = 6.0
     zero_at_equal = True
 
-    @configurable
-    def __init__(self, *, levels: Sequence[LevelPair], resize: bool):
+    def __init__(self, *, levels: Sequence[LevelPair], match: str = "stride", num_levels: int = 4):
         """
         Args:
-            levels: the pairs of levels to distil
-            resize: bring the student's maps to the teacher's size (for pairs of unequal stride)
+            levels: the pairs of levels to distil, finest first
+            match: "stride": pair levels of equal stride (equal strides see equal objects);
+                "index": the first with the first, and so on, the student's maps resized to the
+                teacher's; what the published configs do
+            num_levels: how many of the pairs to use; 0: all. The published configs use 4
         """
         super().__init__()
-        self.levels = levels
-        self.resize = resize
+        check_choice("match", match, ("stride", "index"))
+        check_range("num_levels", num_levels, 0, float("inf"), "0 is all")
+        self.levels = levels[: num_levels or None]
+        self.resize = match == "index"
         # Not in the published method, which needs equal channels; identity where they are equal.
-        self.adapter = build_adapters(levels)
-
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        # Published, per level: 6 for a two-stage student, 10 for a dense one of the same kind as
-        # its teacher, 6 for Mask R-CNN -> RetinaNet.
-        node.LOSS_WEIGHT = 6.0
-        # "stride": levels of equal stride (d2kd's default: equal strides see equal objects).
-        # "index": first with first, and so on, resized; what the published configs do.
-        node.MATCH = "stride"
-        # How many of the pairs to use, finest first; 0: all. The published configs use 4.
-        node.NUM_LEVELS = 4
+        self.adapter = build_adapters(self.levels)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        match, num_levels = cfg.DISTILL.PKD.MATCH, cfg.DISTILL.PKD.NUM_LEVELS
-        if match not in ("stride", "index"):
-            raise ValueError(f"DISTILL.PKD.MATCH must be 'stride' or 'index', got {match!r}.")
-        if num_levels < 0:
-            raise ValueError(f"DISTILL.PKD.NUM_LEVELS must be 0 (all) or more, got {num_levels}.")
-        if match == "index" and cfg.DISTILL.LEVELS:
-            raise ValueError(
-                f"DISTILL.PKD.MATCH is 'index', but DISTILL.LEVELS names pairs: "
-                f"{list(cfg.DISTILL.LEVELS)}. Leave one of the two out."
-            )
-        levels = pair.levels if match == "stride" else _pair_by_index(pair)
-        return {"levels": levels[: num_levels or None], "resize": match == "index"}
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        levels = pair.levels
+        if cfg.DISTILL.PKD.MATCH == "index":
+            if cfg.DISTILL.LEVELS:
+                raise ValueError(
+                    f"DISTILL.PKD.MATCH is 'index', but DISTILL.LEVELS names pairs: "
+                    f"{list(cfg.DISTILL.LEVELS)}. Leave one of the two out."
+                )
+            levels = _pair_by_index(pair)
+        return head_arguments(cls, cfg, pair, levels=levels)
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
         """
+        ::
+
+            loss = 1/2 mean over n, c, cells of (standardise(T) - standardise(adapter(S)))^2
+                 = mean over c of (1 - Pearson's r) (m - 1)/m,  m = N*Hi*Wi
+
         Args:
-            student, teacher: views with features (N, Cs, Hi, Wi) and (N, Ct, Hi, Wi)
+            student, teacher: views with features S (N, Cs, Hi, Wi) and T (N, Ct, Hi, Wi)
 
         Returns:
-            {"loss_pkd": {level: scalar}}: half the squared difference of the standardised
-            features, mean over all elements: (1 - Pearson's r)(m - 1)/m, averaged over channels,
-            of m = N*Hi*Wi values each. Sum over levels.
+            {"loss_pkd": {level: scalar}}: a mean over all elements, summed over levels
         """
         losses = {}
         for level, x, target in self._matched(student, teacher):

@@ -2,13 +2,11 @@ from typing import Dict
 
 from torch import Tensor, nn
 
-from detectron2.config import CfgNode, configurable
-
 from ..layers import class_divergence
-from ..pairing.pair import TWO_STAGE, DistillPair
+from ..pairing.pair import TWO_STAGE
 from ..utils.checks import check_temperature
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY
+from .registry import DISTILL_HEAD_REGISTRY
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -26,36 +24,31 @@ class RoIClsHead(nn.Module):
     requires_logits = True
     class_activations = frozenset({"softmax", "sigmoid"})
     zero_at_equal = True
+    loss_weight = 1.0
 
-    @configurable
-    def __init__(self, *, temperature: float):
+    def __init__(self, *, temperature: float = 1.0):
         """
         Args:
-            temperature: divides the logits of both, > 0
+            temperature: tau: divides the logits of both, > 0
         """
         super().__init__()
+        check_temperature("temperature", temperature)
         self.temperature = temperature
-
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        node.LOSS_WEIGHT = 1.0
-        # tau
-        node.TEMPERATURE = 1.0
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        check_temperature("DISTILL.RoICls.TEMPERATURE", cfg.DISTILL.RoICls.TEMPERATURE)
-        return {"temperature": cfg.DISTILL.RoICls.TEMPERATURE}
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         """
+        ::
+
+            p = softmax(z / tau)
+            loss = tau^2 / R sum over r of KL(p_teacher || p_student)
+
         Args:
-            student, teacher: views with logits (R, K+1), background last, or (R, K) of a sigmoid
+            student, teacher: views with logits z (R, K+1), background last, or (R, K) of a sigmoid
                 each
 
         Returns:
-            {"loss_roicls": scalar}, temperature^2 KL(teacher || student), summed over classes and
-            averaged over proposals
+            {"loss_roicls": scalar}, summed over classes and averaged over proposals (of all
+            processes)
         """
         regions = student.regions()
         ours, theirs = student.roi_predictions(), teacher.roi_predictions(regions.boxes)

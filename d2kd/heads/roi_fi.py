@@ -1,13 +1,14 @@
-from typing import Dict
+from typing import Any, Dict
 
 from torch import Tensor, nn
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 
 from ..layers import build_adapter
 from ..pairing.pair import DistillPair
 from ..views import DetectorView, RegionSampler
-from .build import DISTILL_HEAD_REGISTRY
+from .keys import head_arguments
+from .registry import DISTILL_HEAD_REGISTRY
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -21,9 +22,9 @@ class RoIFIHead(nn.Module):
     """
 
     requires = frozenset({"features", "roi_features", "regions"})
+    loss_weight = 1.0
     zero_at_equal = True  # the adapter starts as the identity
 
-    @configurable
     def __init__(self, *, student_channels: int, teacher_channels: int, sampler: RegionSampler):
         """
         Args:
@@ -34,12 +35,8 @@ class RoIFIHead(nn.Module):
         self.sampler = sampler
         self.adapter = build_adapter(student_channels, teacher_channels, always=True)
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        node.LOSS_WEIGHT = 1.0
-
     @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
         sizes = pair.student.roi_size, pair.teacher.roi_size
         if sizes[0] != sizes[1]:
             raise ValueError(
@@ -47,14 +44,17 @@ class RoIFIHead(nn.Module):
                 f"{sizes[0]} cells a side and the teacher's {sizes[1]} "
                 "(MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION). SGFI pools the student's anew."
             )
-        return {
-            "student_channels": pair.student.channels,
-            "teacher_channels": pair.teacher.channels,
-            "sampler": RegionSampler.from_config(cfg, pair.student),
-        }
+        channels = pair.student.channels, pair.teacher.channels
+        return head_arguments(
+            cls, cfg, pair, student_channels=channels[0], teacher_channels=channels[1]
+        )
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         """
+        ::
+
+            loss = 1/R sum over r of mean over c, cells of (T_r - adapter(S_r))^2
+
         Args:
             student, teacher: views with RoI features, (R, Cs, S, S) and (R, Ct, S, S)
 

@@ -1,12 +1,13 @@
-from typing import Dict
+from typing import Any, Dict
 
 from torch import Tensor, nn
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 
 from ..pairing.pair import TWO_STAGE, DistillPair
 from ..views import DetectorView
-from .build import DISTILL_HEAD_REGISTRY
+from .keys import head_arguments
+from .registry import DISTILL_HEAD_REGISTRY
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -24,18 +25,11 @@ class RoILocHead(nn.Module):
     requires = frozenset({"regions", "roi_predictions"})
     requires_logits = True
     class_activations = frozenset({"softmax", "sigmoid"})
+    loss_weight = 1.0
     zero_at_equal = True
 
-    @configurable
-    def __init__(self):
-        super().__init__()
-
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        node.LOSS_WEIGHT = 1.0
-
     @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
         student, teacher = pair.student.box_weights, pair.teacher.box_weights
         if student != teacher:
             raise ValueError(
@@ -44,17 +38,21 @@ class RoILocHead(nn.Module):
                 "cascade: the first of MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS). Train the "
                 "student with the teacher's."
             )
-        return {}
+        return head_arguments(cls, cfg, pair)
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         """
+        ::
+
+            loss = 1/R sum over r of |sum over k of p_teacher,k (d_teacher,k - d_student,k)|_1
+
         Args:
             student, teacher: views with deltas (R, 4*K); those of a class-agnostic detector,
                 (R, 4), are taken to be the same for every class
 
         Returns:
-            {"loss_roiloc": scalar}, |sum_c p_c (teacher's - student's deltas)|, summed over the
-            four coordinates and averaged over proposals
+            {"loss_roiloc": scalar}, summed over the four coordinates and averaged over proposals
+            (of all processes)
         """
         regions = student.regions()
         target = teacher.roi_predictions(regions.boxes)

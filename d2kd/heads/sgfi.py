@@ -1,19 +1,20 @@
 from functools import partial
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes
 
 from ..layers import build_adapter
 from ..pairing.pair import DistillPair
 from ..utils.checks import check_range
 from ..views import DetectorView, RegionSampler, roi_align_levels
-from .build import DISTILL_HEAD_REGISTRY
+from .keys import head_arguments
+from .registry import DISTILL_HEAD_REGISTRY
 
 # A learned temperature below this would make the softmax a hard choice that nothing can undo.
 MIN_TEMPERATURE = 0.01
@@ -29,34 +30,55 @@ class SGFIHead(nn.Module):
 
     Shapes: R regions; L student levels; C teacher channels, which the adapter gives the student's
     features too; S cells along a side of the teacher's RoI features.
+
+    Attributes:
+        loss_weight: lambda_feat, of an error that is a mean
     """
 
+    loss_weight = 1.0
     requires = frozenset({"features", "roi_features", "regions"})
     no_weight_decay = frozenset({"temperature"})
 
-    @configurable
     def __init__(
         self,
         *,
-        levels: Sequence[str],
+        student_levels: Sequence[str],
         student_channels: int,
         teacher_channels: int,
         sampler: RegionSampler,
+        levels: Sequence[str] = (),
         negative_slope: float = 0.0,
         sampling_ratio: int = 0,
         chunk_size: int = 0,
     ):
         """
         Args:
-            levels: of the student
+            student_levels: all of the student's
             student_channels, teacher_channels: of the pyramids
             sampler: which of a dense student's boxes are its regions
-            negative_slope: of the embedding's ReLUs, in [0, 1)
-            sampling_ratio: of the student's RoIAlign, see roi_align_levels
-            chunk_size: regions at a time, each chunk computed again in the backward; 0: all at once
+            levels: those of the student that are mixed; empty: all
+            negative_slope: of the embedding's ReLUs, in [0, 1). The notes on the paper say ReLU, 0.
+                With a large LOSS_WEIGHT that died: all levels weigh the same then, for good; 0.01
+                lets it come back
+            sampling_ratio: points per cell and direction of the student's RoIAlign, up to 8. 0: one
+                per map cell, as in Detectron2's box heads; 2: faster where large boxes meet fine
+                levels
+            chunk_size: regions at a time. The student's RoI features are R x L x C x S x S numbers:
+                257 MB in float32 for 1024 regions of 5 levels of 256 channels, twice that while
+                they are stacked. With 128 here, that many regions are pooled at a time, and once
+                more in the backward; 0: all at once
         """
         super().__init__()
-        self.student_levels = list(levels)
+        chosen = list(levels) or list(student_levels)
+        if not set(chosen) <= set(student_levels) or len(set(chosen)) < len(chosen):
+            raise ValueError(
+                f"levels is {chosen}; it may name each of {', '.join(student_levels)} once."
+            )
+        if not 0 <= negative_slope < 1:
+            raise ValueError(f"negative_slope must be in [0, 1), got {negative_slope}.")
+        check_range("sampling_ratio", sampling_ratio, 0, 8, "time and memory grow with its square")
+        check_range("chunk_size", chunk_size, 0, 10**6, "0 is all at once")
+        self.student_levels = chosen
         self.sampler = sampler
         self.sampling_ratio = sampling_ratio
         self.chunk_size = chunk_size
@@ -74,62 +96,35 @@ class SGFIHead(nn.Module):
             [],
         )
 
-    @staticmethod
-    def add_config(node: CfgNode) -> None:
-        # lambda_feat, of an error that is a mean
-        node.LOSS_WEIGHT = 1.0
-        # Levels of the student that are mixed; []: all that its backbone has
-        node.LEVELS = []
-        # Slope of the embedding's ReLUs below 0. The notes on the paper say ReLU, 0. With a large
-        # LOSS_WEIGHT that died: all levels weigh the same then, for good; 0.01 lets it come back
-        node.NEGATIVE_SLOPE = 0.0
-        # Points per cell and direction of the student's RoIAlign. 0: one per map cell, as in
-        # Detectron2's box heads; 2: faster where large boxes meet fine levels
-        node.SAMPLING_RATIO = 0
-        # The student's RoI features are R x L x C x S x S numbers: 257 MB in float32 for 1024
-        # regions of 5 levels of 256 channels, twice that while they are stacked. With 128 here,
-        # that many regions are pooled at a time, and once more in the backward; 0: all at once
-        node.CHUNK_SIZE = 0
-
     @classmethod
-    def from_config(cls, cfg: CfgNode, pair: DistillPair):
-        node, known = cfg.DISTILL.SGFI, list(pair.student.shapes)
-        levels = list(node.LEVELS) or known
-        unknown = [x for x in levels if x not in known]
-        if unknown or len(set(levels)) < len(levels):
-            raise ValueError(
-                f"DISTILL.SGFI.LEVELS is {levels}; it may name each of {', '.join(known)} once."
-            )
-        if not 0 <= node.NEGATIVE_SLOPE < 1:
-            raise ValueError(
-                f"DISTILL.SGFI.NEGATIVE_SLOPE must be in [0, 1), got {node.NEGATIVE_SLOPE}."
-            )
-        why = "time and memory grow with its square"
-        check_range("DISTILL.SGFI.SAMPLING_RATIO", node.SAMPLING_RATIO, 0, 8, why)
-        check_range("DISTILL.SGFI.CHUNK_SIZE", node.CHUNK_SIZE, 0, 10**6, "0 is all at once")
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
         if pair.teacher.roi_size < 7:
             raise ValueError(
                 f"DISTILL.HEADS: SGFI embeds RoI features of 7 cells a side or more; the teacher's "
                 f"have {pair.teacher.roi_size} (MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)."
             )
-        return {
-            "levels": levels,
-            "student_channels": pair.student.channels,
-            "teacher_channels": pair.teacher.channels,
-            "sampler": RegionSampler.from_config(cfg, pair.student),
-            "negative_slope": node.NEGATIVE_SLOPE,
-            "sampling_ratio": node.SAMPLING_RATIO,
-            "chunk_size": node.CHUNK_SIZE,
-        }
+        return head_arguments(
+            cls,
+            cfg,
+            pair,
+            student_levels=list(pair.student.shapes),
+            student_channels=pair.student.channels,
+            teacher_channels=pair.teacher.channels,
+        )
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         """
+        ::
+
+            e = embedding(RoI feature),  w_r = softmax over l of <e(S_r,l), e(T_r)> / temperature
+            loss = 1/R sum over r of mean over c, cells of (T_r - sum over l of w_r,l S_r,l)^2
+
         Args:
-            student, teacher: views with RoI features
+            student, teacher: views with RoI features; S_r,l are pooled of the adapted maps
 
         Returns:
-            {"loss_sgfi": scalar}, the squared error averaged over a region's C*S*S entries and
-            over regions
+            {"loss_sgfi": scalar}, averaged over a region's C*S*S entries and over regions (of all
+            processes)
         """
         # Not in the graph, where a clamp would cut the gradient for good.
         self.temperature.data.clamp_(min=MIN_TEMPERATURE)
@@ -139,18 +134,10 @@ class SGFIHead(nn.Module):
         # fewer cells than many regions on all levels, and only one tensor of that size is kept.
         maps = [self.adapter(student.features[k]) for k in self.student_levels]
         strides = [student.strides[k] for k in self.student_levels]
-        size, imitate = max(len(regions), 1), self._imitate
-        if self.chunk_size:  # nothing is random there, so no random state to keep
-            size, imitate = self.chunk_size, partial(
-                checkpoint, self._imitate, use_reentrant=False, preserve_rng_state=False
-            )
-        errors, weights = [], []
-        for rois, goal in zip(regions.rois.split(size), target.split(size)):
-            error, weight = imitate(strides, rois, goal, *maps)
-            errors.append(error)
-            weights.append(weight.detach())
-        self.latest_weights = torch.cat(weights), regions.boxes
-        return {"loss_sgfi": torch.cat(errors).sum() / regions.mean_count}
+        imitate = partial(self._imitate, strides)
+        errors, weights = in_chunks(imitate, self.chunk_size, (regions.rois, target), *maps)
+        self.latest_weights = weights.detach(), regions.boxes
+        return {"loss_sgfi": errors.sum() / regions.mean_count}
 
     def _imitate(
         self, strides: List[int], rois: Tensor, target: Tensor, *maps: Tensor
@@ -172,3 +159,24 @@ class SGFIHead(nn.Module):
         weights = F.softmax(similarity / self.temperature, dim=1)
         mixture = torch.bmm(weights[:, None].to(pooled), pooled.flatten(2))  # (R, 1, C*S*S)
         return (mixture[:, 0].float() - target.float().flatten(1)).square().mean(dim=1), weights
+
+
+def in_chunks(
+    function: Callable[..., Tuple[Tensor, ...]], size: int, rows: Sequence[Tensor], *shared: Tensor
+) -> Tuple[Tensor, ...]:
+    """
+    function(*rows, *shared), of `size` rows at a time, to save memory: each chunk is computed again
+    in the backward.
+
+    Args:
+        function: returns tensors of as many rows; it draws no random numbers
+        size: 0: all rows at once, computed once
+        rows: tensors of equal length
+    """
+    if not size:
+        return function(*rows, *shared)
+    chunks = [
+        checkpoint(function, *chunk, *shared, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(*(x.split(size) for x in rows))
+    ]
+    return tuple(torch.cat(x) for x in zip(*chunks))

@@ -1,9 +1,15 @@
 """Attention maps of FGD (https://arxiv.org/abs/2111.11837): the mean is exactly 1."""
 
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import Tensor
+
+from ..utils.checks import check_choice, check_temperature
+from .inside import mean_inside
+
+SOURCES = ("teacher", "student")
 
 
 def spatial_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
@@ -53,8 +59,38 @@ def mean_one_softmax(scores: Tensor, temperature: float, inside: Optional[Tensor
     return scores.flatten(1).softmax(dim=1).view_as(scores) * count * inside
 
 
-def mean_inside(x: Tensor, inside: Optional[Tensor] = None) -> Tensor:
-    """(N, C, H, W) -> (N, C, 1, 1): the mean over the cells that are inside the image."""
-    if inside is None:
-        return x.mean(dim=(2, 3), keepdim=True)
-    return (x * inside).sum(dim=(2, 3), keepdim=True) / inside.sum(dim=(2, 3), keepdim=True)
+@dataclass(frozen=True)
+class AttentionGuide:
+    """
+    Attention of the teacher's or of the student's features, without gradient.
+
+    Attributes:
+        temperature: tau of FGD's attention; larger: flatter
+        source: "teacher" or "student"
+    """
+
+    temperature: float = 0.5
+    source: str = "teacher"
+
+    def __post_init__(self) -> None:
+        check_temperature("temperature", self.temperature)
+        check_choice("attention_from", self.source, SOURCES)
+
+    def of(self, x: Tensor, target: Tensor) -> Tensor:
+        """The features that guide: of the student, x, or of the teacher, target; no gradient."""
+        return (target if self.source == "teacher" else x).detach()
+
+    def cells(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
+        """
+        Args:
+            x, target: adapted student's and teacher's features, (N, C, H, W)
+            inside: (N, 1, H, W), cells that hold a part of their image; None: all do
+
+        Returns:
+            (N, 1, H, W), mean 1 over the cells inside
+        """
+        return spatial_attention(self.of(x, target), self.temperature, inside)
+
+    def channels(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
+        """As `cells`, but (N, C, 1, 1) with mean 1 over channels."""
+        return channel_attention(self.of(x, target), self.temperature, inside)

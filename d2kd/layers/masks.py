@@ -7,64 +7,47 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from detectron2.config import CfgNode
-
 from ..utils.checks import check_choice
 
 RULES = ("ratio", "threshold")
 HIDE = ("sampled", "most", "least", "random")
 
 
-def add_mask_config(node: CfgNode, ratio: float) -> None:
-    """Write the keys of one mask into the node of a head."""
-    # "ratio": hide a fixed share, so that methods differ in where they hide and not in how much;
-    # "threshold": hide where attention is above THRESHOLD, a share that depends on the image
-    node.RULE = "ratio"
-    # in [0, 1): the share to hide; published for MGD: 0.65 dense, 0.45 two-stage
-    node.RATIO = ratio
-    # attention has mean 1, so 1.0 hides what is above average
-    node.THRESHOLD = 1.0
-    # "sampled": drawn anew in proportion to attention. The abstracts want the important regions
-    # rebuilt; but the "most" attended are the same ones every time, and what is hidden gets no
-    # gradient, so the student would never learn them (MODEL_ZOO.md: 8 AP for DMKD). "least"
-    # attended and "random" are for ablations.
-    node.HIDE = "sampled"
-
-
 @dataclass(frozen=True)
 class MaskRule:
-    """Turns an attention map into a mask; see add_mask_config for the fields."""
+    """
+    Turns an attention map into a mask.
+
+    Attributes:
+        ratio: in [0, 1): the share to hide; published for MGD: 0.65 dense, 0.45 two-stage
+        rule: "ratio": hide a fixed share, so that methods differ in where they hide and not in how
+            much; "threshold": hide where attention is above THRESHOLD, a share that depends on the
+            image
+        threshold: attention has mean 1, so 1.0 hides what is above average
+        hide: "sampled": drawn anew in proportion to attention. The abstracts want the important
+            regions rebuilt; but the "most" attended are the same ones every time, and what is
+            hidden gets no gradient, so the student would never learn them (MODEL_ZOO.md: 8 AP for
+            DMKD). "least" attended and "random" are for ablations
+    """
 
     ratio: float = 0.65
     rule: str = "ratio"
     threshold: float = 1.0
     hide: str = "sampled"
 
-    @classmethod
-    def from_config(cls, key: str, node: CfgNode) -> "MaskRule":
-        """
-        Args:
-            key: of `node`, for the errors
-
-        Raises:
-            ValueError: a value outside its range
-        """
-        check_choice(f"{key}.RULE", node.RULE, RULES)
-        check_choice(f"{key}.HIDE", node.HIDE, HIDE)
-        if not 0 <= node.RATIO < 1:
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, RULES)
+        check_choice("hide", self.hide, HIDE)
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio must be in [0, 1), got {self.ratio}: it is the share to hide.")
+        if not 0 < self.threshold < math.inf:
             raise ValueError(
-                f"{key}.RATIO must be in [0, 1), got {node.RATIO}: it is the share to hide."
+                f"threshold must be above 0, got {self.threshold}: attention has mean 1."
             )
-        if not 0 < node.THRESHOLD < math.inf:
+        if self.rule == "threshold" and self.hide in ("random", "sampled"):
             raise ValueError(
-                f"{key}.THRESHOLD must be above 0, got {node.THRESHOLD}: attention has mean 1."
+                f"rule is 'threshold', which needs hide 'most' or 'least', got {self.hide!r}."
             )
-        if node.RULE == "threshold" and node.HIDE in ("random", "sampled"):
-            raise ValueError(
-                f"{key}.RULE is 'threshold', which needs HIDE 'most' or 'least', got "
-                f"{node.HIDE!r}."
-            )
-        return cls(node.RATIO, node.RULE, node.THRESHOLD, node.HIDE)
 
     def __call__(self, attention: Tensor, inside: Optional[Tensor] = None) -> Tensor:
         """

@@ -1,13 +1,74 @@
-"""The error of a rebuilt map, in the reduction that the published weights of MGD assume."""
+"""MGD's and DMKD's generators, and the error of what they rebuild."""
 
-from typing import Optional, Sequence, Tuple
+from typing import Optional
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detectron2.config import CfgNode
+from .inside import zero_outside
 
-from ..utils.checks import check_range
+
+class Generator(nn.Sequential):
+    """MGD's generator, (N, C, H, W) -> the same shape: 3x3 conv, ReLU, 3x3 conv, no norm."""
+
+    def __init__(self, channels: int):
+        super().__init__(
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        )
+
+    def forward(
+        self, x: Tensor, inside: Optional[Tensor] = None, scale: Optional[Tensor] = None
+    ) -> Tensor:
+        """
+        Args:
+            x: masked features, 0 where hidden and outside the image
+            inside: (N, 1, H, W), cells that hold a part of their image; None: all do
+            scale: scalar that multiplies the result
+
+        Returns:
+            (N, C, H, W); inside an image it does not depend on how far it was padded
+        """
+        first, relu, second = self
+        # What the second convolution would see were there no padding.
+        hidden = zero_outside(relu(first(x)), inside)
+        if scale is None:
+            return second(hidden)
+        # In the weights: multiplied later, the whole result would be kept for the backward.
+        return F.conv2d(hidden, second.weight * scale, second.bias * scale, padding=1)
+
+
+class DualGenerator(nn.Module):
+    """
+    DMKD's reconstruction: one generator sees the visible cells, the other the visible channels, and
+    two learned weights (softmax, equal at first) fuse what they rebuild.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.from_cells = Generator(channels)
+        self.from_channels = Generator(channels)
+        self.fusion = nn.Parameter(torch.zeros(2))
+
+    def forward(
+        self, x: Tensor, cells: Tensor, channels: Tensor, inside: Optional[Tensor] = None
+    ) -> Tensor:
+        """
+        Args:
+            x: adapted student features, (N, C, H, W)
+            cells: visible cells, (N, 1, H, W), False outside the image
+            channels: visible channels, (N, C, 1, 1)
+            inside: cells that hold a part of their image, (N, 1, H, W); None: all do
+
+        Returns:
+            (N, C, H, W)
+        """
+        weights = self.fusion.softmax(dim=0)
+        from_cells = self.from_cells(x * cells, inside, weights[0])
+        x = zero_outside(x, inside) * channels
+        return from_cells + self.from_channels(x, inside, weights[1])
 
 
 def squared_error(rebuilt: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
@@ -22,43 +83,5 @@ def squared_error(rebuilt: Tensor, target: Tensor, inside: Optional[Tensor] = No
         scalar in float32 also under AMP: a sum over 100,000 cells overflows half precision
     """
     rebuilt, target = rebuilt.float(), target.detach().float()
-    if inside is not None:
-        rebuilt, target = rebuilt * inside, target * inside
-    return F.mse_loss(rebuilt, target, reduction="sum") / len(rebuilt)
-
-
-def add_reference_config(node: CfgNode) -> None:
-    """Write the key that makes a loss weight independent of the size of the input."""
-    # The loss is a sum over cells, so its share grows with the image, and a weight is right for one
-    # input size. 0: as published, for 800x1344. N > 0: the loss is multiplied by N / pixels of the
-    # image, so that LOSS_WEIGHT means at every input size what it means at N pixels; 1075200 is
-    # 800x1344 and lets the published weights be typed in at any size.
-    node.REFERENCE_PIXELS = 0
-
-
-def read_reference_pixels(key: str, node: CfgNode) -> int:
-    """
-    Args:
-        key: of `node`, for the error
-
-    Raises:
-        ValueError: below 0
-    """
-    why = "0 is as published; else a number of pixels, such as 1075200 for 800x1344"
-    check_range(f"{key}.REFERENCE_PIXELS", node.REFERENCE_PIXELS, 0, 10**9, why)
-    return node.REFERENCE_PIXELS
-
-
-def pixel_factor(reference_pixels: int, image_sizes: Sequence[Tuple[int, int]]) -> float:
-    """
-    Args:
-        reference_pixels: see add_reference_config
-        image_sizes: (height, width) of each image, without padding
-
-    Returns:
-        what to multiply a sum over cells with
-    """
-    if not reference_pixels:
-        return 1.0
-    pixels = sum(height * width for height, width in image_sizes) / len(image_sizes)
-    return reference_pixels / pixels
+    error = F.mse_loss(zero_outside(rebuilt, inside), zero_outside(target, inside), reduction="sum")
+    return error / len(rebuilt)

@@ -90,12 +90,19 @@ def match_levels(
         the student level's name, (N, Cs, H, W), (N, Ct, H, W) with H = min(Hi, Hi'), W likewise
     """
     for pair in pairs:
-        x, target = student[pair.student], teacher[pair.teacher]
-        assert pair.student_stride == pair.teacher_stride, (
-            f"{pair.student} (stride {pair.student_stride}) and {pair.teacher} (stride "
-            f"{pair.teacher_stride}) do not cover the same pixels: a head must resize them itself"
-        )
-        yield pair.student, crop_to(x, target), crop_to(target, x)
+        yield (pair.student, *match_level(pair, student, teacher))
+
+
+def match_level(
+    pair: LevelPair, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> Tuple[Tensor, Tensor]:
+    """match_levels of a single pair, without its name."""
+    x, target = student[pair.student], teacher[pair.teacher]
+    assert pair.student_stride == pair.teacher_stride, (
+        f"{pair.student} (stride {pair.student_stride}) and {pair.teacher} (stride "
+        f"{pair.teacher_stride}) do not cover the same pixels: a head must resize them itself"
+    )
+    return crop_to(x, target), crop_to(target, x)
 
 
 def match_inside(

@@ -22,7 +22,7 @@ from d2kd.conformance.saving import check_checkpoint
 from d2kd.conformance.terms import check_names, check_weight, check_zero_at_equal
 from d2kd.conformance.two_processes import check_processes
 from d2kd.heads import DistillPair
-from d2kd.heads.build import head_names
+from d2kd.heads.registry import head_names
 from d2kd.views import DetectorView
 
 from toys import ROOT

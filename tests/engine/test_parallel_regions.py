@@ -144,7 +144,7 @@ class OnSteps(nn.Module):
 
 def sgfi(chunk_size: int) -> SGFIHead:
     head = SGFIHead(
-        levels=["p3", "p4"],
+        student_levels=["p3", "p4"],
         student_channels=4,
         teacher_channels=8,
         sampler=RegionSampler(),
@@ -163,7 +163,8 @@ def ckd(queue_size: int, shared_channels: int = 0) -> CKDHead:
         sampler=RegionSampler(),
         temperature=0.5,
         queue_size=queue_size,
-        shared_channels=shared_channels,
+        projection="shared" if shared_channels else "student",
+        shared_channels=shared_channels or 128,
     )
 
 

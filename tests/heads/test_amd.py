@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d2kd.heads import AMDHead
-from d2kd.layers import AttentionGuide, MaskRule
+from d2kd.layers import MaskRule
 
 from references import MOST, cell_attention, conv, generate, guide_of, parts, visible
 from toys import feature_view, level_pairs, noise
@@ -47,7 +47,7 @@ def amd_of_equations(head: AMDHead, x: Tensor, target: Tensor) -> float:
     "values",
     [
         {},
-        {"mask": MaskRule(0.45, hide="least"), "guide": AttentionGuide(0.8, "student")},
+        {"mask": MaskRule(0.45, hide="least"), "temperature": 0.8, "attention_from": "student"},
         {"mask": MaskRule(rule="threshold", threshold=0.9, hide="most")},
         {"mask": MaskRule(rule="threshold", hide="least"), "adapt_channels": False},
     ],
@@ -75,7 +75,7 @@ def test_gate_starts_alike_for_every_channel() -> None:
 @pytest.mark.parametrize("source", ["teacher", "student"])
 def test_hidden_cells_get_no_gradient(source: str) -> None:
     # The gate apart, which sees all cells. Nor is there a way through the attention.
-    head = random_head(4, guide=AttentionGuide(source=source), adapt_channels=False)
+    head = random_head(4, attention_from=source, adapt_channels=False)
     x = noise(2, 4, 5, 6).requires_grad_()
     loss = head(feature_view({"p3": x}), feature_view({"p3": noise(2, 4, 5, 6, seed=1)}))
     loss["loss_amd"]["p3"].backward()

@@ -10,7 +10,8 @@ from detectron2.layers import ShapeSpec
 
 from d2kd import DISTILL_HEAD_REGISTRY, load_config
 from d2kd.heads import DetectorInfo, DistillPair, MGDHead, PKDHead, build_head, head_class
-from d2kd.heads.build import head_names, requires_of
+from d2kd.heads.fit import requires_of
+from d2kd.heads.registry import head_names
 from d2kd.pairing.levels import pair_levels
 from d2kd.pairing.pair import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
 

@@ -76,6 +76,9 @@ def views(
 
 def make_head(channels: Tuple[int, int] = (4, 6), queue_size: int = 0, **values: Any) -> CKDHead:
     torch.manual_seed(0)
+    shared = values.pop("shared_channels", 0)
+    if shared:
+        values.update(projection="shared", shared_channels=shared)
     return CKDHead(
         student_channels=channels[0],
         teacher_channels=channels[1],

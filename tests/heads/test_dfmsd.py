@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from d2kd.heads import DFMSDHead
-from d2kd.layers import AttentionGuide, MaskRule, high_pass
+from d2kd.heads.dfmsd import high_pass
+from d2kd.layers import MaskRule
 
 from references import (
     BOTH_MOST,
@@ -89,7 +90,12 @@ def dfmsd_of_equations(
     [
         {},
         {"enhancement": 0.0},
-        {"enhancement": 2.0, "high_pass_cutoff": 0.2, "guide": AttentionGuide(0.8, "student")},
+        {
+            "enhancement": 2.0,
+            "high_pass_cutoff": 0.2,
+            "temperature": 0.8,
+            "attention_from": "student",
+        },
         {"cell_mask": MaskRule(rule="threshold", hide="most"), "semantic_ratio": 1.5},
     ],
     ids=["enhanced", "plain", "student", "threshold"],
@@ -130,7 +136,7 @@ def test_semantic_part_is_one_minus_pearson_but_for_bessel_s_correction(sizes: A
 
 def test_magnitude_and_offset_of_the_teacher_s_channels_do_not_matter() -> None:
     # Nor for the target of the reconstruction; the student guides, as attention does see them.
-    head = random_head(guide=AttentionGuide(source="student"))
+    head = random_head(attention_from="student")
     student, teacher = noise(2, 3, 7, 8, seed=1), noise(2, 4, 7, 8, seed=2)
     changed = teacher * torch.tensor([0.1, 1.0, 3.0, 50.0]).view(4, 1, 1) + 7
     first, second = (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d2kd.heads import DMKDHead
-from d2kd.layers import AttentionGuide, MaskRule
+from d2kd.layers import MaskRule
 
 from references import BOTH_MOST, conv, generate_from_both, masks_of, parts
 from toys import feature_view, level_pairs, noise
@@ -36,7 +36,11 @@ def dmkd_of_equations(head: DMKDHead, x: Tensor, target: Tensor) -> float:
     "values",
     [
         {},
-        {"cell_mask": MaskRule(0.45, hide="least"), "guide": AttentionGuide(0.8, "student")},
+        {
+            "cell_mask": MaskRule(0.45, hide="least"),
+            "temperature": 0.8,
+            "attention_from": "student",
+        },
         {"channel_mask": MaskRule(rule="threshold", threshold=0.98, hide="most")},
     ],
     ids=["most", "least-of-student", "threshold"],

@@ -33,6 +33,10 @@ BOXES: List[List[Box]] = [
 SIZES = [(48, 56), (40, 50), (33, 56)]  # height and width without padding
 
 
+def weights_of(*weights: float) -> Dict[str, float]:
+    return {f"{term}_weight": weight for term, weight in zip(TERMS, weights)}
+
+
 def random_head(**values: Any) -> FGDHead:
     """Also the layers that start as zero, so that the global context is not 0."""
     torch.manual_seed(0)
@@ -63,7 +67,7 @@ def level_losses(
 def unit_head(channels: int = 2, **values: Any) -> FGDHead:
     """A new one on p3, with the weights 1."""
     levels = level_pairs(p3=(channels, channels))
-    return FGDHead(**{"levels": levels, "weights": (1.0, 1.0, 1.0, 1.0), **values})
+    return FGDHead(**{"levels": levels, **weights_of(1.0, 1.0, 1.0, 1.0), **values})
 
 
 # The equations ------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ def unit_head(channels: int = 2, **values: Any) -> FGDHead:
 @pytest.mark.parametrize("temperature", [0.5, 0.8])
 def test_losses_are_those_of_the_equations(temperature: float, legacy: bool) -> None:
     weights = (0.7, 0.5, 0.3, 0.11)
-    head = random_head(temperature=temperature, weights=weights, legacy_scale=legacy)
+    head = random_head(temperature=temperature, **weights_of(*weights), legacy_scale=legacy)
     student, teacher = features({"p3": 3, "p4": 4}), features({"p3": 4, "p4": 4}, seed=5)
     losses = head(BoxView(student, BOXES, SIZES), BoxView(teacher, BOXES, SIZES))
     assert list(losses) == [f"loss_fgd_{k}" for k in TERMS]
@@ -133,13 +137,11 @@ def test_weights_are_the_published_ones_and_multiply_each_term() -> None:
 # The masks ----------------------------------------------------------------------------------------
 
 
-CELLS_OF_8 = torch.tensor([[[8.0, 8.0], [1.0, 1.0]]])  # 8 pixels are one cell, along x and y
-
-
 def masks(boxes: Sequence[Any], height: int = 6, width: int = 7) -> Tuple[Tensor, Tensor]:
     """(N, H, W) of stride 8."""
     like = torch.zeros(len(boxes), 3, height, width)
-    found = focal_masks(rois_of(boxes), CELLS_OF_8.repeat(len(boxes), 1, 1), like)
+    rois = rois_of(boxes)
+    found = focal_masks(rois[:, 0].long(), rois[:, 1:] / 8, like)
     assert all(x.shape == (len(boxes), 1, height, width) for x in found)
     return found[0][:, 0], found[1][:, 0]
 
@@ -194,9 +196,9 @@ def test_box_beyond_the_map_leaves_no_trace() -> None:
 
 def test_ten_thousand_boxes_of_an_image_need_bounded_memory() -> None:
     corner = torch.stack([torch.arange(10_000) * 13 % 1300, torch.arange(10_000) * 7 % 780], dim=1)
-    rois = torch.cat([torch.zeros(10_000, 1), corner, corner + 21.5], dim=1)
+    boxes = torch.cat([corner, corner + 21.5], dim=1) / 8
     with LargestTensor() as largest:
-        foreground, _ = focal_masks(rois, CELLS_OF_8, torch.zeros(1, 1, 100, 168))
+        foreground, _ = focal_masks(torch.zeros(10_000).long(), boxes, torch.zeros(1, 1, 100, 168))
     assert largest.entries <= box_maps._CHUNK * 100 * 168
     assert (foreground > 0).float().mean() > 0.5
 
@@ -345,7 +347,7 @@ def config(**values: Any) -> CfgNode:
 
 def test_defaults_are_the_published_ones() -> None:
     head = build()
-    assert (head.weights, head.temperature) == ((1e-3, 5e-4, 5e-4, 5e-6), 0.5)
+    assert (tuple(head.weights.values()), head.temperature) == ((1e-3, 5e-4, 5e-4, 5e-6), 0.5)
     assert not head.legacy_scale and config().DISTILL.FGD.LOSS_WEIGHT == 1.0
     assert [p.student for p in head.levels] == ["p3", "p4"]
 
@@ -353,7 +355,8 @@ def test_defaults_are_the_published_ones() -> None:
 def test_keys_reach_the_head() -> None:
     terms = {"FOREGROUND": 4.0, "BACKGROUND": 3.0, "ATTENTION": 2.0, "GLOBAL": 1.0}
     head = build(**{f"{k}_WEIGHT": v for k, v in terms.items()}, TEMPERATURE=0.8, LEGACY_SCALE=True)
-    assert (head.weights, head.temperature) == ((4.0, 3.0, 2.0, 1.0), 0.8) and head.legacy_scale
+    assert list(head.weights.values()) == [4.0, 3.0, 2.0, 1.0]
+    assert head.temperature == 0.8 and head.legacy_scale
 
 
 @pytest.mark.parametrize("value", [0.0, -0.5, math.nan])

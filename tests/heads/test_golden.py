@@ -100,19 +100,25 @@ def mgd() -> Setting:
 
 
 def fgd() -> Setting:
-    weights = (2.0, 1.0, 0.5, 0.02)
-    head = FGDHead(levels=LEVELS, temperature=0.5, weights=weights, legacy_scale=True)
+    head = FGDHead(
+        levels=LEVELS,
+        foreground_weight=2.0,
+        background_weight=1.0,
+        attention_weight=0.5,
+        global_weight=0.02,
+        legacy_scale=True,
+    )
     modules = [head.adapter, head.student_context, head.teacher_context]
     return of_features(head, modules, LEVELS, [(48, 64), (40, 50)])
 
 
 def pkd() -> Setting:
-    return of_features(PKDHead(levels=EQUAL_LEVELS, resize=False), [], EQUAL_LEVELS)
+    return of_features(PKDHead(levels=EQUAL_LEVELS), [], EQUAL_LEVELS)
 
 
 def pkd_by_index() -> Setting:
     levels = (LevelPair("p3", "p2", 8, 8, 8, 4), LevelPair("p4", "p3", 8, 8, 16, 8))
-    return of_features(PKDHead(levels=levels, resize=True), [], levels)
+    return of_features(PKDHead(levels=levels, match="index"), [], levels)
 
 
 def cwd() -> Setting:

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes
 
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, MARHead, build_head
-from d2kd.layers import ObjectMask
+from d2kd.heads.mar_mask import ObjectMask
 from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 
@@ -44,7 +44,13 @@ REGIONS = Regions([Boxes(torch.zeros(3, 4)), Boxes(torch.zeros(2, 4)), Boxes(tor
 def random_head(dense: bool = True, **values: Any) -> MARHead:
     torch.manual_seed(0)
     levels = level_pairs(p3=(3, 4), p4=(4, 4))
-    return MARHead(**{"levels": levels, "dense_levels": levels if dense else (), **values})
+    fields = {
+        "levels": levels,
+        "dense_levels": levels if dense else (),
+        "relation": "dense" if dense else "regions",
+        "sampler": RegionSampler(),
+    }
+    return MARHead(**{**fields, **values})
 
 
 def maps(channels: Mapping[str, int], seed: int, images: int = 3) -> Dict[str, Tensor]:
@@ -87,7 +93,14 @@ def feature_loss(
 
 def identity_head(**values: Any) -> MARHead:
     """On p3, of one adapter that hands on what it is given, with the weights 1."""
-    fields = {"levels": level_pairs(p3=(2, 2)), "feature_weight": 1.0, "relation_weight": 1.0}
+    fields = {
+        "levels": level_pairs(p3=(2, 2)),
+        "dense_levels": (),
+        "relation": "regions",
+        "sampler": RegionSampler(),
+        "feature_weight": 1.0,
+        "relation_weight": 1.0,
+    }
     head = MARHead(**{**fields, **values})
     head.adapter["p3"] = nn.Identity()
     return head

@@ -19,6 +19,7 @@ from d2kd.heads import (
     SAMKDHead,
     build_head,
 )
+from d2kd.heads.samkd_scales import Windows
 from d2kd.layers import MaskRule
 from d2kd.pairing.levels import pair_levels
 
@@ -166,15 +167,6 @@ def test_duplicated_images_leave_the_loss_as_it_is(name: str) -> None:
     x, target = noise(2, 3, 9, 10, seed=1).float(), noise(2, 4, 9, 10, seed=2).float()
     twice = loss_of(head, torch.cat([x, x]), torch.cat([target, target]))
     torch.testing.assert_close(twice, loss_of(head, x, target), rtol=1e-5, atol=0.0)
-
-
-@pytest.mark.parametrize("name", [k for k in HEADS if k != "dfmsd"])
-def test_reference_pixels_scale_the_loss_by_the_size_of_the_images(name: str) -> None:
-    # Two images of 72 x 80 and 40 x 48 pixels, 3840 on average.
-    x, target, sizes = torch.randn(2, 3, 9, 10), torch.randn(2, 4, 9, 10), [(72, 80), (40, 48)]
-    once = loss_of(random_head(name), x, target, sizes)
-    twice = loss_of(random_head(name, reference_pixels=2 * 3840), x, target, sizes)
-    torch.testing.assert_close(twice, 2 * once)
 
 
 # Gradients ----------------------------------------------------------------------------------------
@@ -336,19 +328,14 @@ def test_head_of_nothing_is_refused() -> None:
 def test_keys_reach_the_heads() -> None:
     masks = {"CELL_MASK__RATIO": 0.45, "CHANNEL_MASK__HIDE": "least"}
     guide = {"TEMPERATURE": 0.8, "ATTENTION_FROM": "student"}
-    pixels = {"REFERENCE_PIXELS": 1075200}
-    amd = build(
-        "AMD", MASK__RULE="threshold", MASK__HIDE="least", ADAPT_CHANNELS=False, **guide, **pixels
-    )
+    amd = build("AMD", MASK__RULE="threshold", MASK__HIDE="least", ADAPT_CHANNELS=False, **guide)
     assert (amd.mask.rule, len(amd.gate)) == ("threshold", 0)
     dfmsd = build("DFMSD", ENHANCEMENT=0.5, HIGH_PASS_CUTOFF=0.12, **masks, **guide)
     assert dfmsd.enhancement == {"p3": 0.5, "p4": 0.5, "p5": 0.0} and dfmsd.high_pass_cutoff == 0.12
-    samkd = build("SAMKD", HIERARCHY="window", SCALES=[2, 1], **masks, **guide, **pixels)
-    assert (samkd.hierarchy, samkd.scales, samkd.min_cells) == ("window", [1, 2], 4)
-    dmkd = build("DMKD", **masks, **guide, **pixels)
+    samkd = build("SAMKD", HIERARCHY="window", SCALES=[2, 1], **masks, **guide)
+    assert (samkd.hierarchy, samkd.scales, samkd.min_cells) == (Windows, [1, 2], 4)
+    dmkd = build("DMKD", **masks, **guide)
     for head in (dmkd, dfmsd, samkd):
         assert (head.cell_mask.ratio, head.channel_mask.hide) == (0.45, "least")
     for head in (amd, dmkd, dfmsd, samkd):
         assert (head.guide.temperature, head.guide.source) == (0.8, "student")
-    for head in (amd, dmkd, samkd, build("MGD", **pixels)):
-        assert head.reference_pixels == 1075200

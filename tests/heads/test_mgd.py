@@ -186,21 +186,6 @@ def test_sum_does_not_overflow_half_precision() -> None:
     assert loss["loss_mgd"]["p3"].item() == 6553600.0
 
 
-def test_reference_pixels_scale_the_sum_by_the_size_of_the_images() -> None:
-    # Two images of 40 x 48 and 24 x 32 pixels, 1344 on average: twice as much at 2688. Images and
-    # not their padding count, as they do in the published setting of 800 x 1333 padded to 1344.
-    features = {"p3": torch.zeros(2, 3, 5, 6)}, {"p3": torch.full((2, 3, 5, 6), 2.0)}
-    losses = []
-    for reference_pixels in (0, 2688):
-        head = MGDHead(
-            levels=level_pairs(p3=(3, 3)), mask_ratio=0.5, reference_pixels=reference_pixels
-        )
-        head.generator["p3"] = nn.Identity()
-        views = (feature_view(x, image_sizes=[(40, 48), (24, 32)]) for x in features)
-        losses.append(head(*views)["loss_mgd"]["p3"].item())
-    assert losses == [4 * 3 * 30, 2 * 4 * 3 * 30]
-
-
 @pytest.mark.parametrize("images", [1, 2])
 def test_level_of_one_cell_is_finite_and_trains(images: int) -> None:
     head = MGDHead(levels=level_pairs(p7=(3, 5)), mask_ratio=0.65)

@@ -19,7 +19,7 @@ from toys import feature_view, level_pairs, noise
 
 def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """The loss of one level of equal channels."""
-    head = PKDHead(levels=level_pairs(p3=(student.shape[1], teacher.shape[1])), resize=False)
+    head = PKDHead(levels=level_pairs(p3=(student.shape[1], teacher.shape[1])))
     return head(feature_view({"p3": student}), feature_view({"p3": teacher}))["loss_pkd"]["p3"]
 
 
@@ -121,7 +121,7 @@ def test_duplicated_images_leave_the_correlation_as_it_is() -> None:
 
 
 def test_gradient_reaches_student_and_adapters_of_every_level() -> None:
-    head = PKDHead(levels=level_pairs(p3=(3, 5), p4=(3, 5)), resize=False)
+    head = PKDHead(levels=level_pairs(p3=(3, 5), p4=(3, 5)))
     student = {"p3": torch.randn(2, 3, 8, 8), "p4": torch.randn(2, 3, 4, 4)}
     teacher = {"p3": torch.randn(2, 5, 8, 8), "p4": torch.randn(2, 5, 4, 4)}
     for x in student.values():
@@ -137,12 +137,12 @@ def test_gradient_reaches_student_and_adapters_of_every_level() -> None:
 
 
 def test_detectors_of_equal_channels_need_no_parameters() -> None:
-    assert not list(PKDHead(levels=level_pairs(p3=(4, 4)), resize=False).parameters())
+    assert not list(PKDHead(levels=level_pairs(p3=(4, 4))).parameters())
 
 
 def test_autocast_gives_a_float32_loss_close_to_the_exact_one() -> None:
     torch.manual_seed(0)
-    head = PKDHead(levels=level_pairs(p3=(6, 8)), resize=False)
+    head = PKDHead(levels=level_pairs(p3=(6, 8)))
     student = feature_view({"p3": torch.randn(2, 6, 16, 16)})
     teacher = feature_view({"p3": torch.randn(2, 8, 16, 16)})
     exact = head(student, teacher)["loss_pkd"]["p3"]
@@ -228,7 +228,7 @@ def bilinear_in_loops(x: Tensor, height: int, width: int) -> Tensor:
 def test_index_brings_the_student_to_the_teacher_s_size() -> None:
     levels = (LevelPair("p3", "p2", 3, 3, 8, 4),)
     student, teacher = noise(2, 3, 3, 4, seed=1), noise(2, 3, 6, 8, seed=2)
-    head = PKDHead(levels=levels, resize=True)
+    head = PKDHead(levels=levels, match="index")
     loss = head(feature_view({"p3": student}), feature_view({"p2": teacher}))["loss_pkd"]["p3"]
     expected = pkd_in_loops(bilinear_in_loops(student, 6, 8), teacher)
     assert loss.item() == pytest.approx(expected, rel=1e-5)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from d2kd.heads import DMKDHead, SAMKDHead
 from d2kd.heads.samkd import lag_weights
-from d2kd.layers import AttentionGuide, MaskRule
+from d2kd.heads.samkd_scales import PooledMaps, Windows
+from d2kd.layers import MaskRule
 
 from references import (
     BOTH_MOST,
@@ -69,16 +70,16 @@ def scale_of_equations(
     error, lags = 0.0, []
     for x, target in zip(student, teacher):
         x = conv(x, head.adapter["p3"])
-        if head.hierarchy == "pool":
+        if head.hierarchy is PooledMaps:
             x, target = pool(x, k), pool(target, k)
         cells, channels = masks_of(head.cell_mask, head.channel_mask, head.guide, x, target)
         counted = torch.ones_like(cells)
-        if head.hierarchy == "window":
+        if head.hierarchy is Windows:
             source = guide_of(head.guide, x, target)
             cells = visible_in_windows(head.cell_mask, source, head.guide.temperature, k)
             counted = 1 - cells
         rebuilt = generate_from_both(head.generator["p3"], x, cells, channels)
-        area = k * k if head.hierarchy == "pool" else 1
+        area = k * k if head.hierarchy is PooledMaps else 1
         error += area * ((rebuilt - target) ** 2).sum().item()
         lags += (x - target).abs().mean(dim=0)[counted[0] == 1].tolist()
     return OneScale(error, sum(lags) / len(lags))
@@ -100,7 +101,11 @@ def samkd_of_equations(
     "values",
     [
         {},
-        {"cell_mask": MaskRule(0.45, hide="least"), "guide": AttentionGuide(0.8, "student")},
+        {
+            "cell_mask": MaskRule(0.45, hide="least"),
+            "temperature": 0.8,
+            "attention_from": "student",
+        },
         {"cell_mask": MaskRule(rule="threshold", hide="most")},
     ],
     ids=["most", "least-of-student", "threshold"],

@@ -68,7 +68,7 @@ def make_head(channels: Tuple[int, int] = (4, 16), **values: Any) -> SGFIHead:
     """In float64, with an adapter that is not the identity."""
     torch.manual_seed(0)
     head = SGFIHead(
-        levels=values.pop("levels", ["p3", "p4", "p5"]),
+        student_levels=values.pop("levels", ["p3", "p4", "p5"]),
         student_channels=channels[0],
         teacher_channels=channels[1],
         sampler=RegionSampler(),
@@ -220,7 +220,7 @@ def test_levels_that_all_hold_the_teacher_s_feature_give_zero(chunk_size: int) -
     # RoIAlign of a constant map is that constant, whatever the box, and the weights sum to 1. The
     # adapter of equal channels starts as the identity.
     head = SGFIHead(
-        levels=["p3", "p4", "p5"],
+        student_levels=["p3", "p4", "p5"],
         student_channels=8,
         teacher_channels=8,
         sampler=RegionSampler(),
@@ -264,7 +264,7 @@ def test_weights_turn_to_the_level_that_matches() -> None:
     # embedding is trained.
     torch.manual_seed(0)
     head = SGFIHead(
-        levels=["p3", "p4", "p5"],
+        student_levels=["p3", "p4", "p5"],
         student_channels=16,
         teacher_channels=16,
         sampler=RegionSampler(),

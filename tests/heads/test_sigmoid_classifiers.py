@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from d2kd.distiller import Distiller
-from d2kd.heads.build import head_class, head_names
+from d2kd.heads.registry import head_class, head_names
 from d2kd.layers import class_divergence
 from d2kd.pairing.pair import TWO_STAGE
 from d2kd.views import CommonClassesView, MergeClasses

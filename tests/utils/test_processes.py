@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from d2kd.heads import BCKDHead, CrossKDHead, DKDHead, MARHead, MLDHead
 from d2kd.utils.compat import create_local_process_group
 from d2kd.utils.processes import mean_over_processes
+from d2kd.views import RegionSampler
 
 from baseline_references import PartsView
 from logit_references import (
@@ -85,7 +86,7 @@ def mar(which: List[int]) -> Dict[str, Any]:
     x, target = (noise(2, 4, 3, 4, seed=s).float()[which] for s in (1, 2))
     student, teacher = (PartsView({"p3": v}, [boxes[i] for i in which]) for v in (x, target))
     torch.manual_seed(0)
-    head = MARHead(levels=level_pairs(p3=(4, 4)), dense_levels=LEVELS[:1])
+    head = MARHead(levels=level_pairs(p3=(4, 4)), dense_levels=LEVELS[:1], sampler=RegionSampler())
     x.requires_grad_()
     loss = total({"": head._features(student, teacher)})
     loss.backward()

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from d2kd import student_config
 from d2kd.data import register_datasets
 from d2kd.engine.preflight.check_config import check_config
-from d2kd.heads.build import head_names
+from d2kd.heads.registry import head_names
 
 from toys import detector_config, distill_config
 

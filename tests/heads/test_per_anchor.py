@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2kd.layers import PerAnchorLinear
+from d2kd.heads.ckd import PerAnchorLinear
 
 
 def in_loops(layer: PerAnchorLinear, x: Tensor, anchor: List[int]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from d2kd.conformance.cuda_autocast import cuda_autocast
 from d2kd.conformance.half_precision import relative_error, runs_in_float16
-from d2kd.layers import ReviewFusion, pyramid_error
+from d2kd.heads.reviewkd import ReviewFusion, pyramid_error
 
 from baseline_references import fuse, hcl
 from toys import noise

@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detectron2.config import CfgNode
-
-from d2kd.layers import ObjectMask, add_object_mask_config
+from d2kd.heads.mar_mask import ObjectMask
 
 from baseline_references import multi_value_mask, rois_of
 
@@ -140,40 +138,28 @@ def test_box_smaller_than_a_cell_marks_one_cell(side: float, corner: Sequence[fl
     assert (mask == 1).nonzero().tolist() == [[y // 8, x // 8]]
 
 
-def config(**values: Any) -> CfgNode:
-    node = CfgNode()
-    add_object_mask_config(node)
-    for k, v in values.items():
-        node[k] = v
-    return node
-
-
-def test_keys_are_the_fields_and_have_their_defaults() -> None:
-    assert ObjectMask.from_config("KEY", config()) == ObjectMask()
+def test_defaults() -> None:
     assert ObjectMask() == ObjectMask("values", 1.0, 0.5, 0.1, 1.5, True)
-    values = ("gaussian", 0.9, 0.3, 0.2, 2.0, False)
-    node = config(**dict(zip(("KIND", "INSIDE", "NEAR", "FAR", "NEAR_FACTOR", "BY_SIZE"), values)))
-    assert ObjectMask.from_config("KEY", node) == ObjectMask(*values)
 
 
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"KIND": "disc"}, r"KEY\.KIND must be one of values, gaussian, got 'disc'"),
-        ({"NEAR": 1.5}, "KEY: INSIDE >= NEAR >= FAR >= 0 .*, got 1.0, 1.5 and 0.1"),
-        ({"FAR": 0.75}, "KEY: INSIDE >= NEAR >= FAR >= 0 .*, got 1.0, 0.5 and 0.75"),
-        ({"FAR": -0.5}, "KEY: INSIDE >= NEAR >= FAR >= 0 .*, got 1.0, 0.5 and -0.5"),
-        ({"INSIDE": 0.0, "NEAR": 0.0, "FAR": 0.0}, r"INSIDE > 0 are needed, got 0.0, 0.0 and 0.0"),
-        *(({k: math.nan}, "KEY: INSIDE .* nan") for k in ("INSIDE", "NEAR", "FAR")),
-        ({"NEAR_FACTOR": 0.5}, r"KEY\.NEAR_FACTOR must be at least 1, got 0.5"),
-        ({"NEAR_FACTOR": math.nan}, r"KEY\.NEAR_FACTOR must be at least 1, got nan"),
+        ({"kind": "disc"}, r"^kind must be one of values, gaussian, got 'disc'"),
+        ({"near": 1.5}, "INSIDE >= NEAR >= FAR >= 0 .*, got 1.0, 1.5 and 0.1"),
+        ({"far": 0.75}, "INSIDE >= NEAR >= FAR >= 0 .*, got 1.0, 0.5 and 0.75"),
+        ({"far": -0.5}, "INSIDE >= NEAR >= FAR >= 0 .*, got 1.0, 0.5 and -0.5"),
+        ({"inside": 0.0, "near": 0.0, "far": 0.0}, r"above 0, .*, got 0.0, 0.0 and 0.0"),
+        *(({k: math.nan}, "^inside must be .* nan") for k in ("inside", "near", "far")),
+        ({"near_factor": 0.5}, r"^near_factor must be at least 1, got 0.5"),
+        ({"near_factor": math.nan}, r"^near_factor must be at least 1, got nan"),
     ],
 )
-def test_value_outside_its_range_is_refused_by_its_key(values: Any, message: str) -> None:
+def test_value_outside_its_range_is_refused_by_its_name(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ObjectMask.from_config("KEY", config(**values))
+        ObjectMask(**values)
 
 
 def test_values_at_the_limits_are_taken() -> None:
-    for values in ({"FAR": 0.0, "NEAR": 0.0}, {"NEAR": 1.0, "FAR": 1.0}, {"NEAR_FACTOR": 1.0}):
-        ObjectMask.from_config("KEY", config(**values))
+    for values in ({"far": 0.0, "near": 0.0}, {"near": 1.0, "far": 1.0}, {"near_factor": 1.0}):
+        ObjectMask(**values)

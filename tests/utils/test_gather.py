@@ -10,7 +10,7 @@ from torch import Tensor
 from detectron2.utils import comm
 
 from d2kd.engine import launch
-from d2kd.layers import gather_rows
+from d2kd.utils.processes import gather_rows
 
 needs_distributed = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="no torch.distributed"

@@ -7,31 +7,27 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from detectron2.config import CfgNode
-
+from ..layers import covered, gaussian, paint
 from ..utils.checks import check_choice
-from .box_maps import covered, gaussian, paint
 
 KINDS = ("values", "gaussian")
 
 
-def add_object_mask_config(node: CfgNode) -> None:
-    """Write the keys into the node of a head."""
-    # "values": three, for cells inside a ground-truth box, near it, and far from all; "gaussian":
-    # graded, a bell over each box, nowhere below FAR
-    node.KIND = "values"
-    node.INSIDE = 1.0
-    node.NEAR = 0.5
-    node.FAR = 0.1
-    # Near: inside the box so many times as wide and high about an object
-    node.NEAR_FACTOR = 1.5
-    # True: an object marks the level that its size belongs to (224 pixels: stride 16); False: all
-    node.BY_SIZE = True
-
-
 @dataclass(frozen=True)
 class ObjectMask:
-    """Turns ground-truth boxes into a map; see add_object_mask_config for the fields."""
+    """
+    Turns ground-truth boxes into a map.
+
+    Attributes:
+        kind: "values": three, for cells inside a ground-truth box, near it, and far from all;
+            "gaussian": graded, a bell over each box, nowhere below FAR
+        inside: value inside a box
+        near: value near it
+        far: value elsewhere
+        near_factor: near: inside the box so many times as wide and high about an object
+        by_size: True: an object marks the level that its size belongs to (224 pixels: stride 16);
+            False: all
+    """
 
     kind: str = "values"
     inside: float = 1.0
@@ -40,24 +36,16 @@ class ObjectMask:
     near_factor: float = 1.5
     by_size: bool = True
 
-    @classmethod
-    def from_config(cls, key: str, node: CfgNode) -> "ObjectMask":
-        """
-        Args:
-            key: of `node`, for the errors
-
-        Raises:
-            ValueError: a value outside its range
-        """
-        check_choice(f"{key}.KIND", node.KIND, KINDS)
-        if not math.inf > node.INSIDE >= node.NEAR >= node.FAR >= 0 or not node.INSIDE > 0:
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, KINDS)
+        falling = math.inf > self.inside >= self.near >= self.far >= 0
+        if not falling or not self.inside > 0:
             raise ValueError(
-                f"{key}: INSIDE >= NEAR >= FAR >= 0 and finite INSIDE > 0 are needed, got "
-                f"{node.INSIDE}, {node.NEAR} and {node.FAR}."
+                "inside must be finite and above 0, and INSIDE >= NEAR >= FAR >= 0 are needed, got "
+                f"{self.inside}, {self.near} and {self.far}."
             )
-        if not 1 <= node.NEAR_FACTOR < math.inf:
-            raise ValueError(f"{key}.NEAR_FACTOR must be at least 1, got {node.NEAR_FACTOR}.")
-        return cls(**{k.lower(): v for k, v in node.items()})
+        if not 1 <= self.near_factor < math.inf:
+            raise ValueError(f"near_factor must be at least 1, got {self.near_factor}.")
 
     def __call__(
         self, rois: Tensor, stride: int, strides: Sequence[int], shape: Sequence[int]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2kd.layers import average_cells, relation_error
+from d2kd.heads.mar import average_cells, relation_error
 
 from baseline_references import average, cosines, pooled_pixels, relation
 from toys import noise

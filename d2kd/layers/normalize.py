@@ -1,3 +1,5 @@
+"""Features brought to a common scale: per channel, or per cell."""
+
 from typing import Optional
 
 from torch import Tensor
@@ -21,3 +23,15 @@ def standardise(x: Tensor, inside: Optional[Tensor] = None) -> Tensor:
     variance = centred.square().sum(dim=(0, 2, 3), keepdim=True) / (count - 1).clamp(min=1)
     # A root has no gradient at 0, where a channel is constant.
     return centred / (variance.clamp(min=1e-24).sqrt() + 1e-6)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """
+    (N, C, ...) with vectors of length 1 along C, float32.
+
+    A vector of zeros, where all of a ReLU is dead, stays one and gets no gradient: 1 / length would
+    overflow half precision, and with it the whole step.
+    """
+    x = x.float()
+    length = x.norm(dim=1, keepdim=True)
+    return x / length.clamp(min=1e-6) * (length > 1e-6)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d2kd.layers import cut_windows, max_pool, pool_inside
+from d2kd.heads.samkd_scales import cut_windows, max_pool, pool_inside
 
 from toys import feature_view, noise
 

@@ -1,0 +1,106 @@
+"""Print the config keys of distillation heads, with their defaults and what they are for."""
+
+import argparse
+import inspect
+import re
+import textwrap
+from typing import Dict, List, Optional, Sequence
+
+from detectron2.config import CfgNode
+
+from ..utils.plugin import import_file
+from .keys import add_head_keys, key_of, knobs
+from .registry import head_class, head_names
+
+EXAMPLES = """
+Examples:
+  python -m d2kd.heads
+  python -m d2kd.heads MGD FGD
+  python -m d2kd.heads --plugin my_head.py Cosine
+"""
+
+REFERENCE_PIXELS = (
+    "the loss is a sum over cells, so its share grows with the image, and a weight is right for "
+    "one input size. 0: as published, for 800x1344. N > 0: LOSS_WEIGHT means at every input size "
+    "what it means at N pixels; 1075200 is 800x1344 and lets the published weights be typed in at "
+    "any size"
+)
+# An entry of a Google-style docstring: names, a colon, and lines that are indented deeper.
+ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", re.MULTILINE)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m d2kd.heads",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="as in DISTILL.HEADS; none: all")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file that registers heads of yours; may be repeated",
+    )
+    args = parser.parse_args(argv)
+    for path in args.plugin:
+        import_file(path)
+    try:
+        print("\n\n".join(describe_keys(name) for name in args.names or head_names()))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def describe_keys(name: str) -> str:
+    """
+    Args:
+        name: of a head, as in DISTILL.HEADS
+
+    Returns:
+        a line for each key with its default, and below it what the docstrings say of it
+
+    Raises:
+        ValueError: no head of that name
+    """
+    head, node = head_class(name), CfgNode()
+    add_head_keys(node, head)
+    texts = {"REFERENCE_PIXELS": REFERENCE_PIXELS, **_entries(head)}
+    for argument, default in knobs(head).items():
+        nested = _entries(type(default)).items()
+        texts.update({f"{argument.upper()}.{field}": text for field, text in nested})
+    lines = []
+    for key, default in _leaves(node).items():
+        lines.append(f"{key_of(head)}.{key}: {default!r}")
+        # What a node of keys is for stands before its first one.
+        parent = texts.pop(key.rpartition(".")[0], "")
+        text = "; ".join(x for x in (parent, texts.get(key, "")) if x)
+        lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _leaves(node: CfgNode) -> Dict[str, object]:
+    """Dotted key to default, in order."""
+    leaves: Dict[str, object] = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            leaves.update({f"{key}.{k}": v for k, v in value.items()})
+        else:
+            leaves[key] = value
+    return leaves
+
+
+def _entries(cls: type) -> Dict[str, str]:
+    """What stands under Attributes: of a class and under Args: of its constructor, by key."""
+    found: Dict[str, str] = {}
+    docs: List[Optional[str]] = [inspect.getdoc(cls), inspect.getdoc(cls.__init__)]
+    for doc in filter(None, docs):
+        section = re.search(r"^(?:Attributes|Args):\n((?: {4}.*\n?|\n)+)", doc, re.MULTILINE)
+        for names, text in ENTRY.findall(section[1] if section else ""):
+            found.update({x.strip().upper(): " ".join(text.split()) for x in names.split(",")})
+    return found
+
+
+if __name__ == "__main__":
+    main()

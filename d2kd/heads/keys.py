@@ -1,0 +1,85 @@
+"""
+The config keys of a head, DISTILL.<NAME>.*, derived from the signature of its constructor.
+
+An argument with a default is a key: of `mask_ratio: float = 0.65` the key is MASK_RATIO, and of
+`mask: MaskRule = MaskRule()`, a dataclass, MASK.RATIO and so on, one for each of its fields. An
+argument without a default is a fact about the detectors: `levels`, `sampler`, or one that the
+head's from_config adds.
+"""
+
+import inspect
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any, Dict, Iterable, Iterator, Type
+
+from torch import nn
+
+from detectron2.config import CfgNode
+
+from ..pairing.pair import DistillPair
+from ..views import RegionSampler
+
+
+def knobs(head: Type[nn.Module]) -> Dict[str, Any]:
+    """The constructor's arguments that are keys, with their defaults."""
+    parameters = inspect.signature(head.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def add_head_keys(node: CfgNode, head: Type[nn.Module]) -> None:
+    """Write a head's keys and their defaults into the node DISTILL.<NAME>."""
+    if hasattr(head, "add_config"):
+        head.add_config(node)
+        return
+    node.LOSS_WEIGHT = getattr(head, "loss_weight", 1.0)
+    if getattr(head, "sums_over_cells", False):
+        node.REFERENCE_PIXELS = 0
+    for name, default in knobs(head).items():
+        if is_dataclass(default):
+            node[name.upper()] = CfgNode({k.upper(): v for k, v in vars(default).items()})
+        else:  # a YAML has lists
+            node[name.upper()] = list(default) if isinstance(default, tuple) else default
+
+
+def head_arguments(
+    head: Type[nn.Module], cfg: CfgNode, pair: DistillPair, **facts: Any
+) -> Dict[str, Any]:
+    """
+    The arguments of a head's constructor: its keys in cfg, and facts about the detectors.
+
+    Args:
+        facts: what a from_config knows better, or in addition
+
+    Raises:
+        ValueError: a value outside its range
+    """
+    key, wanted = key_of(head), inspect.signature(head.__init__).parameters
+    if "levels" in wanted:
+        facts.setdefault("levels", pair.levels)
+    if "sampler" in wanted:
+        facts.setdefault("sampler", RegionSampler.from_config(cfg, pair.student))
+    for name, default in knobs(head).items():
+        value = cfg.DISTILL[key.partition(".")[2]][name.upper()]
+        if is_dataclass(default):
+            fields = {k.lower(): v for k, v in value.items()}
+            with keys_in_errors(f"{key}.{name.upper()}", fields):
+                value = type(default)(**fields)
+        facts.setdefault(name, value)
+    return facts
+
+
+def key_of(head: Type[nn.Module]) -> str:
+    """MGDHead: "DISTILL.MGD" """
+    return f"DISTILL.{head.__name__[: -len('Head')]}"
+
+
+@contextmanager
+def keys_in_errors(key: str, names: Iterable[str]) -> Iterator[None]:
+    """Let a ValueError that begins with one of these arguments begin with its key, under `key`."""
+    try:
+        yield
+    except ValueError as error:
+        name, space, rest = str(error).partition(" ")
+        if name not in names:
+            raise
+        raise ValueError(f"{key}.{name.upper()}{space}{rest}") from error

@@ -1,0 +1,73 @@
+"""The contract of a distillation head, and the heads that there are."""
+
+from typing import Any, List, Type
+
+from fvcore.common.registry import Registry
+from torch import nn
+
+from ..utils.checks import nearest
+
+DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
+DISTILL_HEAD_REGISTRY.__doc__ = """
+Registry of distillation heads: one published method each.
+
+`DISTILL.HEADS: ["MGD"]` builds the registered class `MGDHead` with the keys under `DISTILL.MGD`.
+A head is an nn.Module with
+
+* `add_config(node)`, a static method that writes its keys and defaults into `DISTILL.<NAME>`,
+  LOSS_WEIGHT among them;
+* `pairs`, the kinds of detectors it takes, out of d2kd/pairing/pair.py (default: ANY_PAIR);
+* `requires`, a frozenset of what both detectors' views must provide, such as "dense", in the words
+  of :class:`DetectorView` (default: "features"), or a static method that returns it, given the
+  config and the :class:`DistillPair`; `requires_logits = True` where class logits are compared one
+  by one: a dense pair's anchors must be the same then, the teacher's predictions are put into the
+  student's order of anchors, and of detectors with other classes the head is given the C in common,
+  in logits, labels and `num_classes` alike (label C: background, or none of them);
+* `class_activations`, what of {"softmax", "sigmoid"} it can make of the logits of
+  `roi_predictions` (default: {"softmax"}, over classes and background);
+* `__init__`, made @configurable, with `from_config(cls, cfg, pair)`: `pair` is a
+  :class:`DistillPair`;
+* `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with
+  "loss_" to either a scalar or {level name: scalar}, whose sum is the loss. Unweighted: LOSS_WEIGHT
+  and the schedule are applied by the Distiller. Without boxes or positives it returns a zero that
+  is connected to the student, so that no process of a DDP run waits for a missing gradient.
+
+It may leave maps of its latest batch in `self.maps`, {name: {level: (N, 1, Hi, Wi), or coarser,
+detached}}: they are drawn in the picture of the run (VIS_PERIOD).
+
+`zero_at_equal = True` promises a loss of 0, when the head is new, between two detectors that are
+the same. `TestMyHead = d2kd.conformance.conformance("MyHead")` in a test file holds a head to all
+of this.
+
+The head's own parameters (adapters, generators) are trained with the student, saved under
+"distill_heads" and dropped from the product. Those that it names in `no_weight_decay` are not
+decayed.
+"""
+
+
+def head_names() -> List[str]:
+    """Names that DISTILL.HEADS may contain."""
+    return sorted(name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY)
+
+
+def head_class(name: str) -> Type[nn.Module]:
+    """
+    Args:
+        name: as in DISTILL.HEADS, such as "MGD"
+
+    Raises:
+        ValueError: no head of that name
+    """
+    if f"{name}Head" not in DISTILL_HEAD_REGISTRY:
+        near = nearest(name, head_names(), count=2)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"DISTILL.HEADS names the unknown head {name!r}.{hint} "
+            f"Known: {', '.join(head_names())}."
+        )
+    return DISTILL_HEAD_REGISTRY.get(f"{name}Head")
+
+
+def compares_logits(head: Any) -> bool:
+    """Whether a head, or its class, compares class logits one by one."""
+    return getattr(head, "requires_logits", False)

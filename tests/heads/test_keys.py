@@ -1,0 +1,182 @@
+"""A head's keys are its constructor's arguments: written, read and explained from there."""
+
+from dataclasses import dataclass
+from typing import Any, Dict, Sequence, Type
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+
+from d2kd import DISTILL_HEAD_REGISTRY, load_config
+from d2kd.heads import DetectorInfo, DistillPair, build_head
+from d2kd.heads.__main__ import describe_keys, main
+from d2kd.heads.keys import add_head_keys, head_arguments
+from d2kd.heads.registry import head_class, head_names
+from d2kd.pairing.levels import LevelPair, pair_levels
+from d2kd.views import RegionSampler
+
+SHAPES = {f"p{i}": ShapeSpec(channels=4, stride=2**i) for i in (3, 4)}
+DETECTOR = DetectorInfo("Toy", SHAPES, num_classes=3, provides=frozenset({"features"}))
+PAIR = DistillPair(DETECTOR, DETECTOR, pair_levels(SHAPES, SHAPES))
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    Attributes:
+        size: of the part, above 0
+    """
+
+    size: int = 3
+
+    def __post_init__(self) -> None:
+        if self.size <= 0:
+            raise ValueError(f"size must be above 0, got {self.size}.")
+
+
+class KeyedHead(nn.Module):
+    """
+    A head written the short way.
+
+    Attributes:
+        loss_weight: what was published
+    """
+
+    loss_weight = 2.5
+    sums_over_cells = True
+
+    def __init__(
+        self,
+        *,
+        levels: Sequence[LevelPair],
+        sampler: RegionSampler,
+        eps: float = 0.5,
+        names: Sequence[str] = ("a", "b"),
+        part: Part = Part(),
+    ):
+        """
+        Args:
+            levels: a fact
+            sampler: another
+            eps: below which nothing
+                counts
+            names: of things
+            part: a node
+        """
+        super().__init__()
+        if eps < 0:
+            raise ValueError(f"eps must be 0 or above, got {eps}.")
+        self.values = levels, sampler, eps, names, part
+
+    def forward(self, student: Any, teacher: Any) -> Dict[str, Tensor]:
+        return {"loss_keyed": torch.zeros(())}
+
+
+class OldHead(nn.Module):
+    """A head that says itself which keys it has and what it takes from them."""
+
+    @configurable
+    def __init__(self, *, levels: Sequence[LevelPair], sharpness: float):
+        super().__init__()
+        self.values = levels, sharpness
+
+    @staticmethod
+    def add_config(node: CfgNode) -> None:
+        node.LOSS_WEIGHT = 4.0
+        node.ALPHA = 2.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        return {"levels": pair.levels, "sharpness": cfg.DISTILL.Old.ALPHA + 1}
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = dict(DISTILL_HEAD_REGISTRY._obj_map)
+    monkeypatch.setattr(DISTILL_HEAD_REGISTRY, "_obj_map", objects)
+    for head in (KeyedHead, OldHead):
+        DISTILL_HEAD_REGISTRY.register(head)
+
+
+def keys_of(head: Type[nn.Module]) -> CfgNode:
+    node = CfgNode()
+    add_head_keys(node, head)
+    return node
+
+
+def build(name: str, *opts: Any) -> nn.Module:
+    return build_head(name, load_config(opts=list(opts)), PAIR)
+
+
+def test_arguments_with_a_default_are_the_keys() -> None:
+    node = keys_of(KeyedHead)
+    assert node == {
+        "LOSS_WEIGHT": 2.5,
+        "REFERENCE_PIXELS": 0,
+        "EPS": 0.5,
+        "NAMES": ["a", "b"],
+        "PART": {"SIZE": 3},
+    }
+    assert isinstance(node.NAMES, list) and isinstance(node.PART, CfgNode)
+
+
+def test_keys_and_facts_reach_the_constructor(registered: None) -> None:
+    opts = ["DISTILL.Keyed.EPS", 0.25, "DISTILL.Keyed.NAMES", ["c"], "DISTILL.Keyed.PART.SIZE", 7]
+    levels, sampler, eps, names, part = build("Keyed", *opts).values
+    assert (levels, sampler) == (PAIR.levels, RegionSampler())
+    assert (eps, names, part) == (0.25, ["c"], Part(7))
+
+
+def test_facts_that_a_head_knows_better_win(registered: None) -> None:
+    found = head_arguments(KeyedHead, load_config(), PAIR, levels=(), eps=9.0)
+    assert found["levels"] == () and found["eps"] == 9.0 and found["part"] == Part()
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("EPS", -1.0, r"^DISTILL\.Keyed\.EPS must be 0 or above, got -1\.0"),
+        ("PART.SIZE", 0, r"^DISTILL\.Keyed\.PART\.SIZE must be above 0, got 0"),
+    ],
+)
+def test_a_refusal_begins_with_the_key(
+    key: str, value: Any, message: str, registered: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build("Keyed", f"DISTILL.Keyed.{key}", value)
+
+
+def test_a_head_with_keys_and_from_config_of_its_own_goes_on_working(registered: None) -> None:
+    assert keys_of(OldHead) == {"LOSS_WEIGHT": 4.0, "ALPHA": 2.0}
+    assert build("Old", "DISTILL.Old.ALPHA", 5.0).values == (PAIR.levels, 6.0)
+    assert "DISTILL.Old.ALPHA: 2.0" in describe_keys("Old")
+
+
+def test_keys_are_printed_with_defaults_and_what_the_docstrings_say(
+    registered: None, capsys: pytest.CaptureFixture
+) -> None:
+    main(["Keyed"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "DISTILL.Keyed.LOSS_WEIGHT: 2.5" and "published" in printed[1]
+    where = printed.index("DISTILL.Keyed.EPS: 0.5")
+    assert printed[where + 1] == "    below which nothing counts"
+    where = printed.index("DISTILL.Keyed.PART.SIZE: 3")
+    assert printed[where + 1] == "    a node; of the part, above 0"
+
+
+def test_an_unknown_head_is_named_with_the_nearest(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["crosskd"])
+    assert "Did you mean 'CrossKD'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", head_names())
+def test_every_key_of_ours_is_explained(name: str) -> None:
+    assert not hasattr(head_class(name), "add_config")
+    lines = describe_keys(name).splitlines()
+    for line, after in zip(lines, [*lines[1:], ""]):
+        plain = line in (f"DISTILL.{name}.LOSS_WEIGHT: 1.0",)  # nothing was published
+        assert plain or line.startswith("    ") or after.startswith("    "), line

@@ -32,7 +32,6 @@ from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, 
 from .engine.optimizer import build_optimizer
 from .engine.preflight.check_config import check_config
 from .engine.preflight.summary import summary
-from .engine.stages import plan_stages
 from .heads.build import head_names, misfit
 from .utils.command_line import add_overrides, parse_command_line
 from .utils.plugin import import_file
@@ -65,11 +64,11 @@ def main(argv: Sequence[str] = None) -> int:
             import_file(path)
         cfg = load_config(args.config_file, args.opts)
         refuse_unread(cfg, args.opts, "The command line")
-        check_config(cfg)
+        stages = check_config(cfg)
         if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.ENABLED:
             print("A student alone: there is no distillation to look at.")
             return 0
-        for stage in plan_stages(cfg):
+        for stage in stages:
             if not stage.is_whole_run:
                 print(f"\n{stage}")
             with stage.in_errors():

@@ -19,7 +19,7 @@ from d2kd.data import register_datasets
 from d2kd.data.outlines import CLASSES
 from d2kd.distiller import describe_pair
 from d2kd.engine import train
-from d2kd.engine.preflight.teacher_check import _some, check_teacher
+from d2kd.engine.preflight.teacher_check import check_teacher, evenly_spaced
 from d2kd.pairing.classes import match_classes
 from d2kd.pairing.pair import DistillPair
 from d2kd.views import find_view
@@ -175,8 +175,8 @@ def test_ids_of_annotations_from_0_change_nothing(
 
 def test_images_are_taken_at_equal_distances() -> None:
     images = [{"i": i} for i in range(10)]
-    assert [x["i"] for x in _some(images, 4)] == [0, 2, 5, 7]
-    assert _some(images, 10) == _some(images, 99) == images
+    assert [x["i"] for x in evenly_spaced(images, 4)] == [0, 2, 5, 7]
+    assert evenly_spaced(images, 10) == evenly_spaced(images, 99) == images
 
 
 # Other classes -----------------------------------------------------------------------------------

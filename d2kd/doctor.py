@@ -35,7 +35,7 @@ from .engine.preflight.summary import summary
 from .heads.build import head_names, misfit
 from .utils.command_line import add_overrides, parse_command_line
 from .utils.plugin import import_file
-from .views import find_view
+from .views import describe_detector
 
 STEPS = 3
 EPILOG = """
@@ -117,7 +117,7 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
         LossGradients of the first step, and the Cost of the steps after it
     """
     device = torch.device(cfg.MODEL.DEVICE)
-    classes = find_view(distiller.student, "student").num_classes(distiller.student)
+    classes = describe_detector(distiller.student, "student").num_classes
     height = cfg.INPUT.MIN_SIZE_TRAIN[0]
     size = height, min(4 * height // 3, cfg.INPUT.MAX_SIZE_TRAIN)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0

@@ -118,7 +118,7 @@ class MLDHead(nn.Module):
 
     def _on_cells(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         ours, theirs = student.dense(), teacher.dense()
-        num_anchors = student.num_anchors(student.detector)
+        num_anchors = student.num_anchors
         losses, positives = {}, 0.0
         logits, targets = ours.by_level(ours.logits), theirs.by_level(theirs.logits)
         matched = match_levels(self.levels, logits, targets)

@@ -15,7 +15,7 @@ from ...data.mapper import CheckedMapper
 from ...pairing.classes import CommonClasses
 from ...pairing.pair import DistillPair
 from ...teacher import Teacher
-from ...views import find_view
+from ...views import describe_detector
 from ..evaluator import CompleteCOCOEvaluator
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _other_classes(cfg: CfgNode, teacher: Teacher, classes: Optional[CommonClass
         if list(classes.student_names) != list(metadata.thing_classes):
             return f"{metadata.name} has other classes than the student"
         return "" if _class_map(classes) else "no class of it is one class of the student's"
-    count = find_view(teacher.model, "teacher").num_classes(teacher.model)
+    count = describe_detector(teacher.model, "teacher").num_classes
     if count != len(metadata.thing_classes):
         return f"it has {count} classes, {metadata.name} {len(metadata.thing_classes)}"
     return ""

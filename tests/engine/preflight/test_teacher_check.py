@@ -22,7 +22,7 @@ from d2kd.engine import train
 from d2kd.engine.preflight.teacher_check import check_teacher, evenly_spaced
 from d2kd.pairing.classes import match_classes
 from d2kd.pairing.pair import DistillPair
-from d2kd.views import find_view
+from d2kd.views import describe_detector
 
 from runs import run_config
 from toys import ROOT, write_teacher
@@ -319,7 +319,7 @@ def test_test_set_of_other_classes_than_the_student_s_is_not_evaluated(
     cfg: CfgNode, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher = build_teacher(cfg)
-    info = find_view(teacher.model, "teacher").info(teacher.model)
+    info = describe_detector(teacher.model, "teacher")
     classes = match_classes(["ring", "disc"], ["disc", "ring"])
     check_teacher(cfg, teacher, DistillPair(info, info, (), classes))
     reason = "d2kd_shapes_val has other classes than the student"

@@ -20,7 +20,7 @@ from .towers import Towers
 
 class DetectorView(Recording):
     """
-    One detector and one batch. Each part is computed at most once, and only when asked for.
+    One detector and one batch. Each part is computed at most once, on demand.
 
     A student's view is filled by its own training forward, inside :meth:`record`. A teacher's view
     computes what it is asked for, without gradients.
@@ -65,8 +65,8 @@ class DetectorView(Recording):
     ):
         """
         Args:
-            batched_inputs: empty: only facts of the detector will be asked for
-            requires: what a teacher will be asked for, so that one pass gives all of it
+            batched_inputs: Detectron2's standard input; empty: for facts of the detector alone
+            requires: what heads will ask a teacher for, so that one pass gives all of it
         """
         super().__init__(detector, batched_inputs)
         self.requires = requires
@@ -154,7 +154,7 @@ class DetectorView(Recording):
     # Cells ---------------------------------------------------------------------------------------
 
     def dense(self) -> DensePredictions:
-        """Per-cell predictions; a two-stage detector answers with its RPN."""
+        """Predictions of every cell; those of a two-stage detector are its RPN's."""
         self._check("dense")
         return self._part("dense")
 
@@ -175,7 +175,7 @@ class DetectorView(Recording):
         """
         The towers of a dense detector's head after `depth` convolutions, before the activation.
 
-        Of a teacher that was not told of it in `requires`, the head is run once more.
+        A teacher's head is run once more if its `requires` does not name the depth.
         """
         raise self._missing(f"tower_{depth}")
 

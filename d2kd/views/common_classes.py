@@ -1,4 +1,4 @@
-"""A view whose class logits are of the classes that student and teacher have in common."""
+"""A view whose class logits are those of the classes that student and teacher share."""
 
 from dataclasses import replace
 from typing import List, Optional, Sequence
@@ -18,7 +18,7 @@ from .wrapped import WrappedView
 
 class MergeClasses(nn.Module):
     """
-    From the K classes of one detector to the C groups of them that it shares with another.
+    Maps the K classes of one detector to the C groups of them that it shares with another.
 
     Sigmoids score each class by itself: a group is as likely as its likeliest class, and the
     classes in no group are left out. A softmax is one distribution over all classes: a group has
@@ -94,7 +94,7 @@ class MergeClasses(nn.Module):
 class CommonClassesView(WrappedView):
     """
     A DetectorView with C common classes in place of its K: class logits, the boxes that depend on
-    the class, and labels, in which C is background or a class that only the student knows.
+    the class, and labels, in which C is background or a class that only the student has.
     Everything else is the view's own.
     """
 
@@ -138,7 +138,7 @@ class CommonClassesView(WrappedView):
         return self._relabelled("gt_instances")
 
     def _merged(self, dense: DensePredictions) -> DensePredictions:
-        if self._view.two_stage:  # the RPN knows no classes
+        if self._view.two_stage:  # an RPN has no classes
             return dense
         return replace(dense, logits=[self._merge.sigmoids(x) for x in dense.logits])
 

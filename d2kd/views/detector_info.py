@@ -19,7 +19,7 @@ class DetectorInfo:
     `dense_levels`: levels with dense predictions; `anchors`: of each of them, those of its first
     cell, XYXY in input pixels, in the order of the predictions; `vector_channels`: length of a
     region's vector (`region_vectors`), 0 without; `roi_size`: cells along a side of its RoI
-    features; `box_weights`: what its box deltas are multiplied by (BBOX_REG_WEIGHTS of
+    features; `box_weights`: factors of its box deltas (BBOX_REG_WEIGHTS of
     MODEL.ROI_BOX_HEAD, or of MODEL.RETINANET), () of FCOS, which has none.
     """
 

@@ -8,37 +8,25 @@ from ..utils.checks import check_range
 from .detector_info import DetectorInfo
 
 
-def add_region_config(node: CfgNode) -> None:
-    """
-    Write the keys of DISTILL.REGIONS: which of a dense student's predicted boxes are its regions.
-
-    A two-stage student has regions of its own: the proposals that MODEL.ROI_HEADS samples.
-    """
-    # Predictions of highest score kept on each level, before non-maximum suppression
-    node.PRE_NMS_TOPK = 2000
-    # Of boxes of one level that overlap by more than this IoU, the one of highest score is kept
-    node.NMS_THRESH = 0.7
-    # Boxes of highest score kept in each image, after it
-    node.POST_NMS_TOPK = 1000
-    # How many of these are sampled at random
-    node.PER_IMAGE = 512
-    # Share of the sample, at most, whose IoU with a ground-truth box is IOU_THRESHOLD or more (as
-    # in Detectron2's matchers; the notes on G-DetKD say more than 0.5)
-    node.POSITIVE_FRACTION = 0.25
-    node.IOU_THRESHOLD = 0.5
-
-
 class RegionSampler(NamedTuple):
     """
-    How a dense student's regions are chosen; the fields are the keys of add_region_config.
+    How a dense student's regions are chosen among its predicted boxes. The fields are the keys of
+    DISTILL.REGIONS. A two-stage student has regions of its own: the proposals that MODEL.ROI_HEADS
+    samples.
 
     Heads with equal samplers share one sample of a batch (DetectorView.regions).
     """
 
+    # Predictions of highest score kept on each level, before non-maximum suppression
     pre_nms_topk: int = 2000
+    # Of boxes of one level that overlap by more than this IoU, the one of highest score is kept
     nms_thresh: float = 0.7
+    # Boxes of highest score kept in each image, after it
     post_nms_topk: int = 1000
+    # How many of these are sampled at random
     per_image: int = 512
+    # Share of the sample, at most, whose IoU with a ground-truth box is iou_threshold or more (as
+    # in Detectron2's matchers; the notes on G-DetKD say more than 0.5)
     positive_fraction: float = 0.25
     iou_threshold: float = 0.5
 
@@ -46,7 +34,7 @@ class RegionSampler(NamedTuple):
     def from_config(cls, cfg: CfgNode, student: DetectorInfo) -> "RegionSampler":
         """
         Raises:
-            ValueError: a value of DISTILL.REGIONS outside its range, or one that nobody would read
+            ValueError: a value of DISTILL.REGIONS outside its range, or one that has no effect
         """
         sampler = cls(**{k.lower(): v for k, v in cfg.DISTILL.REGIONS.items()})
         for name, value in sampler._asdict().items():
@@ -61,3 +49,9 @@ class RegionSampler(NamedTuple):
                     "(MODEL.RPN, MODEL.ROI_HEADS)."
                 )
         return sampler
+
+
+def add_region_config(node: CfgNode) -> None:
+    """Write the keys of DISTILL.REGIONS: the fields of :class:`RegionSampler`."""
+    for name, default in RegionSampler._field_defaults.items():
+        setattr(node, name.upper(), default)

@@ -10,7 +10,7 @@ from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-# Cells along a side of RoI features, for detectors that have no box head to say it.
+# Cells along a side of RoI features, for detectors without a box head.
 ROI_SIZE = 7
 
 

@@ -11,10 +11,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from d2kd import load_config
-from d2kd.config import student_config
 from d2kd.config.unread import refuse_unread
 from d2kd.engine import evaluate, launch, train
-from d2kd.engine.preflight.check_config import check_config
 from d2kd.utils.atomic_file import check_writable
 from d2kd.utils.command_line import parse_command_line
 from d2kd.utils.plugin import import_file
@@ -42,22 +40,31 @@ what they are for. The common ones are explained in d2kd/config/distill_keys.py.
 """
 
 
-def main(args: argparse.Namespace) -> None:
-    cfg = setup(args)
+def main(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """In every process."""
+    import_plugins(args)
     cfg.freeze()
-    check_config(student_config(cfg) if args.eval_only else cfg, evaluation=args.eval_only)
-    check_writable(cfg.OUTPUT_DIR)
-    default_setup(cfg, args)
-    # Detectron2 gives a handler to its own logger only.
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
-    results = (evaluate if args.eval_only else train)(cfg, resume=args.resume)
+    work = evaluate if args.eval_only else train
+    results = work(cfg, args.resume, on_checked=lambda: prepare_output(cfg, args))
     if comm.is_main_process() and args.eval_only:
         verify_results(cfg, results)
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    for path in args.plugin:  # before the config, to which a head adds its keys
+def prepare_output(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Write the config and begin the logs, now that the config is known to be sound."""
+    check_writable(cfg.OUTPUT_DIR)
+    default_setup(cfg, args)
+    # Detectron2 gives a handler to its own logger only.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
+
+
+def import_plugins(args: argparse.Namespace) -> None:
+    for path in args.plugin:
         import_file(path)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    import_plugins(args)  # before the config, to which a head adds its keys
     cfg = load_config(args.config_file, args.opts)
     refuse_unread(cfg, args.opts, "The command line")
     return cfg
@@ -82,12 +89,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()
+    cfg = setup(args)
     launch(
         main,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
-        device=setup(args).MODEL.DEVICE,
-        args=(args,),
+        device=cfg.MODEL.DEVICE,
+        args=(args, cfg),
     )

@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from .utils.atomic_file import WholeFiles
+from .utils.atomic_file import AtomicFiles
 from .weights.coverage import report_coverage
 from .weights.names import advice, check_named, describe, without_prefix
-from .weights.run_checkpoints import BEST
+from .weights.run_checkpoints import BEST, NOT_OF_A_RUN
 from .weights.safe_load import UNREADABLE, read_weights_file
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class PlainCheckpointer(DetectionCheckpointer):
                 checkpointables = {"teacher": guard, **checkpointables}
             model = model.student
         super().__init__(model, save_dir, **checkpointables)
-        self.path_manager = WholeFiles(self.path_manager)
+        self.path_manager = AtomicFiles(self.path_manager)
         self.missing_keys: List[str] = []  # of the model, not in the file or of another shape
         self.unexpected_keys: List[str] = []  # in the file, not of the model
         self.wrong_shapes: Dict[str, str] = {}  # name to both shapes, in words
@@ -102,11 +102,7 @@ class PlainCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         check_named(checkpoint["model"])
         if self._resumes and "trainer" not in checkpoint:
-            raise ValueError(
-                f"{self._path} is no checkpoint to resume from: it has weights, but not the "
-                "optimizer and iteration of a run of d2kd. To start from its weights, name it in "
-                "MODEL.WEIGHTS and leave out --resume."
-            )
+            raise ValueError(f"{self._path} {NOT_OF_A_RUN}")
         wanted = self.model.state_dict()
         if not checkpoint.get("matching_heuristics"):
             checkpoint["model"] = without_prefix(checkpoint["model"], wanted)

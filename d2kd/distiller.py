@@ -30,6 +30,7 @@ from .views import (
     DetectorView,
     MergeClasses,
     ReorderedAnchorsView,
+    describe_detector,
     find_view,
 )
 
@@ -228,7 +229,7 @@ def describe_pair(
         teacher_classes: names that the teacher's config tells; () where it does not
     """
     infos = [
-        find_view(detector, role).info(detector)
+        describe_detector(detector, role)
         for role, detector in (("student", student), ("teacher", teacher))
     ]
     shapes = infos[0].shapes, infos[1].shapes

@@ -32,12 +32,11 @@ from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, 
 from .engine.optimizer import build_optimizer
 from .engine.preflight.check_config import check_config
 from .engine.preflight.summary import summary
-from .engine.stages import plan_stages
 from .heads.fit import misfit
 from .heads.registry import head_names
 from .utils.command_line import add_overrides, parse_command_line
 from .utils.plugin import import_file
-from .views import find_view
+from .views import describe_detector
 
 STEPS = 3
 EPILOG = """
@@ -66,11 +65,11 @@ def main(argv: Sequence[str] = None) -> int:
             import_file(path)
         cfg = load_config(args.config_file, args.opts)
         refuse_unread(cfg, args.opts, "The command line")
-        check_config(cfg)
+        stages = check_config(cfg)
         if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.ENABLED:
             print("A student alone: there is no distillation to look at.")
             return 0
-        for stage in plan_stages(cfg):
+        for stage in stages:
             if not stage.is_whole_run:
                 print(f"\n{stage}")
             with stage.in_errors():
@@ -119,7 +118,7 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
         LossGradients of the first step, and the Cost of the steps after it
     """
     device = torch.device(cfg.MODEL.DEVICE)
-    classes = find_view(distiller.student, "student").num_classes(distiller.student)
+    classes = describe_detector(distiller.student, "student").num_classes
     height = cfg.INPUT.MIN_SIZE_TRAIN[0]
     size = height, min(4 * height // 3, cfg.INPUT.MAX_SIZE_TRAIN)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0

@@ -8,7 +8,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from .views import find_view
+from .views import describe_detector
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _box_coding(owners: List[nn.Module]) -> Any:
 
 def _have_other_anchors(student: nn.Module, teacher: nn.Module) -> bool:
     """Whether the cells of some stride, on which both predict, have anchors in another order."""
-    infos = [find_view(x, "detector").info(x) for x in (student, teacher)]
+    infos = [describe_detector(x, "detector") for x in (student, teacher)]
     ours, theirs = (
         {info.shapes[level].stride: anchors for level, anchors in info.anchors.items()}
         for info in infos

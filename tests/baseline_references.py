@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from d2kd.heads.fgd import GlobalContext
 from d2kd.heads.reviewkd import ReviewFusion
 from d2kd.views import Regions, RegionSampler
-from d2kd.views.parts import DensePredictions
+from d2kd.views.predictions import DensePredictions
 
 from references import cell_attention, channel_attention
 from toys import FeatureView

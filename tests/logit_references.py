@@ -19,7 +19,7 @@ from d2kd.heads import DistillPair, build_head
 from d2kd.heads.registry import head_names
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.anchor_labels import AnchorLabels
-from d2kd.views.parts import DensePredictions, RoIPredictions
+from d2kd.views.predictions import DensePredictions, RoIPredictions
 from d2kd.views.towers import Towers
 
 from toys import FeatureView, noise

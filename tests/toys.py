@@ -54,6 +54,7 @@ class FeatureView(DetectorView):
     """What a head that reads features alone needs of a DetectorView, without a detector."""
 
     def __init__(self, features: Mapping[str, torch.Tensor], image_sizes: Sequence[Any] = ()):
+        super().__init__(detector=None)
         self._features = features
         self._image_sizes = image_sizes
 

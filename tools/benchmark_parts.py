@@ -26,7 +26,7 @@ from d2kd.engine.monitor.loss_gradients import LossGradients
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.heads.fit import requires_of
-from d2kd.views import Regions, find_view
+from d2kd.views import Regions, describe_detector, find_view
 
 Step = Callable[[], None]
 Batch = List[Dict[str, Any]]
@@ -91,9 +91,8 @@ def calm(distiller: Distiller) -> None:
 
 
 def random_batch(student: nn.Module, args: argparse.Namespace) -> Batch:
-    return noise_batch(
-        args.images, *args.size, args.boxes, find_view(student, "student").num_classes(student)
-    )
+    num_classes = describe_detector(student, "student").num_classes
+    return noise_batch(args.images, *args.size, args.boxes, num_classes)
 
 
 # The arms -----------------------------------------------------------------------------------------

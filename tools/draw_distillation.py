@@ -32,7 +32,6 @@ from d2kd.data import class_names, register_datasets
 from d2kd.data.mapper import CheckedMapper
 from d2kd.engine.hooks import seed_everything
 from d2kd.engine.preflight.check_config import check_config
-from d2kd.engine.stages import plan_stages
 from d2kd.utils.command_line import add_overrides, parse_command_line
 from d2kd.utils.plugin import import_file
 
@@ -61,8 +60,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise ValueError(f"{args.config_file} trains a student alone: there is no teacher to draw.")
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: it names the images to draw.")
-    check_config(cfg)
-    cfg = plan_stages(cfg)[-1].cfg
+    cfg = check_config(cfg)[-1].cfg
     register_datasets(cfg, student_config(cfg).MODEL.META_ARCHITECTURE, parts=("TEST",))
     distiller = build_model(cfg)
     load_weights(distiller, args.weights)

@@ -12,9 +12,7 @@ from torch.nn import functional as F
 
 from ..distiller import Distiller
 from ..heads.registry import compares_logits
-from ..views import DetectorView, Regions
-from ..views.parts import DensePredictions, RoIPredictions
-from ..views.towers import Towers
+from ..views import DensePredictions, DetectorView, Regions, RoIPredictions, Towers
 from .case import Case, seed_all
 from .cuda_autocast import cuda_autocast
 

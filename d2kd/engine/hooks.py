@@ -15,7 +15,8 @@ from torch import nn
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..weights.run_checkpoints import BEST, damage_of
+from ..weights.run_checkpoints import BEST
+from ..weights.verify import read_verified
 
 logger = logging.getLogger(__name__)
 
@@ -139,12 +140,12 @@ class BestCheckpointer(HookBase):
         # The checkpoint was written before the evaluation of its own iteration.
         path = os.path.join(self.checkpointer.save_dir, f"{BEST}.pth")
         if os.path.isfile(path):
-            damage = damage_of(path)
-            if damage:
-                logger.error(f"{path} is damaged ({damage}); the next evaluation replaces it.")
+            try:
+                saved = read_verified(path)
+            except ValueError as error:
+                logger.error(f"{path} is damaged ({error}); the next evaluation replaces it.")
                 self.best = -math.inf
                 return
-            saved = torch.load(path, map_location="cpu", weights_only=True)
             saved = saved.get("trainer", {}).get("hooks", {}).get(type(self).__qualname__, {})
             if saved.get("run") == self.run:
                 self.best = saved["best"]

@@ -1,4 +1,4 @@
-"""What a run writes down of itself, and what of it is other when it is resumed."""
+"""What identifies a run: saved in its checkpoints, and compared when it is resumed."""
 
 import hashlib
 import logging
@@ -17,6 +17,7 @@ from ..config import student_config
 from ..config.unread import why_unread
 from ..weights.trained_config import Change, changed_keys
 from .resume_rules import REFUSED, TAKEN, UNUSED, rule_of
+from .stages import distils
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +34,14 @@ class RunRecord:
         """
         Args:
             cfg: of the whole run
-            seed: that is used, also where SEED is left to chance
+            seed: the one used, also where SEED is left to chance
             images: of DATASETS.TRAIN, in Detectron2's format
         """
         self.cfg = cfg
-        distilled = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
         student = student_config(cfg)
         student.SEED, student.OUTPUT_DIR = seed, ""  # the same run in another folder
         # Without distillation the same run with and without these keys
-        student.DISTILL = cfg.DISTILL.clone() if distilled else CfgNode()
+        student.DISTILL = cfg.DISTILL.clone() if distils(cfg) else CfgNode()
         self.config = student.dump()
         self.data = fingerprint(images)
         self.environment = {
@@ -57,13 +57,13 @@ class RunRecord:
 
     def compare(self, saved: Dict[str, Any]) -> None:
         """
-        Say in the log what is other than in a checkpoint.
+        Compare with a checkpoint, and log what has changed.
 
         Args:
-            saved: state of a trainer, of which one of before this record has "seed" alone
+            saved: state of a trainer; one from before this record has "seed" alone
 
         Raises:
-            ValueError: naming each key with which the run would be neither the old nor a new one
+            ValueError: naming each key whose change would make another run of it
         """
         if "config" not in saved:
             logger.warning(
@@ -87,10 +87,10 @@ class RunRecord:
                 f"({saved['data']['images']} images then, {self.data['images']} now; sizes, boxes "
                 f"and classes are compared, in order). {WAY_OUT}"
             )
-        _tell(changed)
-        self._tell_environment(saved.get("environment", self.environment))
+        _log_changes(changed)
+        self._log_environment(saved.get("environment", self.environment))
 
-    def _tell_environment(self, saved: Mapping[str, Any]) -> None:
+    def _log_environment(self, saved: Mapping[str, Any]) -> None:
         now = self.environment.items()
         other = [f"{k} {saved.get(k)} (now {v})" for k, v in now if saved.get(k) != v]
         if other:
@@ -102,10 +102,10 @@ class RunRecord:
 
 def fingerprint(images: Iterable[Mapping[str, Any]]) -> Dict[str, Any]:
     """
-    Of a training set: names without folders, sizes, classes and boxes, in order.
+    Fingerprint of a training set: file names, sizes, classes and boxes, in order.
 
     Returns:
-        "images", how many, and "sha256"
+        "images", their number, and "sha256"
     """
     digest, count = hashlib.sha256(), 0
     for count, x in enumerate(images, start=1):
@@ -121,7 +121,7 @@ def _box(annotation: Mapping[str, Any]) -> Sequence[float]:
     return () if box is None else box
 
 
-def _tell(changed: Sequence[Change]) -> None:
+def _log_changes(changed: Sequence[Change]) -> None:
     rows = []
     for key, old, new in changed:
         rule = rule_of(key)

@@ -1,4 +1,4 @@
-"""What becomes of a key whose value is not the checkpoint's when a run is resumed."""
+"""What a changed value of a key means for a resumed run."""
 
 from fnmatch import fnmatchcase
 from typing import NamedTuple, Tuple
@@ -17,7 +17,7 @@ class Rule(NamedTuple):
     why: str
 
 
-# The first one that fits a key counts, and the last one fits all.
+# The first rule that matches a key counts; the last one matches all.
 RULES = (
     Rule(("VERSION", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS"), PASSED_OVER, ""),
     # Paths may be others on another machine. What is behind them is compared: the images of

@@ -1,5 +1,6 @@
 """DISTILL.STAGES: one run as several stages, each with a teacher and heads of its own."""
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Iterator, List, Tuple
@@ -42,6 +43,11 @@ class Stage:
         return "model" if self.index == self.count else f"model_stage_{self.index}"
 
     @property
+    def final_checkpoint(self) -> str:
+        """Path of the checkpoint that its last iteration saves."""
+        return os.path.join(self.cfg.OUTPUT_DIR, f"{self.file_prefix}_final.pth")
+
+    @property
     def learning_rate(self) -> Tuple[CfgNode, int]:
         """The config whose SOLVER is the schedule, and the iteration of it where this begins."""
         if self.run.DISTILL.STAGE_LR == "continue":
@@ -75,6 +81,16 @@ class LogStage(HookBase):
         self.trainer.storage.put_scalar("stage", self.index, smoothing_hint=False)
 
 
+def distils(cfg: CfgNode) -> bool:
+    """Whether a run has a teacher."""
+    return cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
+
+
+def whole_run(cfg: CfgNode) -> Stage:
+    """The one stage of a run that has no others."""
+    return Stage(1, 1, 0, cfg.SOLVER.MAX_ITER, cfg, cfg)
+
+
 def plan_stages(cfg: CfgNode) -> List[Stage]:
     """
     Returns:
@@ -84,9 +100,8 @@ def plan_stages(cfg: CfgNode) -> List[Stage]:
     Raises:
         ValueError: a stage that is not sound, or iterations that do not add up
     """
-    distilled = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
-    if not (distilled and cfg.DISTILL.STAGES):
-        return [Stage(1, 1, 0, cfg.SOLVER.MAX_ITER, cfg, cfg)]
+    if not (distils(cfg) and cfg.DISTILL.STAGES):
+        return [whole_run(cfg)]
     _check_run(cfg)
     nodes, stages, start = [], [], 0
     for index in range(1, len(cfg.DISTILL.STAGES) + 1):

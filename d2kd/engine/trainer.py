@@ -20,8 +20,7 @@ from ..data import ResumableLoader, build_train_loader, class_names
 from ..data.mapper import CheckedMapper
 from ..pairing.pair import DistillPair
 from ..teacher import Teacher
-from ..utils.atomic_file import named_when_full
-from ..weights.run_checkpoints import last_whole_checkpoint
+from ..utils.atomic_file import explain_full_disk
 from .evaluator import build_evaluator
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
 from .monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
@@ -31,6 +30,7 @@ from .optimizer import build_optimizer, parameter_names, placed_state, schedule_
 from .parallel import data_parallel
 from .preflight.summary import summary
 from .resume import RunRecord
+from .resume_point import ResumePoint
 from .stages import LogStage, Stage, move_to, only_stage
 
 logger = logging.getLogger(__name__)
@@ -48,18 +48,24 @@ class Trainer(DefaultTrainer):
     sees the batches of the distilled one.
     """
 
-    def __init__(self, cfg: CfgNode, stage: Optional[Stage] = None):
+    def __init__(
+        self, cfg: CfgNode, stage: Optional[Stage] = None, seed: Optional[int] = None
+    ) -> None:
         """
         Args:
             cfg: of the run
             stage: which part of the run; None: all of it
+            seed: of the run; None: SEED, and a random one where that is below 0
         """
         # Not DefaultTrainer's: it wraps models for CUDA only and checkpoints the wrapper.
         TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        self.stage = stage or only_stage(cfg)
-        self.cfg = cfg = self.stage.cfg
-        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        if stage is None:
+            stage = only_stage(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
+        self.stage = stage
+        self.cfg = cfg = stage.cfg
+        if seed is None:
+            seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.seed = seed
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)  # 0.5's writers want it to be there
         seed_everything(self.seed)
         model = self.build_model(cfg)
@@ -85,7 +91,7 @@ class Trainer(DefaultTrainer):
         # TorchScript's focal loss rounds otherwise in the first iteration of a process, where it is
         # not optimised yet: a resumed run would differ. GPUs are not exact to the bit anyway.
         exact = torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu")
-        with exact, named_when_full(self.cfg.OUTPUT_DIR):
+        with exact, explain_full_disk(self.cfg.OUTPUT_DIR):
             return super().train()
 
     def after_train(self) -> None:
@@ -134,31 +140,42 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: a checkpoint that is none, or is of another student, teacher or set of heads
         """
-        path = last_whole_checkpoint(self.cfg.OUTPUT_DIR) if resume else ""
-        if path:
-            self.checkpointer.load(path)
-            self.start_iter = self.data_loader.start_iter = self.iter + 1
-            logger.info(f"Resuming at iteration {self.start_iter}.")
-            final = f"{self.stage.file_prefix}_final"
-            if self.start_iter == self.max_iter and not path.endswith(f"{final}.pth"):
-                # It was killed between its last two saves; there is no step that would make this.
-                self.checkpointer.save(final, iteration=self.iter)
-            return
-        if resume:
-            logger.warning(f"There is no checkpoint in {self.cfg.OUTPUT_DIR!r}: the run begins.")
-        load_initial_weights(self.checkpointer, self.cfg.MODEL.WEIGHTS)
-        if hasattr(self._module, "inherit_from_teacher"):
-            self._module.inherit_from_teacher()
+        self.start_from(ResumePoint.find(self.cfg.OUTPUT_DIR) if resume else None)
 
-    def begin_stage(self) -> None:
+    def start_from(self, point: Optional[ResumePoint]) -> None:
         """
-        Take over the student from the last checkpoint, the end of the stage before; heads,
-        optimizer and learning rate start anew.
+        Begin the run (None), go on inside the stage, or begin the stage with the student that the
+        stage before it has left.
+
+        Raises:
+            ValueError: a checkpoint that is none, or is of another student, teacher or set of heads
+        """
+        if point is None:
+            load_initial_weights(self.checkpointer, self.cfg.MODEL.WEIGHTS)
+            if hasattr(self._module, "inherit_from_teacher"):
+                self._module.inherit_from_teacher()
+        elif 0 < self.stage.start == point.done:
+            self.begin_stage(point.path)
+        else:
+            self._resume(point.path)
+
+    def _resume(self, path: str) -> None:
+        self.checkpointer.load(path)
+        self.start_iter = self.data_loader.start_iter = self.iter + 1
+        logger.info(f"Resuming at iteration {self.start_iter}.")
+        final = os.path.basename(self.stage.final_checkpoint)
+        if self.start_iter == self.max_iter and os.path.basename(path) != final:
+            # It was killed between its last two saves; there is no step that would make this.
+            self.checkpointer.save(final[: -len(".pth")], iteration=self.iter)
+
+    def begin_stage(self, path: str) -> None:
+        """
+        Take over the student from the last checkpoint of the stage before; heads, optimizer and
+        learning rate start anew.
 
         Raises:
             ValueError: a checkpoint that is none, or is of another student
         """
-        path = last_whole_checkpoint(self.cfg.OUTPUT_DIR)
         state = self.checkpointer.load(path, checkpointables=[])["trainer"]
         self.record.compare(state)
         self._check_student()

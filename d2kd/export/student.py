@@ -12,7 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_mod
 
 from ..checkpoint import load_whole_detector
 from ..config import student_config
-from ..utils.atomic_file import write_whole
+from ..utils.atomic_file import atomic_write
 from ..weights.run_checkpoints import last_whole_checkpoint
 from ..weights.trained_config import check_same_detector
 
@@ -37,10 +37,10 @@ def export_student(cfg: CfgNode, weights: str, folder: str) -> None:
     """
     student = load_student(cfg, weights)
     os.makedirs(folder, exist_ok=True)
-    with write_whole(os.path.join(folder, WEIGHTS)) as file:
+    with atomic_write(os.path.join(folder, WEIGHTS)) as file:
         torch.save({"model": student.state_dict()}, file)
     if not why_no_yaml(cfg):
-        with write_whole(os.path.join(folder, CONFIG), "w") as file:
+        with atomic_write(os.path.join(folder, CONFIG), "w") as file:
             yaml.safe_dump({**stock_config(cfg), "VERSION": 2}, file, sort_keys=False)
 
 

@@ -15,8 +15,7 @@ from ..layers import (
 from ..pairing.levels import LevelPair, crop_to, match_level
 from ..pairing.pair import DENSE, DistillPair
 from ..utils.checks import check_choice, check_weight
-from ..views import DetectorView
-from ..views.towers import Towers
+from ..views import DetectorView, Towers
 from .keys import head_arguments
 from .registry import DISTILL_HEAD_REGISTRY
 

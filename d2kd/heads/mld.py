@@ -115,9 +115,7 @@ class MLDHead(nn.Module):
             target, inside = target.detach(), student.inside_image(level, like=x)
             weight = self.guide.of_cells(pair, student, teacher, x, target)  # (N, 1, Hi, Wi)
             losses[level] = binary_divergence(x, target, weight)
-            positives = positives + _soft_positives(
-                target, student.num_anchors(student.detector), inside
-            )
+            positives = positives + _soft_positives(target, student.num_anchors, inside)
             self.maps["weight"][level] = weight
         positives = mean_over_processes(positives).clamp(min=1)
         return {level: loss / positives for level, loss in losses.items()}

@@ -82,7 +82,7 @@ class LevelWeights:
 def level_tables(distiller: Distiller) -> Dict[str, LevelWeights]:
     """An empty table for each head that weighs the student's levels: has `latest_weights`."""
     detectors = {"student": distiller.student, "teacher": distiller.teacher.model}
-    student, teacher = (find_view(x, role)(x, []) for role, x in detectors.items())
+    student, teacher = (find_view(x, role)(x) for role, x in detectors.items())
     return {
         name: LevelWeights(rows_of(teacher), {k: student.strides[k] for k in head.student_levels})
         for name, head in distiller.heads.items()
@@ -102,7 +102,7 @@ def rows_of(teacher: DetectorView) -> List[Row]:
     An octave of sides for each level that the teacher pools from, and FINER more for the finest,
     where all the regions of a small image belong.
     """
-    names, rule = list(teacher.pooled_levels()), teacher.pooler()
+    names, rule = list(teacher.pooled_levels), teacher.pooler
     names = names[:1] * FINER + names
     octave = 2.0 ** (rule.min_level - FINER - rule.canonical_level)
     limits = [round(rule.canonical_box_size * octave * 2**i) for i in range(len(names))] + [0]
@@ -119,7 +119,7 @@ def assigned_rows(teacher: DetectorView, boxes: List[Boxes]) -> Tensor:
     Returns:
         (R,), indices into rows_of(teacher), by the rule of its RoIAlign
     """
-    rule = teacher.pooler()
+    rule = teacher.pooler
     sizes = rule.max_level, rule.canonical_box_size, rule.canonical_level
     return assign_boxes_to_levels(boxes, rule.min_level - FINER, *sizes)
 

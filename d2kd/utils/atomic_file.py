@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a run is killed."""
+"""Write files atomically: complete or not at all, whenever a run is killed."""
 
 import errno
 import os
@@ -6,17 +6,17 @@ from contextlib import contextmanager, suppress
 from tempfile import TemporaryFile
 from typing import IO, Any, Iterator
 
-# What a disk says that takes no more.
+# Errors of a disk that is full or read-only.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
-def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     """
-    Open a file for writing that takes its name only when all of it is on the disk.
+    Open a file for writing that is renamed to `path` only when all of it is on the disk.
 
     Raises:
-        OSError: it cannot be written; what had that name before is still there
+        OSError: it cannot be written; a file that was there before is unchanged
     """
     unfinished = f"{path}.unfinished"  # what a killed process leaves, the next save overwrites
     try:
@@ -26,17 +26,17 @@ def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
-        # torch.save may hide what a full disk says; other RuntimeErrors are not about the disk.
-        reasons = (error, error.__cause__, error.__context__)
-        said = [x for x in reasons if isinstance(x, OSError)]
-        if not said:
+        # torch.save may wrap the error of a full disk; other RuntimeErrors are unrelated.
+        chain = (error, error.__cause__, error.__context__)
+        disk_errors = [x for x in chain if isinstance(x, OSError)]
+        if not disk_errors:
             raise
         raise OSError(
-            f"{path} could not be written: {said[0]}. What had that name before is as it was. Make "
-            "room, or name another folder; a run goes on with --resume."
+            f"{path} could not be written: {disk_errors[0]}. What had that name before is as it "
+            "was. Make room, or name another folder; a run goes on with --resume."
         ) from error
     finally:
-        with suppress(OSError):  # on a disk that is now read-only, it must not hide the error
+        with suppress(OSError):  # a read-only disk's must not hide the first error
             os.remove(unfinished)
 
 
@@ -56,10 +56,12 @@ def check_writable(folder: str) -> None:
 
 
 @contextmanager
-def named_when_full(folder: str) -> Iterator[None]:
+def explain_full_disk(folder: str) -> Iterator[None]:
     """
+    Let the error of a full disk name OUTPUT_DIR, unless it names a file itself.
+
     Raises:
-        OSError: naming OUTPUT_DIR where the disk was full and what was written there did not say so
+        OSError: the disk was full
     """
     try:
         yield
@@ -72,15 +74,15 @@ def named_when_full(folder: str) -> Iterator[None]:
         ) from error
 
 
-class WholeFiles:
-    """A path manager as checkpointers use it, whose `open` writes files whole."""
+class AtomicFiles:
+    """A path manager for checkpointers, whose `open` writes files atomically."""
 
     def __init__(self, path_manager: Any):
         self._path_manager = path_manager
 
     def open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
         if "w" in mode:
-            return write_whole(path, mode)
+            return atomic_write(path, mode)
         return self._path_manager.open(path, mode, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

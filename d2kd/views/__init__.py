@@ -1,11 +1,15 @@
-from .base import DETECTOR_VIEW_REGISTRY, DetectorView, find_view  # noqa isort:skip
+from .base import DetectorView  # noqa isort:skip
+from .anchor_labels import AnchorLabels
 from .anchors import ReorderedAnchorsView, anchor_order
+from .build import DETECTOR_VIEW_REGISTRY, describe_detector, find_view
 from .common_classes import CommonClassesView, MergeClasses
 from .dense import DenseView
-from .info import DetectorInfo
-from .parts import roi_align_levels
+from .detector_info import DetectorInfo
+from .predictions import DensePredictions, RoIPredictions
 from .rcnn import RCNNView
 from .region_sampler import RegionSampler
 from .regions import Regions
+from .roi_align import roi_align_levels
+from .towers import Towers
 
 __all__ = [k for k in globals().keys() if not k.startswith("_")]

@@ -1,11 +1,11 @@
-"""What a dense student's anchors are, as its own loss was told."""
+"""Labels that the student's own loss assigned to its anchors."""
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Callable, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..utils.processes import mean_over_processes
 
@@ -13,11 +13,11 @@ from ..utils.processes import mean_over_processes
 @dataclass
 class AnchorLabels:
     """
-    The class of every anchor, or cell of FCOS, of a batch.
+    The class of every anchor, or of every cell of FCOS, in a batch.
 
     `maps`: per level integers (N, A, Hi, Wi): 0 to K-1, K for background, -1 for anchors that the
-    student's own loss leaves out; `num_classes`: K; `centerness`: of FCOS, per level as `maps`, the
-    targets of its own loss, which mean something on objects alone.
+    student's own loss ignores; `num_classes`: K; `centerness`: of FCOS, per level as `maps`, the
+    targets of its own loss, defined on objects alone.
     """
 
     maps: List[Tensor]
@@ -44,19 +44,19 @@ class AnchorLabels:
 
     @property
     def on_objects(self) -> List[Tensor]:
-        """Of every anchor, whether it is on an object; per level boolean (N, A, Hi, Wi)."""
+        """Whether each anchor is on an object; per level boolean (N, A, Hi, Wi)."""
         return [(x >= 0) & (x < self.num_classes) for x in self.maps]
 
     @cached_property
     def level_positives(self) -> Tensor:
-        """(levels,), anchors on objects, a mean over processes. Every process must ask."""
+        """(levels,), anchors on objects, averaged over processes: every process must ask."""
         return mean_over_processes(torch.stack([x.sum() for x in self.on_objects]))
 
     @cached_property
     def mean_positives(self) -> Tensor:
         """
-        Anchors on objects, at least 1 of each image as mmdetection counts them, a mean over
-        processes. Every process must ask.
+        Anchors on objects, at least 1 in each image as mmdetection counts them, averaged over
+        processes: every process must ask.
         """
         of_images = sum(x.flatten(1).sum(dim=1) for x in self.on_objects)
         return mean_over_processes(of_images.clamp(min=1).sum())
@@ -64,7 +64,7 @@ class AnchorLabels:
     @cached_property
     def mean_centerness(self) -> Tensor:
         """
-        Centerness of the anchors on objects, in all at least 1, a mean over processes. Every
+        Sum of the centerness of the anchors on objects, averaged over processes, at least 1: every
         process must ask.
         """
         maps = zip(self.centerness, self.on_objects)
@@ -77,21 +77,3 @@ def _by_level(rows: Tensor, like: Sequence[Tensor]) -> List[Tensor]:
     anchors = rows.shape[1] // sum(h * w for h, w in sizes)
     levels = rows.split([h * w * anchors for h, w in sizes], dim=1)
     return [x.unflatten(1, (h, w, -1)).permute(0, 3, 1, 2) for x, (h, w) in zip(levels, sizes)]
-
-
-class Listener:
-    """Until removed, hands on what a method of a module returns; the module notices nothing."""
-
-    def __init__(self, owner: nn.Module, method: str, listen: Callable[[Any], None]):
-        self.owner, self.method = owner, method
-        original = getattr(owner, method)
-
-        def heard(*args: Any, **kwargs: Any) -> Any:
-            answer = original(*args, **kwargs)
-            listen(answer)
-            return answer
-
-        setattr(owner, method, heard)
-
-    def remove(self) -> None:
-        delattr(self.owner, self.method)

@@ -1,4 +1,4 @@
-"""Which anchors a cell has, and a view that lists a teacher's in the student's order."""
+"""Anchors of a cell, and a view of a teacher whose anchors are in the student's order."""
 
 from dataclasses import replace
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import DetectorView
-from .parts import DensePredictions
+from .predictions import DensePredictions
 from .towers import Towers
 from .wrapped import WrappedView
 
@@ -32,10 +32,10 @@ def cell_anchors(generator: nn.Module, levels: Sequence[str]) -> Dict[str, Tuple
 
 def anchor_order(ours: Sequence[Anchor], theirs: Sequence[Anchor]) -> Optional[Tuple[int, ...]]:
     """
-    Where each of our anchors stands among theirs.
+    The place of each of our anchors among theirs.
 
     Returns:
-        the index in `theirs` of each of `ours`; None where the two are not the same anchors
+        the index in `theirs` of each of `ours`; None where the anchors differ
     """
     if sorted(ours) != sorted(theirs):
         return None
@@ -50,15 +50,15 @@ def anchor_order(ours: Sequence[Anchor], theirs: Sequence[Anchor]) -> Optional[T
 
 class ReorderedAnchorsView(WrappedView):
     """
-    A dense teacher's view in which the predictions of a cell stand in the student's order of
-    anchors. Everything else is the view's own.
+    A dense teacher's view with the predictions of each cell in the student's order of anchors.
+    Everything else is the view's own.
     """
 
     def __init__(self, view: DetectorView, orders: Mapping[str, Sequence[int]]):
         """
         Args:
-            orders: the teacher's level to the index of each of the student's anchors there; levels
-                that are not named stay as they are
+            orders: level of the teacher to the index of each of the student's anchors there; other
+                levels stay as they are
         """
         super().__init__(view)
         self._orders = orders
@@ -70,7 +70,7 @@ class ReorderedAnchorsView(WrappedView):
         return self._reordered(self._view.predict_from(depth, towers))
 
     def boxes(self, deltas: Sequence[Tensor]) -> List[Tensor]:
-        """As DenseView.boxes, of deltas and boxes in the student's order."""
+        """As DetectorView.boxes, of deltas and boxes in the student's order."""
         back = {k: [order.index(i) for i in range(len(order))] for k, order in self._orders.items()}
         return self._by_level(self._view.boxes(self._by_level(deltas, back)), self._orders)
 
@@ -84,7 +84,7 @@ class ReorderedAnchorsView(WrappedView):
     def _by_level(
         self, maps: Sequence[Tensor], orders: Mapping[str, Sequence[int]]
     ) -> List[Tensor]:
-        levels = self._view.pooled_levels()
+        levels = self._view.pooled_levels
         return [reorder(x, orders[k]) if k in orders else x for k, x in zip(levels, maps)]
 
 

@@ -1,121 +1,116 @@
-"""What a distillation head may see of a detector, one batch at a time."""
+"""The contract of a view: all that a distillation head may ask of a detector."""
 
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 
-from .info import DetectorInfo
-from .parts import (
-    DensePredictions,
-    RoIPredictions,
-    cells_inside,
-    multi_level_pooler,
-    roi_align_levels,
-)
+from .anchor_labels import AnchorLabels
+from .detector_info import DetectorInfo
+from .layout import cells_inside, decode_deltas
+from .predictions import DensePredictions, RoIPredictions
 from .recording import Recording
 from .region_sampler import RegionSampler
 from .regions import Regions
-
-DETECTOR_VIEW_REGISTRY = Registry("DETECTOR_VIEW")
-DETECTOR_VIEW_REGISTRY.__doc__ = """
-Registry of views: how d2kd reads a detector of one family.
-
-A view is registered under the class name of a meta-architecture and serves its subclasses too. It
-is called as `View(detector, batched_inputs, reads)` and subclasses :class:`DetectorView`.
-"""
-
-
-def find_view(detector: nn.Module, role: str) -> Callable[..., "DetectorView"]:
-    """
-    Args:
-        detector: a student or a teacher
-        role: "student" or "teacher", for the error
-
-    Raises:
-        ValueError: no view is registered for the detector's class or a parent of it
-    """
-    for cls in type(detector).__mro__:
-        if cls.__name__ in DETECTOR_VIEW_REGISTRY:
-            return DETECTOR_VIEW_REGISTRY.get(cls.__name__)
-    known = ", ".join(sorted(name for name, _ in DETECTOR_VIEW_REGISTRY))
-    raise ValueError(
-        f"The {role}'s meta-architecture {type(detector).__name__} has no DetectorView. Known: "
-        f"{known}. Register one with @DETECTOR_VIEW_REGISTRY (d2kd/views shows how)."
-    )
+from .roi_align import mean_in_boxes, multi_level_pooler, roi_align_levels
+from .towers import Towers
 
 
 class DetectorView(Recording):
     """
-    One detector and one batch. Each part is computed at most once, and only when asked for.
+    One detector and one batch. Each part is computed at most once, on demand.
 
     A student's view is filled by its own training forward, inside :meth:`record`. A teacher's view
     computes what it is asked for, without gradients.
 
+    These are all members, by the word under which a head `requires` and a view `provides` them. To
+    ask for one that the detector does not provide is an error. (N images, K classes, A predictions
+    per cell, R boxes; "per level": a list in the order of `DensePredictions.levels`.)
+
+    always               detector, batched_inputs, provides, info, two_stage, num_classes (K),
+                         num_anchors (A), strides, image_sizes, gt_instances
+    "features"           features: {level: (N, C, Hi, Wi)}
+                         image_size: (height, width) of the padded batch
+                         inside_image(level): (N, 1, Hi, Wi), or None
+    "dense"              dense(): per level logits (N, A*K, Hi, Wi), deltas (N, A*4, Hi, Wi) and the
+                         output of the classification tower (N, C, Hi, Wi)
+                         boxes(deltas): per level (N, A*4, Hi, Wi)
+    "tower_<depth>"      towers(depth): per level (N, C, Hi, Wi), for classes and for boxes
+                         predict_from(depth, towers): as dense()
+    "anchor_labels"      anchor_labels(): per level (N, A, Hi, Wi), of a student
+    "roi_features"       roi_features(boxes): (R, C, S, S), or from all L levels (R, L, C, S, S)
+    "roi_predictions"    roi_predictions(boxes): feature (R, D), logits (R, K+1), deltas (R, K*4)
+                         sampled_proposals: Instances of each image, of a student
+    either of these two  pooled_levels, pooler, mean_in_boxes(maps, boxes): (R, C)
+    "regions"            regions(sampler): R boxes of a student
+    "region_vectors"     region_vectors(regions): (R, D)
+
     Attributes:
         detector: the detector itself
         batched_inputs: the batch as this detector wants it: images in its own channel order
-        members: everything a view of this family can give; a head declares what it `requires`
+        provides: words of the list above, a class attribute or a property
+        two_stage: whether classes come from a head on regions, `roi_predictions`, not from `dense`
     """
 
-    members: FrozenSet[str] = frozenset({"features"})
+    provides: FrozenSet[str] = frozenset({"features"})
+    two_stage = False
 
     def __init__(
         self,
         detector: nn.Module,
-        batched_inputs: List[Dict[str, Any]],
-        reads: FrozenSet[str] = frozenset(),
+        batched_inputs: Sequence[Dict[str, Any]] = (),
+        requires: FrozenSet[str] = frozenset(),
     ):
         """
         Args:
-            reads: members that a teacher will be asked for, so that one pass gives all of them
+            batched_inputs: Detectron2's standard input; empty: for facts of the detector alone
+            requires: what heads will ask a teacher for, so that one pass gives all of it
         """
-        super().__init__()
-        self.detector = detector
-        self.batched_inputs = batched_inputs
-        self.reads = reads
+        super().__init__(detector, batched_inputs)
+        self.requires = requires
 
-    # What is known of the detector, whatever the batch -------------------------------------------
+    # Facts of the detector, whatever the batch ---------------------------------------------------
 
-    @classmethod
-    def members_of(cls, detector: nn.Module) -> FrozenSet[str]:
-        """What views of this very detector can give, out of `members` or depending on its depth."""
-        return cls.members
-
-    # Whether class logits come from a head on regions, `roi_predictions`, and not from `dense`.
-    two_stage = False
-
-    @staticmethod
-    def num_classes(detector: nn.Module) -> int:
+    @property
+    def num_classes(self) -> int:
         """Number of foreground classes."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define num_classes")
 
-    @staticmethod
-    def num_anchors(detector: nn.Module) -> int:
+    @property
+    def num_anchors(self) -> int:
         """Predictions per cell of `dense`; 0 where a family has none."""
         return 0
 
-    @classmethod
-    def info(cls, detector: nn.Module) -> DetectorInfo:
-        """All that is known of a detector when a head is built; a family adds its own."""
+    @property
+    def info(self) -> DetectorInfo:
+        """All that is known of the detector when a head is built; a family adds its own."""
         return DetectorInfo(
-            name=type(detector).__name__,
-            shapes=detector.backbone.output_shape(),
-            num_classes=cls.num_classes(detector),
-            provides=cls.members_of(detector),
-            num_anchors=cls.num_anchors(detector),
-            two_stage=cls.two_stage,
+            name=type(self.detector).__name__,
+            shapes=self.detector.backbone.output_shape(),
+            num_classes=self.num_classes,
+            provides=self.provides,
+            num_anchors=self.num_anchors,
+            two_stage=self.two_stage,
         )
-
-    # The parts -----------------------------------------------------------------------------------
 
     @property
     def strides(self) -> Dict[str, int]:
         """Level name to input pixels per cell."""
         return {k: v.stride for k, v in self.detector.backbone.output_shape().items()}
+
+    @property
+    def pooled_levels(self) -> Sequence[str]:
+        """Names of the levels that RoIAlign uses, finest first."""
+        raise self._missing("roi_features")
+
+    @property
+    def pooler(self) -> ROIPooler:
+        """The detector's RoIAlign of `pooled_levels`, with the rule that assigns boxes to them."""
+        return multi_level_pooler(tuple(self.strides[k] for k in self.pooled_levels))
+
+    # The batch -----------------------------------------------------------------------------------
 
     @property
     def image_sizes(self) -> List[Tuple[int, int]]:
@@ -126,6 +121,14 @@ class DetectorView(Recording):
     def image_size(self) -> Tuple[int, int]:
         """(height, width) of the padded batch in pixels."""
         return self._part("backbone")[0]
+
+    @property
+    def gt_instances(self) -> List[Instances]:
+        """Ground truth of each image, boxes XYXY in input pixels; may be empty."""
+        device = next(self.detector.parameters()).device
+        return self._once(
+            "gt_instances", lambda: [x["instances"].to(device) for x in self.batched_inputs]
+        )
 
     @property
     def features(self) -> Dict[str, Tensor]:
@@ -143,19 +146,51 @@ class DetectorView(Recording):
             boolean (N, 1, H, W); None: all of them do
         """
         like = self.features[level] if like is None else like
-        return cells_inside(self.image_sizes, self.strides[level], like)
-
-    @property
-    def gt_instances(self) -> List[Instances]:
-        """Ground truth of each image, boxes XYXY in input pixels; may be empty."""
-        device = next(self.detector.parameters()).device
         return self._once(
-            "gt_instances", lambda: [x["instances"].to(device) for x in self.batched_inputs]
+            ("inside_image", level, like.shape[-2:]),
+            lambda: cells_inside(self.image_sizes, self.strides[level], like),
         )
 
+    # Cells ---------------------------------------------------------------------------------------
+
     def dense(self) -> DensePredictions:
-        """Per-cell predictions; a two-stage detector answers with its RPN."""
+        """Predictions of every cell; those of a two-stage detector are its RPN's."""
+        self._check("dense")
         return self._part("dense")
+
+    def boxes(self, deltas: Sequence[Tensor]) -> List[Tensor]:
+        """
+        Decode box deltas of all levels of `dense`.
+
+        Args:
+            deltas: per level (N, A*4, Hi, Wi)
+
+        Returns:
+            XYXY in input pixels, of the same shape, float32 also under AMP
+        """
+        self._check("dense")
+        return decode_deltas(deltas, *self._box_coding())
+
+    def towers(self, depth: int) -> Towers:
+        """
+        The towers of a dense detector's head after `depth` convolutions, before the activation.
+
+        A teacher's head is run once more if its `requires` does not name the depth.
+        """
+        raise self._missing(f"tower_{depth}")
+
+    def predict_from(self, depth: int, towers: Towers) -> DensePredictions:
+        """
+        Predictions by the rest of this detector's head, given another's towers after `depth`
+        convolutions, with gradient. `tower` of the answer is empty.
+        """
+        raise self._missing(f"tower_{depth}")
+
+    def anchor_labels(self) -> AnchorLabels:
+        """Labels that a dense student's own loss assigned to its anchors; a teacher has none."""
+        raise self._missing("anchor_labels")
+
+    # Boxes ---------------------------------------------------------------------------------------
 
     def roi_features(self, boxes: List[Boxes], levels: str = "assigned") -> Tensor:
         """
@@ -170,6 +205,7 @@ class DetectorView(Recording):
             (R, C, S, S), or (R, L, C, S, S) for "all"
         """
         assert levels in ("assigned", "all"), f"levels must be 'assigned' or 'all', got {levels!r}"
+        self._check("roi_features")
         return self._of_boxes(
             f"roi_features, {levels}", boxes, lambda: self._roi_features(boxes, levels)
         )
@@ -179,7 +215,7 @@ class DetectorView(Recording):
         Mean of a map over each box, on the level that the usual size rule gives the box.
 
         Args:
-            maps: level name to (N, C, Hi, Wi), for some or all of the levels that RoIAlign uses
+            maps: level name to (N, C, Hi, Wi), for some or all of `pooled_levels`
             boxes: one Boxes per image, XYXY in input pixels, R in all
 
         Returns:
@@ -188,33 +224,35 @@ class DetectorView(Recording):
         Raises:
             ValueError: none of those levels, or one is missing between two others
         """
-        names = [k for k in self.pooled_levels() if k in maps]
-        strides = tuple(self.strides[k] for k in names)
-        if not names or strides[-1] != strides[0] * 2 ** (len(names) - 1):
-            raise ValueError(
-                f"Boxes need maps of neighbouring levels out of {', '.join(self.pooled_levels())},"
-                f" got {', '.join(maps)}. Choose others in DISTILL.LEVELS."
-            )
-        pooler = multi_level_pooler(strides, size=1)
-        return pooler([maps[k] for k in names], boxes).flatten(1)
+        return mean_in_boxes(maps, boxes, self.pooled_levels, self.strides)
 
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
         """
-        The box head's answer for given boxes, one Boxes per image.
+        Predictions of the box head for given boxes, one Boxes per image.
 
         A student answers for the proposals it sampled for its own loss when `boxes` is None, from
         that very pass: nothing is computed twice.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no RoI head")
+        raise self._missing("roi_predictions")
 
-    def regions(self, sampler: RegionSampler) -> Regions:
+    @property
+    def sampled_proposals(self) -> List[Instances]:
+        """
+        A two-stage student's sampled proposals with their `gt_classes` (K is background).
+
+        Their boxes may have been refined since (TRAIN_ON_PRED_BOXES): take those of `regions`.
+        """
+        raise self._missing("roi_predictions")
+
+    def regions(self, sampler: RegionSampler = RegionSampler()) -> Regions:
         """
         The boxes on which a student is compared with its teacher.
 
-        A two-stage student's are the proposals that it sampled for its own loss, a dense one's a
-        sample of the boxes that it predicts, drawn once per batch for all heads.
+        A two-stage student's are the proposals that it sampled for its own loss, ground truth among
+        them where Detectron2 appends it; the sampler is not read. A dense student's are a sample of
+        the boxes that it predicts, drawn once per batch for all heads with an equal sampler.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no regions")
+        raise self._missing("regions")
 
     def region_vectors(self, regions: Regions) -> Tensor:
         """
@@ -226,66 +264,29 @@ class DetectorView(Recording):
         Returns:
             (R, D)
         """
-        raise NotImplementedError(f"{type(self).__name__} has no region vectors")
+        raise self._missing("region_vectors")
 
-    # Hooks on a student, and what a teacher computes ---------------------------------------------
+    # For families --------------------------------------------------------------------------------
 
-    def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
-        handles = [self.detector.backbone.register_forward_hook(self._on_backbone)]
-        return handles + (self._hook_dense() if "dense" in members else [])
+    def _check(self, word: str) -> None:
+        if word not in self.provides:
+            raise self._missing(word)
+
+    def _missing(self, word: str) -> NotImplementedError:
+        kind, provided = type(self).__name__, ", ".join(sorted(self.provides))
+        return NotImplementedError(
+            f"{kind} of {type(self.detector).__name__} does not provide {word!r}, only {provided}. "
+            "A head that declares what it reads in `requires` is refused when the model is built."
+        )
+
+    def _box_coding(self) -> Tuple[nn.Module, Any]:
+        """The anchor generator and the box2box_transform of `dense`."""
+        raise self._missing("dense")
 
     def _roi_features(self, boxes: List[Boxes], levels: str) -> Tensor:
-        names, pooler = self.pooled_levels(), self.pooler()
+        names, pooler = self.pooled_levels, self.pooler
         features = [self.features[k] for k in names]
         if levels == "assigned":
             return pooler(features, boxes)
         rois, strides = Regions(boxes).rois, [self.strides[k] for k in names]
         return roi_align_levels(features, strides, rois, pooler.output_size)
-
-    def _hook_dense(self) -> List[Any]:
-        """Collect the tower's output, once per level, then the head's predictions."""
-        collected: List[Tensor] = []
-        tower, head, _ = self._dense_head()
-
-        def on_tower(module: nn.Module, inputs: Tuple[Tensor], output: Tensor) -> None:
-            collected.append(output)
-
-        def on_head(module: nn.Module, inputs: Any, output: Sequence[Any]) -> None:
-            predictions = self._dense_predictions(output, list(collected))
-            self._keep("dense", predictions, predictions.logits + predictions.deltas)
-            collected.clear()
-
-        return [tower.register_forward_hook(on_tower), head.register_forward_hook(on_head)]
-
-    def _on_backbone(self, module: nn.Module, inputs: Tuple[Tensor], output: Dict[str, Tensor]):
-        self._keep("backbone", (tuple(inputs[0].shape[-2:]), dict(output)), list(output.values()))
-
-    def _compute_backbone(self) -> Tuple[Tuple[int, int], Dict[str, Tensor]]:
-        images = self.detector.preprocess_image(self.batched_inputs)
-        return tuple(images.tensor.shape[-2:]), self.detector.backbone(images.tensor)
-
-    def _compute_dense(self) -> DensePredictions:
-        handles, (_, head, levels) = self._hook_dense(), self._dense_head()
-        try:
-            head([self.features[k] for k in levels])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self._recorded["dense"]
-
-    # What a family has to say --------------------------------------------------------------------
-
-    def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
-        """The classification tower, the head around it, and the levels that the head reads."""
-        raise NotImplementedError
-
-    def _dense_predictions(self, output: Sequence[Any], tower: List[Tensor]) -> DensePredictions:
-        """From the output of the head and that of the tower, level by level."""
-        raise NotImplementedError
-
-    def pooled_levels(self) -> Sequence[str]:
-        """Names of the levels that RoIAlign uses, finest first."""
-        raise NotImplementedError
-
-    def pooler(self) -> ROIPooler:
-        return multi_level_pooler(tuple(self.strides[k] for k in self.pooled_levels()))

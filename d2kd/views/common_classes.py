@@ -1,4 +1,4 @@
-"""A view whose class logits are of the classes that student and teacher have in common."""
+"""A view whose class logits are those of the classes that student and teacher share."""
 
 from dataclasses import replace
 from typing import List, Optional, Sequence
@@ -11,16 +11,16 @@ from detectron2.structures import Boxes, Instances
 
 from .anchor_labels import AnchorLabels
 from .base import DetectorView
-from .parts import DensePredictions, RoIPredictions
+from .predictions import DensePredictions, RoIPredictions
 from .towers import Towers
 from .wrapped import WrappedView
 
 
 class MergeClasses(nn.Module):
     """
-    From the K classes of one detector to the C groups of them that it shares with another.
+    Maps the K classes of one detector to the C groups of them that it shares with another.
 
-    Sigmoids ask of each class by itself: a group is as likely as its likeliest class, and the
+    Sigmoids score each class by itself: a group is as likely as its likeliest class, and the
     classes in no group are left out. A softmax is one distribution over all classes: a group has
     the sum of its probabilities, and background that of everything in no group. (So "background"
     is "none of the common classes" for both detectors, as in https://arxiv.org/abs/2002.00718.)
@@ -56,16 +56,16 @@ class MergeClasses(nn.Module):
     def sigmoids(self, logits: Tensor) -> Tensor:
         """(N, A*K, H, W) -> (N, A*C, H, W), or (R, K) -> (R, C)"""
         by_class = logits.unflatten(1, (-1, len(self.new_labels) - 1))
-        members = by_class.index_select(2, self.groups.flatten())
-        members = members.unflatten(2, self.groups.shape)  # (N, A, C, size, H, W)
+        of_groups = by_class.index_select(2, self.groups.flatten())
+        of_groups = of_groups.unflatten(2, self.groups.shape)  # (N, A, C, size, H, W)
         # Most often each has one class: nothing to compare, nor to remember for the backward.
-        merged = members.squeeze(3) if members.shape[3] == 1 else members.amax(dim=3)
+        merged = of_groups.squeeze(3) if of_groups.shape[3] == 1 else of_groups.amax(dim=3)
         return merged.flatten(1, 2)
 
     def softmax(self, logits: Tensor) -> Tensor:
         """(R, K+1) -> (R, C+1), background last, float32; log-probabilities up to a constant."""
         logits = logits.float()
-        merged = self._members(logits).logsumexp(dim=2)
+        merged = self._of_groups(logits).logsumexp(dim=2)
         background = logits[:, self.rest].logsumexp(dim=1, keepdim=True)
         return torch.cat([merged, background], dim=1)
 
@@ -78,7 +78,7 @@ class MergeClasses(nn.Module):
         """
         if deltas.shape[1] == 4 < 4 * (len(self.new_labels) - 1):  # class-agnostic
             return deltas
-        share = self._members(logits.detach().float()).softmax(dim=2)[..., None]
+        share = self._of_groups(logits.detach().float()).softmax(dim=2)[..., None]
         by_class = deltas.unflatten(1, (-1, 4))
         return (by_class[:, self.groups] * share).sum(dim=2).flatten(1)
 
@@ -86,7 +86,7 @@ class MergeClasses(nn.Module):
         """0 to K, where K is background, to 0 to C; negative ones are left as they are."""
         return torch.where(classes < 0, classes, self.new_labels[classes.clamp(min=0)])
 
-    def _members(self, logits: Tensor) -> Tensor:
+    def _of_groups(self, logits: Tensor) -> Tensor:
         """(R, K+1) -> (R, C, size), -inf where a group has fewer."""
         return logits[:, self.groups].masked_fill(self.filler, -torch.inf)
 
@@ -94,7 +94,7 @@ class MergeClasses(nn.Module):
 class CommonClassesView(WrappedView):
     """
     A DetectorView with C common classes in place of its K: class logits, the boxes that depend on
-    the class, and labels, in which C is background or a class that only the student knows.
+    the class, and labels, in which C is background or a class that only the student has.
     Everything else is the view's own.
     """
 
@@ -108,7 +108,8 @@ class CommonClassesView(WrappedView):
         self._merge = merge
         self._merge_labels = merge_labels
 
-    def num_classes(self, detector: nn.Module) -> int:
+    @property
+    def num_classes(self) -> int:
         return self._merge.num_classes
 
     def dense(self) -> DensePredictions:
@@ -137,7 +138,7 @@ class CommonClassesView(WrappedView):
         return self._relabelled("gt_instances")
 
     def _merged(self, dense: DensePredictions) -> DensePredictions:
-        if self._view.two_stage:  # the RPN knows no classes
+        if self._view.two_stage:  # an RPN has no classes
             return dense
         return replace(dense, logits=[self._merge.sigmoids(x) for x in dense.logits])
 

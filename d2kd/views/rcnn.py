@@ -9,9 +9,11 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 
 from .anchors import cell_anchors
-from .base import DETECTOR_VIEW_REGISTRY, DetectorView
-from .info import DetectorInfo
-from .parts import DensePredictions, RoIPredictions, unaliased
+from .base import DetectorView
+from .build import DETECTOR_VIEW_REGISTRY
+from .detector_info import DetectorInfo
+from .layout import unaliased
+from .predictions import DensePredictions, RoIPredictions
 from .region_sampler import RegionSampler
 from .regions import Regions
 
@@ -19,78 +21,70 @@ from .regions import Regions
 class RCNNView(DetectorView):
     """A view of GeneralizedRCNN: Faster, Mask, Keypoint and Cascade R-CNN with an FPN."""
 
-    members = frozenset(
-        {"features", "dense", "roi_features", "regions", "region_vectors", "roi_predictions"}
-    )
-
-    @classmethod
-    def members_of(cls, detector: nn.Module) -> FrozenSet[str]:
-        # A C4 model pools from one level and has no separate box head to ask.
-        has_box_head = hasattr(detector.roi_heads, "box_pooler")
-        members = cls.members if has_box_head else frozenset({"features", "dense"})
-        if has_box_head and not hasattr(_predictor(detector), "cls_score"):
-            members = members - {"region_vectors"}
-        # MODEL.PROPOSAL_GENERATOR.NAME "PrecomputedProposals" has no RPN to ask.
-        return members - {"dense"} if detector.proposal_generator is None else members
-
     two_stage = True
 
-    @classmethod
-    def info(cls, detector: nn.Module) -> DetectorInfo:
-        info = super().info(detector)
+    @property
+    def provides(self) -> FrozenSet[str]:
+        words = {"features", "dense"}
+        # A C4 model pools from one level and has no separate box head to ask.
+        if hasattr(self.detector.roi_heads, "box_pooler"):
+            words |= {"roi_features", "regions", "roi_predictions"}
+            words |= {"region_vectors"} if hasattr(self._predictor, "cls_score") else set()
+        # MODEL.PROPOSAL_GENERATOR.NAME "PrecomputedProposals" has no RPN to ask.
+        return frozenset(words - {"dense"} if self._rpn is None else words)
+
+    @property
+    def num_classes(self) -> int:
+        return self.detector.roi_heads.num_classes
+
+    @property
+    def num_anchors(self) -> int:
+        return 0 if self._rpn is None else self._rpn.rpn_head.objectness_logits.out_channels
+
+    @property
+    def info(self) -> DetectorInfo:
+        info = super().info
         if "dense" in info.provides:
-            rpn = detector.proposal_generator
-            anchors = cell_anchors(rpn.anchor_generator, rpn.in_features)
-            info = replace(info, dense_levels=tuple(rpn.in_features), anchors=anchors)
+            anchors = cell_anchors(self._rpn.anchor_generator, self._rpn.in_features)
+            info = replace(info, dense_levels=tuple(self._rpn.in_features), anchors=anchors)
         if "roi_predictions" not in info.provides:
             return info
-        predictor, has_vectors = _predictor(detector), "region_vectors" in info.provides
+        predictor, has_vectors = self._predictor, "region_vectors" in info.provides
         return replace(
             info,
             vector_channels=predictor.cls_score.in_features if has_vectors else 0,
-            roi_size=detector.roi_heads.box_pooler.output_size[0],
+            roi_size=self.pooler.output_size[0],
             box_weights=tuple(predictor.box2box_transform.weights),
             class_activation=class_activation(predictor),
         )
 
-    @staticmethod
-    def num_classes(detector: nn.Module) -> int:
-        return detector.roi_heads.num_classes
-
-    @staticmethod
-    def num_anchors(detector: nn.Module) -> int:
-        rpn = detector.proposal_generator
-        return 0 if rpn is None else rpn.rpn_head.objectness_logits.out_channels
+    @property
+    def pooled_levels(self) -> Sequence[str]:
+        self._check("roi_features")
+        return list(self.detector.roi_heads.box_in_features)
 
     @property
-    def sampled_boxes(self) -> List[Boxes]:
-        """The boxes that the student's box head was trained on in this batch, one per image."""
-        return self.regions().boxes
+    def pooler(self) -> ROIPooler:
+        self._check("roi_features")
+        return self.detector.roi_heads.box_pooler
 
     @property
     def sampled_proposals(self) -> List[Instances]:
-        """
-        The student's sampled proposals with their `gt_classes` (K is background).
-
-        Their boxes may have been refined since (TRAIN_ON_PRED_BOXES): take `sampled_boxes`.
-        """
+        self._check("roi_predictions")
         return self._part("sampled_proposals")
 
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
+        self._check("roi_predictions")
         if boxes is None:
             return self._part("roi_predictions")
         return self._of_boxes("roi_predictions", boxes, lambda: self._roi_predictions(boxes))
 
-    def regions(self, sampler: Optional[RegionSampler] = None) -> Regions:
-        """
-        The sampled proposals, ground truth among them where Detectron2 appends it.
-
-        Args:
-            sampler: not read, they are sampled already
-        """
+    def regions(self, sampler: RegionSampler = RegionSampler()) -> Regions:
+        self._check("regions")
         return self._part("regions")
 
     def region_vectors(self, regions: Regions) -> Tensor:
+        self._check("region_vectors")
         predictions = self.roi_predictions(None if self._is_student else regions.boxes)
         return predictions.feature.flatten(1)  # without FC layers it is a map
 
@@ -106,13 +100,13 @@ class RCNNView(DetectorView):
 
     def _read(self, feature: Tensor, logits: Tensor, deltas: Tensor) -> RoIPredictions:
         activation = class_activation(self._predictor)
-        # The column of background is what its initialisation made it: no head shall see it.
+        # The column of background is still as initialised: no head shall see it.
         logits = logits[:, :-1] if activation == "sigmoid" else logits
         return RoIPredictions(feature, logits, deltas, activation)
 
-    def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
-        handles = super()._add_hooks(members)
-        if members & {"regions", "region_vectors", "roi_predictions"}:
+    def _add_hooks(self, requires: FrozenSet[str]) -> List[Any]:
+        handles = super()._add_hooks(requires)
+        if requires & {"regions", "region_vectors", "roi_predictions"}:
             roi_heads = self.detector.roi_heads
             handles += [
                 roi_heads.box_pooler.register_forward_hook(self._on_pooler),
@@ -134,8 +128,8 @@ class RCNNView(DetectorView):
         self._keep("sampled_proposals", output[0], [])
 
     def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
-        rpn = self.detector.proposal_generator
-        return rpn.rpn_head.conv, rpn.rpn_head, list(rpn.in_features)
+        rpn_head = self._rpn.rpn_head
+        return rpn_head.conv, rpn_head, list(self._rpn.in_features)
 
     def _dense_predictions(self, output: Sequence[Any], tower: List[Tensor]) -> DensePredictions:
         return DensePredictions(
@@ -146,23 +140,20 @@ class RCNNView(DetectorView):
             tower=[x.relu() for x in tower],
         )
 
+    def _box_coding(self) -> Tuple[nn.Module, Any]:
+        return self._rpn.anchor_generator, self._rpn.box2box_transform
+
+    @property
+    def _rpn(self) -> Optional[nn.Module]:
+        return self.detector.proposal_generator
+
     @property
     def _box_head(self) -> nn.Module:
         return _first_stage(self.detector.roi_heads.box_head)
 
     @property
     def _predictor(self) -> nn.Module:
-        return _predictor(self.detector)
-
-    def pooled_levels(self) -> Sequence[str]:
-        return list(self.detector.roi_heads.box_in_features)
-
-    def pooler(self) -> ROIPooler:
-        return self.detector.roi_heads.box_pooler
-
-
-def _predictor(detector: nn.Module) -> nn.Module:
-    return _first_stage(detector.roi_heads.box_predictor)
+        return _first_stage(self.detector.roi_heads.box_predictor)
 
 
 def class_activation(predictor: nn.Module) -> str:

@@ -4,45 +4,65 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, FrozenSet, Hashable, Iterator, List, Sequence, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detectron2.structures import Boxes
+
+from .predictions import DensePredictions
 
 
 class Recording:
     """
-    Parts of one batch by name: recorded in a forward of the student's, computed for a teacher.
+    Parts of one batch by name: recorded in a student's forward, computed for a teacher.
 
-    A subclass has `_add_hooks(members)`, whose hooks call `_keep`, and a method `_compute_<name>`
-    for each part that a teacher can be asked for.
+    The parts of all detectors, "backbone" and "dense", are here. A subclass adds others: hooks in
+    `_add_hooks` that call `_keep`, and a method `_compute_<name>` for each that a teacher has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, detector: nn.Module, batched_inputs: Sequence[Dict[str, Any]]):
+        self.detector = detector
+        self.batched_inputs = batched_inputs
+        self.requires: FrozenSet[str] = frozenset()
         self._recorded: Dict[str, Any] = {}
         self._versions: Dict[str, List[Tuple[Tensor, int]]] = {}
         self._answers: Dict[Hashable, Any] = {}
         self._is_student = False
-        self.reads: FrozenSet[str] = frozenset()
 
     @contextmanager
-    def record(self, members: FrozenSet[str]) -> Iterator[None]:
+    def record(self, requires: FrozenSet[str]) -> Iterator[None]:
         """
-        Hook the detector while its own forward runs, and keep the named members.
+        Hook the student while its own forward runs, and keep what the heads require.
 
         Hooks are removed on leaving, so a student outside this block is a stock detector.
         """
         self._is_student = True
-        self.reads = members
-        handles = self._add_hooks(members)
+        self.requires = requires
+        handles = self._add_hooks(requires)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _add_hooks(self, members: FrozenSet[str]) -> List[Any]:
-        """Returns: handles to remove the hooks with."""
+    # What a subclass adds ------------------------------------------------------------------------
+
+    def _add_hooks(self, requires: FrozenSet[str]) -> List[Any]:
+        """
+        Returns:
+            handles to remove the hooks with
+        """
+        handles = [self.detector.backbone.register_forward_hook(self._on_backbone)]
+        return handles + (self._hook_dense() if "dense" in requires else [])
+
+    def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
+        """The classification tower, the head around it, and the levels that the head reads."""
         raise NotImplementedError
+
+    def _dense_predictions(self, output: Sequence[Any], tower: List[Tensor]) -> DensePredictions:
+        """From the output of the head and that of the tower, level by level."""
+        raise NotImplementedError
+
+    # Parts and answers ---------------------------------------------------------------------------
 
     def _keep(self, name: str, value: Any, tensors: Sequence[Tensor]) -> None:
         # The first call counts: a detector that runs a module again (a cascade's later stages)
@@ -53,13 +73,7 @@ class Recording:
 
     def _part(self, name: str) -> Any:
         if name not in self._recorded:
-            if self._is_student:
-                raise RuntimeError(
-                    f"The student's {name!r} was not recorded in its forward. A head must declare "
-                    "what it reads in `requires`."
-                )
-            with torch.no_grad():
-                self._recorded[name] = getattr(self, f"_compute_{name}")()
+            self._recorded[name] = self._computed(name)
         for tensor, version in self._versions.get(name, ()):
             if tensor._version != version:
                 raise RuntimeError(
@@ -68,8 +82,21 @@ class Recording:
                 )
         return self._recorded[name]
 
+    def _computed(self, name: str) -> Any:
+        if self._is_student:
+            raise RuntimeError(
+                f"The student's {name!r} was not recorded in its forward. A head must declare what "
+                "it reads in `requires`."
+            )
+        if not hasattr(self, f"_compute_{name}"):
+            raise RuntimeError(
+                f"A teacher has no {name!r}, which is recorded in a student's training forward."
+            )
+        with torch.no_grad():
+            return getattr(self, f"_compute_{name}")()
+
     def _once(self, question: Hashable, compute: Callable[[], Any]) -> Any:
-        """What was computed for a question before; all heads share the answer."""
+        """Compute the answer to a question for the first head that asks; all others share it."""
         if question not in self._answers:
             self._answers[question] = compute()
         return self._answers[question]
@@ -77,3 +104,56 @@ class Recording:
     def _of_boxes(self, name: str, boxes: List[Boxes], compute: Callable[[], Any]) -> Any:
         """_once for these very boxes, which are kept so that no other list can get their id."""
         return self._once((name, id(boxes)), lambda: (boxes, compute()))[1]
+
+    # The parts of all detectors ------------------------------------------------------------------
+
+    def _on_backbone(self, module: nn.Module, inputs: Tuple[Tensor], output: Dict[str, Tensor]):
+        self._keep("backbone", (tuple(inputs[0].shape[-2:]), dict(output)), list(output.values()))
+
+    def _compute_backbone(self) -> Tuple[Tuple[int, int], Dict[str, Tensor]]:
+        images = self.detector.preprocess_image(self.batched_inputs)
+        return tuple(images.tensor.shape[-2:]), self.detector.backbone(images.tensor)
+
+    def _hook_dense(self) -> List[Any]:
+        """Collect the tower's output, once per level, then the head's predictions."""
+        collected: List[Tensor] = []
+        tower, head, _ = self._dense_head()
+
+        def on_tower(module: nn.Module, inputs: Tuple[Tensor], output: Tensor) -> None:
+            collected.append(output)
+
+        def on_head(module: nn.Module, inputs: Any, output: Sequence[Any]) -> None:
+            predictions = self._dense_predictions(output, list(collected))
+            self._keep("dense", predictions, predictions.logits + predictions.deltas)
+            collected.clear()
+
+        return [tower.register_forward_hook(on_tower), head.register_forward_hook(on_head)]
+
+    def _compute_dense(self) -> DensePredictions:
+        handles, (_, head, levels) = self._hook_dense(), self._dense_head()
+        features = self._part("backbone")[1]
+        try:
+            head([features[k] for k in levels])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self._recorded["dense"]
+
+
+class Listener:
+    """Wraps a method of a module until removed, and passes its return value to a callback."""
+
+    def __init__(self, owner: nn.Module, method: str, callback: Callable[[Any], None]):
+        self.owner, self.method = owner, method
+        original = getattr(owner, method)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            answer = original(*args, **kwargs)
+            callback(answer)
+            return answer
+
+        setattr(owner, method, wrapped)
+
+    def remove(self) -> None:
+        """Give the module its own method back."""
+        delattr(self.owner, self.method)

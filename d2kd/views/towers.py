@@ -1,4 +1,4 @@
-"""Inside a dense head: two towers of convolutions, on which classes and boxes are predicted."""
+"""The two towers of convolutions inside a dense head, one for classes and one for boxes."""
 
 from dataclasses import dataclass
 from typing import Any, List, Optional, Sequence, Tuple
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 @dataclass
 class Towers:
     """
-    What a convolution of either tower gives, after its norm and before its activation: per level
-    (N, C, Hi, Wi).
+    The output of one convolution of each tower, after its norm and before its activation: per
+    level (N, C, Hi, Wi).
     """
 
     classes: List[Tensor]
@@ -24,7 +24,7 @@ def depth_of(head: nn.Module) -> int:
 
 def hook_towers(head: nn.Module, depth: int, towers: Towers) -> List[Any]:
     """
-    Collect, level by level, what the convolutions number `depth` give.
+    Collect, level by level, the output of convolution number `depth` of each tower.
 
     Args:
         depth: from 1 to depth_of(head)
@@ -46,8 +46,8 @@ def predict_from(
     head: nn.Module, depth: int, towers: Towers
 ) -> Tuple[List[Tensor], List[Tensor], Optional[List[Tensor]]]:
     """
-    What the rest of a head makes of given towers: its activation number `depth`, the convolutions
-    after it, and the predictors.
+    Run the rest of a head on given towers: its activation number `depth`, the convolutions after
+    it, and the predictors.
 
     Returns:
         logits, deltas, centerness (None without), as in DensePredictions

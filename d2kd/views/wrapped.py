@@ -1,4 +1,4 @@
-"""A view that gives some answers of its own, and all others of the view inside it."""
+"""A view that overrides some members of another view."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from .base import DetectorView
 
 
 class WrappedView:
-    """What a subclass does not define is the inner view's own."""
+    """Members that a subclass does not define are those of the inner view."""
 
     def __init__(self, view: DetectorView):
         self._view = view

@@ -150,11 +150,17 @@ def load_tensors(path: str) -> Any:
         with PathManager.open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        reason = _why_not_tensors(path, str(error))
+        reason = why_not_tensors(path, str(error))
     raise pickle.UnpicklingError(reason)
 
 
-def _why_not_tensors(path: str, said: str) -> str:
+def why_not_tensors(path: str, said: str) -> str:
+    """
+    Why PyTorch's weights-only loader refuses a file.
+
+    Args:
+        said: its own words, which count where nothing better is known
+    """
     if is_pickle_of_arrays(path):
         return "it is a pickle of arrays, not a file of torch.save: name it .pkl"
     objects = objects_in(path)

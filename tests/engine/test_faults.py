@@ -19,8 +19,9 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
 
 from d2kd.engine import Trainer, train
-from d2kd.utils.atomic_file import check_writable, named_when_full, write_whole
-from d2kd.weights.run_checkpoints import damage_of, last_whole_checkpoint
+from d2kd.utils.atomic_file import atomic_write, check_writable, explain_full_disk
+from d2kd.weights.run_checkpoints import last_whole_checkpoint
+from d2kd.weights.verify import find_corruption
 
 from forks import fork, in_clean_process
 from runs import assert_same_checkpoint, at, interrupt, run, run_config, saved
@@ -116,13 +117,13 @@ def test_damaged_best_checkpoint_does_not_stop_a_run(
 def test_damage_is_found(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save({"x": torch.arange(1000)}, path)
-    assert damage_of(str(path)) == ""
+    assert find_corruption(str(path)) == ""
     flip_a_byte(path)
-    assert "corrupt" in damage_of(str(path))
+    assert "corrupt" in find_corruption(str(path))
     torch.save({"x": torch.arange(1000)}, path)
     flip_a_byte_of_the_directory(path)
-    assert damage_of(str(path))
-    assert damage_of(str(tmp_path / "none.pth")) == "there is no such file"
+    assert find_corruption(str(path))
+    assert find_corruption(str(tmp_path / "none.pth")) == "there is no such file"
 
 
 # An image with a NaN ------------------------------------------------------------------------------
@@ -318,7 +319,7 @@ def resume_by_command(cfg: CfgNode, config_file: str) -> None:
     with mock.patch.object(sys, "argv", command):
         args = train_net.parse_args()
     with pytest.raises(OSError, match=f"^OUTPUT_DIR: nothing can be written to '{cfg.OUTPUT_DIR}'"):
-        train_net.main(args)
+        train_net.main(args, train_net.setup(args))
 
 
 def fill_and_resume(cfg: CfgNode, whole: CfgNode, config_file: str) -> None:
@@ -368,11 +369,11 @@ def test_output_folder_without_permission_is_told_by_its_key(tmp_path: Path) -> 
 
 def test_full_disk_is_told_by_its_key_and_other_errors_are_left_as_they_are() -> None:
     with pytest.raises(OSError, match="^OUTPUT_DIR: no more can be written to 'run': .*No space"):
-        with named_when_full("run"):
+        with explain_full_disk("run"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for error in (OSError(errno.ENOSPC, "full", "a.json"), OSError(errno.ECONNRESET, "reset")):
         with pytest.raises(OSError) as info:
-            with named_when_full("run"):
+            with explain_full_disk("run"):
                 raise error
         assert info.value is error
 
@@ -401,7 +402,7 @@ def test_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "last_checkpoint"
     path.write_text("model_0000001.pth")
     with pytest.raises(OSError, match="last_checkpoint could not be written: .*No space left"):
-        with write_whole(str(path), "w") as file:
+        with atomic_write(str(path), "w") as file:
             file.write("model_")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert path.read_text() == "model_0000001.pth" and os.listdir(tmp_path) == [path.name]
@@ -417,6 +418,6 @@ def test_output_folder_that_cannot_be_made_is_told_by_its_key(tmp_path: Path) ->
 
 def test_error_that_has_nothing_to_do_with_the_disk_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="^device-side assert$"):
-        with write_whole(str(tmp_path / "model.pth")):
+        with atomic_write(str(tmp_path / "model.pth")):
             raise RuntimeError("device-side assert")
     assert os.listdir(tmp_path) == []

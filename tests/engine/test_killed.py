@@ -96,7 +96,7 @@ def die_before_naming(name: str) -> None:
 
 
 def die_between_stages() -> None:
-    Trainer.begin_stage = lambda self: kill()
+    Trainer.begin_stage = lambda self, path: kill()
 
 
 # Name of a folder to how its run dies, and the checkpoint that is there to go on from

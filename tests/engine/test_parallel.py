@@ -118,7 +118,7 @@ def in_each_process(folder: Path, teacher: List[Any]) -> None:
     cfg.MODEL.RETINANET.NORM, cfg.SOLVER.IMS_PER_BATCH = "naiveSyncBN", 4
     cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = (), 3
     watch = next(x for x in run(cfg)._hooks if isinstance(x, Liveness))
-    found["looks"] = len(watch.proofs["PKD"].seen)
+    found["looks"] = len(watch.checks["PKD"].measured)
 
     cfg.SOLVER.IMS_PER_BATCH = 3
     with pytest.raises(ValueError) as info:
@@ -147,7 +147,7 @@ def in_each_process(folder: Path, teacher: List[Any]) -> None:
     cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = (), 3
     with pytest.raises(RuntimeError) as info:
         run(cfg)
-    found["verdict"] = str(info.value)
+    found["error_of_a_head"] = str(info.value)
     torch.save(found, folder / f"rank_{rank}.pth")
 
 
@@ -222,7 +222,10 @@ def test_processes_look_at_gradients_together(ranks: List[Dict[str, Any]]) -> No
 
 def test_main_process_s_verdict_stops_all(ranks: List[Dict[str, Any]]) -> None:
     for found in ranks:
-        assert "the first 3 steps of HalfDead, loss_half_dead has no gradient" in found["verdict"]
+        assert (
+            "the first 3 steps of HalfDead, loss_half_dead has no gradient"
+            in found["error_of_a_head"]
+        )
 
 
 def test_teacher_that_knows_nothing_is_refused_in_each_process(

@@ -16,7 +16,7 @@ from d2kd.engine import launch
 from d2kd.engine.parallel import data_parallel
 from d2kd.heads import CKDHead, RoIClsHead, RoILocHead, SGFIHead
 from d2kd.views import Regions, RegionSampler
-from d2kd.views.parts import RoIPredictions
+from d2kd.views.predictions import RoIPredictions
 from d2kd.views.regions import Source
 
 from runs import assert_same_tensors

@@ -19,7 +19,7 @@ from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, MLDHead, build_head
 from d2kd.pairing.levels import LevelPair, pair_levels
 from d2kd.views import Regions
-from d2kd.views.parts import DensePredictions, RoIPredictions
+from d2kd.views.predictions import DensePredictions, RoIPredictions
 
 from logit_references import refusal_of
 from toys import FeatureView, batch, distill_config, level_pairs, noise, write_teacher
@@ -35,7 +35,11 @@ class CellView(FeatureView):
 
     def __init__(self, features: Maps, logits: Maps, sizes: Sizes = (), anchors: int = ANCHORS):
         super().__init__(features, sizes)
-        self.detector, self.logits, self.num_anchors = None, logits, lambda detector: anchors
+        self.logits, self._anchors = logits, anchors
+
+    @property
+    def num_anchors(self) -> int:
+        return self._anchors
 
     def dense(self) -> DensePredictions:
         return DensePredictions(list(self.logits), list(self.logits.values()), [], [])
@@ -55,6 +59,7 @@ class RegionView(FeatureView):
         assert boxes in (None, self.boxes)
         return RoIPredictions(self.logits, self.logits, self.logits)
 
+    @property
     def pooled_levels(self) -> List[str]:
         return list(self.features)
 

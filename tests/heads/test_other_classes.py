@@ -423,9 +423,9 @@ def test_user_s_head_that_compares_logits_gets_all_in_the_common_classes(
     views, raw = heads["CuriousLogits"].views, heads["CuriousFeatures"].views
     assert raw == (distiller.last_step.student, distiller.last_step.teacher)
     for view, own, rows in zip(views, raw, ([0, 2, 4], [2, 3, 0])):
-        assert view.num_classes(view.detector) == 3 and view.features is own.features
+        assert view.num_classes == 3 and view.features is own.features
         for merged, logits in zip(view.dense().logits, own.dense().logits):
-            by_class = logits.unflatten(1, (view.num_anchors(view.detector), -1))
+            by_class = logits.unflatten(1, (view.num_anchors, -1))
             assert torch.equal(merged, by_class[:, :, rows].flatten(1, 2))
         # Both have the ground truth of the data, which the student learns.
         assert [x.gt_classes.tolist() for x in view.gt_instances] == [[0, 3], [1, 2]]

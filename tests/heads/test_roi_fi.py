@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from d2kd import DetectorView, load_config
+from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, RoIFIHead, build_head
 from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
@@ -32,14 +32,16 @@ BOXES = [
 class MapsView(FeatureView):
     """Maps that RoIAlign reads, and regions; no detector behind them."""
 
+    provides = frozenset({"features", "roi_features", "regions"})
+
     def __init__(self, features: Mapping[str, Tensor], regions: Regions):
-        DetectorView.__init__(self, None, [])
-        FeatureView.__init__(self, features)
+        super().__init__(features)
         self._regions = regions
 
     def regions(self, sampler: RegionSampler) -> Regions:
         return self._regions
 
+    @property
     def pooled_levels(self) -> List[str]:
         return list(self._features)
 

@@ -17,7 +17,7 @@ from d2kd.heads.registry import head_class, head_names
 from d2kd.layers import class_divergence
 from d2kd.pairing.pair import TWO_STAGE
 from d2kd.views import CommonClassesView, MergeClasses
-from d2kd.views.parts import RoIPredictions
+from d2kd.views.predictions import RoIPredictions
 
 from logit_references import binary_cross_entropy, sigmoid
 from toys import NUM_CLASSES, batch, distill_config, noise, write_teacher

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 
 from d2kd.views import CommonClassesView, MergeClasses
 from d2kd.views.anchor_labels import AnchorLabels
-from d2kd.views.parts import DensePredictions, RoIPredictions
+from d2kd.views.predictions import DensePredictions, RoIPredictions
 
 from logit_references import log_sum_exp, sigmoid
 from toys import noise
@@ -302,6 +302,7 @@ class View:
 
     def __init__(self, two_stage: bool):
         self.two_stage, self.asked, self.answers = two_stage, [], {}
+        self.num_classes, self.num_anchors = K, 2
         self.features = {"p3": noise(1, 2, 2, 2)}
         self.logits, self.deltas = noise(3, K + 1).float(), noise(3, 4 * K).float()
         fields = {"gt_classes": torch.tensor([0, 2, 3]), "gt_boxes": Boxes(torch.zeros(3, 4))}
@@ -314,12 +315,6 @@ class View:
 
     def _of_boxes(self, name: str, boxes: Any, compute: Any) -> Any:
         return self._once((name, id(boxes)), compute)
-
-    def num_classes(self, detector: Any) -> int:
-        return K
-
-    def num_anchors(self, detector: Any) -> int:
-        return 2
 
     def dense(self) -> DensePredictions:
         self.asked.append("dense")
@@ -388,8 +383,8 @@ def test_labels_of_a_teacher_s_view_are_told_in_the_student_s_classes() -> None:
 
 def test_everything_else_is_the_view_s_own() -> None:
     view, common = view_of(two_stage=False)
-    assert common.features is view.features and common.num_anchors(None) == 2
-    assert common.num_classes(None) == 2
+    assert common.features is view.features and common.num_anchors == 2
+    assert common.num_classes == 2
     assert common.dense() is common.dense() and view.asked == ["dense"]
     with pytest.raises(AttributeError, match="nonsense"):
         common.nonsense
@@ -399,4 +394,4 @@ def test_view_can_be_copied() -> None:
     _, common = view_of(two_stage=False)
     for copied in (copy.copy(common), copy.deepcopy(common)):
         assert torch.equal(copied.dense().logits[0], common.dense().logits[0])
-        assert copied.num_classes(None) == 2 and copied.num_anchors(None) == 2
+        assert copied.num_classes == 2 and copied.num_anchors == 2

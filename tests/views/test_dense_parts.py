@@ -1,7 +1,7 @@
 """What a view of a dense detector says of its anchors, its boxes and the inside of its head."""
 
 import math
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, List
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 import detectron2.modeling
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, pairwise_iou
-from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView
 from d2kd.views import find_view
-from d2kd.views.anchor_labels import AnchorLabels, Listener
-from d2kd.views.parts import map_of_rows, rows_of_map
+from d2kd.views.anchor_labels import AnchorLabels
+from d2kd.views.layout import map_of_rows, rows_of_map
+from d2kd.views.recording import Listener
 from d2kd.views.towers import depth_of
 
 from logit_references import decode_map
@@ -49,21 +49,15 @@ def build_teacher(name: str, norm: str = "") -> nn.Module:
     return build(name, norm, **GROUP_NORM).eval().requires_grad_(False)
 
 
-@pytest.fixture(autouse=True)
-def storage() -> Iterator[EventStorage]:
-    with EventStorage() as storage:  # Detectron2's losses write to it
-        yield storage
-
-
-def record(detector: nn.Module, inputs: List[Dict[str, Any]], *members: str) -> DetectorView:
+def record(detector: nn.Module, inputs: List[Dict[str, Any]], *requires: str) -> DetectorView:
     view = find_view(detector, "student")(detector, inputs)
-    with view.record(frozenset(members)):
+    with view.record(frozenset(requires)):
         detector(inputs)
     return view
 
 
-def view_of_teacher(detector: nn.Module, *reads: str) -> DetectorView:
-    return find_view(detector, "teacher")(detector, batch(), frozenset(reads))
+def view_of_teacher(detector: nn.Module, *requires: str) -> DetectorView:
+    return find_view(detector, "teacher")(detector, batch(), frozenset(requires))
 
 
 # The order of anchors ----------------------------------------------------------------------------
@@ -339,5 +333,5 @@ def test_head_without_towers_has_none_and_its_detector_can_still_be_distilled() 
     student.head = torch.nn.Module()
     student.head.cls_score = torch.nn.Conv2d(32, 9, 1)
     assert depth_of(student.head) == 0
-    members = find_view(student, "student").members_of(student)
-    assert "features" in members and not any(x.startswith("tower") for x in members)
+    provides = find_view(student, "student")(student).provides
+    assert "features" in provides and not any(x.startswith("tower") for x in provides)

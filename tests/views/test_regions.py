@@ -1,7 +1,7 @@
 """Regions: where a student's boxes come from, which are chosen, and their vectors."""
 
 from dataclasses import replace
-from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
 import pytest
 import torch
@@ -12,11 +12,10 @@ from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView, load_config
 from d2kd.views import DenseView, DetectorInfo, Regions, RegionSampler, find_view
-from d2kd.views.parts import DensePredictions
+from d2kd.views.predictions import DensePredictions
 from d2kd.views.regions import Source
 
 from toys import batch, detector_config, noise
@@ -28,12 +27,6 @@ DENSE = ["retinanet", pytest.param("fcos", marks=needs_fcos)]
 MANY = 10**6
 # Nothing is left out.
 EVERY = RegionSampler(MANY, 1.0, MANY, MANY, 1.0, 0.5)
-
-
-@pytest.fixture(autouse=True)
-def storage() -> Iterator[EventStorage]:
-    with EventStorage() as storage:  # Detectron2's losses write to it
-        yield storage
 
 
 # Of real detectors -------------------------------------------------------------------------------
@@ -54,11 +47,11 @@ def build(name: str) -> nn.Module:
 def record(
     detector: nn.Module,
     inputs: List[Dict[str, Any]],
-    members: FrozenSet[str] = frozenset({"regions", "region_vectors"}),
+    requires: FrozenSet[str] = frozenset({"regions", "region_vectors"}),
 ) -> DetectorView:
     view = find_view(detector, "student")(detector, inputs)
     torch.manual_seed(3)  # which proposals are sampled
-    with view.record(members):
+    with view.record(requires):
         detector(inputs)
     return view
 
@@ -178,8 +171,9 @@ def test_regions_of_a_two_stage_student_are_the_proposals_of_its_own_pass(name: 
     regions = view.regions(RegionSampler(per_image=3))
     assert view.regions(RegionSampler()) is regions, "a sampler has no say"
     assert regions.source is None and len(regions) > 6
-    for boxes, sampled, of_image in zip(regions.boxes, view.sampled_boxes, view.sampled_proposals):
-        assert boxes is sampled and not boxes.tensor.requires_grad
+    assert view.regions() is regions
+    for boxes, of_image in zip(regions.boxes, view.sampled_proposals):
+        assert not boxes.tensor.requires_grad
         if name == "faster_rcnn":  # a cascade's are those of its last stage
             assert torch.equal(boxes.tensor, of_image.proposal_boxes.tensor)
     assert view.region_vectors(regions) is vectors[0]
@@ -241,8 +235,8 @@ class ToyView(DenseView):
             list(shapes), list(logits.values()), list(deltas.values()), list(self._maps.values())
         )
 
-    @staticmethod
-    def num_anchors(detector: Any) -> int:
+    @property
+    def num_anchors(self) -> int:
         return 1
 
     @property

@@ -1,71 +1,34 @@
 """A view says what the detector's own modules say; the student's comes from its own pass."""
 
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import detectron2.modeling
-from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import BitMasks, Boxes
-from detectron2.utils.events import EventStorage
+from detectron2.structures import Boxes
 
 from d2kd import DetectorView
-from d2kd.views import RegionSampler, find_view
-from d2kd.views.parts import cells_inside
+from d2kd.views import RegionSampler, describe_detector, find_view
+from d2kd.views.layout import cells_inside
 
-from toys import GROUP_NORM, batch, detector_config
-
-needs_fcos = pytest.mark.skipif(
-    not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"
+from toys import batch
+from view_toys import (
+    DENSE,
+    OF_DENSE,
+    OF_REGIONS,
+    OF_TWO_STAGE,
+    TWO_STAGE,
+    build,
+    build_teacher,
+    c4_detector,
+    masked_batch,
+    needs_fcos,
+    record,
+    some_boxes,
+    view_of_teacher,
 )
-DENSE = ["retinanet", pytest.param("fcos", marks=needs_fcos)]
-TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn"]
-OF_REGIONS = frozenset({"roi_features", "regions", "region_vectors"})
-OF_DENSE = OF_REGIONS | {"features", "dense", "anchor_labels"}
-OF_TWO_STAGE = OF_REGIONS | {"features", "dense", "roi_predictions"}
-ALL = OF_DENSE | OF_TWO_STAGE | {"tower_1"}
-
-
-def build(name: str, **overrides: Any) -> nn.Module:
-    """A detector in training mode; its BatchNorm takes the statistics of the batch."""
-    torch.manual_seed(0)
-    return build_model(detector_config(name, **overrides)).train()
-
-
-def build_teacher(name: str, **overrides: Any) -> nn.Module:
-    """A frozen detector in eval mode."""
-    return build(name, **GROUP_NORM, **overrides).eval().requires_grad_(False)
-
-
-def masked_batch() -> List[Dict[str, Any]]:
-    """A batch whose boxes have masks as well: Mask R-CNN wants them, the others do not mind."""
-    inputs = batch()
-    for x in inputs:
-        x["instances"].gt_masks = BitMasks(torch.ones(len(x["instances"]), 64, 64))
-    return inputs
-
-
-@pytest.fixture(autouse=True)
-def storage() -> Iterator[EventStorage]:
-    with EventStorage() as storage:  # Detectron2's losses write to it
-        yield storage
-
-
-def record(
-    detector: nn.Module, inputs: List[Dict[str, Any]], members: FrozenSet[str] = ALL
-) -> DetectorView:
-    """A student's view, filled by its own forward."""
-    view = find_view(detector, "student")(detector, inputs)
-    with view.record(members & view.members_of(detector)):
-        detector(inputs)
-    return view
-
-
-def view_of_teacher(detector: nn.Module, inputs: List[Dict[str, Any]]) -> DetectorView:
-    return find_view(detector, "teacher")(detector, inputs)
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -77,12 +40,6 @@ def assert_same(actual: Any, expected: Any) -> None:
     keys = expected if isinstance(expected, dict) else range(len(expected))
     for k in keys:
         assert torch.equal(actual[k], expected[k]), k
-
-
-def some_boxes(sizes: Tuple[int, ...] = (6, 20, 60)) -> List[Boxes]:
-    """Boxes of two images, 3 and 2."""
-    boxes = Boxes(torch.tensor([[2.0, 3.0, 2.0 + s, 3.0 + s * 0.8] for s in sizes]))
-    return [boxes, Boxes(boxes.tensor[:2] + 1)]
 
 
 # The batch ---------------------------------------------------------------------------------------
@@ -102,20 +59,19 @@ def test_view_knows_sizes_strides_and_ground_truth(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*DENSE, *TWO_STAGE])
-def test_members_and_classes_of_a_family(name: str) -> None:
+def test_a_family_provides_its_members_and_knows_its_classes(name: str) -> None:
     detector = build(name)
-    cls = find_view(detector, "student")
+    view = find_view(detector, "student")(detector)
     expected = OF_TWO_STAGE if name in TWO_STAGE else OF_DENSE | {"tower_1"}
-    assert cls.members_of(detector) == expected
-    assert cls.num_classes(detector) == 3
+    assert view.provides == expected and view.num_classes == 3
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_a_dense_detector_has_a_member_for_each_convolution_of_its_towers(name: str) -> None:
+def test_a_dense_detector_provides_each_convolution_of_its_towers(name: str) -> None:
     key = {"retinanet": "MODEL__RETINANET__NUM_CONVS", "fcos": "MODEL__FCOS__NUM_CONVS"}[name]
     detector = build(name, **{key: 3})
-    members = find_view(detector, "student").members_of(detector)
-    assert members == OF_DENSE | {"tower_1", "tower_2", "tower_3"}
+    provides = find_view(detector, "student")(detector).provides
+    assert provides == OF_DENSE | {"tower_1", "tower_2", "tower_3"}
 
 
 @pytest.mark.parametrize("ratios, per_size", [([[0.5, 1.0, 2.0]], 3), ([[1.0]], 1)])
@@ -124,44 +80,28 @@ def test_anchors_per_cell_are_those_of_the_logits(
     name: str, ratios: List[List[float]], per_size: int
 ) -> None:
     detector = build_teacher(name, MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS=ratios)
-    cls = find_view(detector, "student")
     anchors = 1 if name == "fcos" else per_size
-    assert cls.num_anchors(detector) == anchors
-    assert cls.two_stage == (name in TWO_STAGE)
     view = view_of_teacher(detector, batch())
-    classes = 1 if view.two_stage else cls.num_classes(detector)  # an RPN tells objects
+    assert view.num_anchors == anchors and view.two_stage == (name in TWO_STAGE)
+    classes = 1 if view.two_stage else view.num_classes  # an RPN tells objects
     assert {x.shape[1] for x in view.dense().logits} == {anchors * classes}
 
 
 def test_detector_without_an_rpn_has_no_dense_predictions() -> None:
     detector = build("faster_rcnn", MODEL__PROPOSAL_GENERATOR__NAME="PrecomputedProposals")
-    cls = find_view(detector, "student")
-    assert cls.members_of(detector) == OF_REGIONS | {"features", "roi_predictions"}
-    assert cls.num_anchors(detector) == 0 and cls.two_stage
-    assert cls.info(detector).dense_levels == ()
-
-
-def c4_detector() -> nn.Module:
-    return build(
-        "faster_rcnn",
-        MODEL__ROI_HEADS__NAME="Res5ROIHeads",
-        MODEL__BACKBONE__NAME="build_resnet_backbone",
-        MODEL__RESNETS__OUT_FEATURES=["res4"],
-        MODEL__RPN__IN_FEATURES=["res4"],
-        MODEL__ROI_HEADS__IN_FEATURES=["res4"],
-        MODEL__ANCHOR_GENERATOR__SIZES=[[16, 32]],
-    )
+    view = find_view(detector, "student")(detector)
+    assert view.provides == OF_REGIONS | {"features", "roi_predictions"}
+    assert view.num_anchors == 0 and view.two_stage and view.info.dense_levels == ()
 
 
 def test_detector_with_one_pooled_level_has_no_roi_predictions() -> None:
     detector = c4_detector()
-    members = find_view(detector, "teacher").members_of(detector)
-    assert members == {"features", "dense"}
+    assert find_view(detector, "teacher")(detector).provides == {"features", "dense"}
 
 
 @pytest.mark.parametrize("name", DENSE)
 def test_info_of_a_dense_detector(name: str) -> None:
-    info = find_view(build(name), "student").info(build(name))
+    info = describe_detector(build(name), "student")
     assert info.name == {"retinanet": "RetinaNet", "fcos": "FCOS"}[name]
     assert info.dense_levels == ("p3", "p4", "p5", "p6", "p7") == tuple(info.shapes)
     assert info.channels == 32
@@ -183,7 +123,7 @@ def test_info_of_a_two_stage_detector(name: str) -> None:
         MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION=5,
         MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS=[9.0, 8.0, 7.0, 6.0],
     )
-    info = find_view(detector, "student").info(detector)
+    info = describe_detector(detector, "student")
     assert info.name == "GeneralizedRCNN" and info.two_stage
     assert info.dense_levels == ("p2", "p3", "p4", "p5", "p6"), "of its RPN"
     assert info.vector_channels == 48 and info.roi_size == 5 and info.channels == 32
@@ -202,14 +142,14 @@ def test_unequal_levels_have_no_number_of_channels_in_common() -> None:
         "MODEL__ANCHOR_GENERATOR__SIZES": [[16, 32]],
     }
     detector = build("retinanet", MODEL__RESNETS__OUT_FEATURES=["res3", "res4"], **values)
-    info = find_view(detector, "student").info(detector)
+    info = describe_detector(detector, "student")
     assert info.dense_levels == ("res4",) and info.num_anchors == 6
     with pytest.raises(ValueError, match=r"RetinaNet has res3 \(32\), res4 \(64\)"):
         info.channels
 
 
 def test_info_without_a_box_head_says_nothing_of_regions() -> None:
-    info = find_view(c4_detector(), "teacher").info(c4_detector())
+    info = describe_detector(c4_detector(), "teacher")
     assert (info.vector_channels, info.roi_size, info.box_weights) == (0, 0, ())
     assert info.two_stage
 
@@ -295,7 +235,7 @@ def test_recording_changes_neither_losses_nor_hooks(name: str) -> None:
         torch.manual_seed(3)  # the sampling of proposals
         if recorded:
             view = find_view(student, "student")(student, inputs)
-            with view.record(view.members_of(student)):
+            with view.record(view.provides):
                 losses.append(student(inputs))
         else:
             losses.append(student(inputs))
@@ -317,7 +257,7 @@ def test_hooks_are_removed_when_the_forward_raises(name: str) -> None:
     student, inputs = build(name), masked_batch()
     view = find_view(student, "student")(student, inputs)
     with pytest.raises(ZeroDivisionError):
-        with view.record(view.members_of(student)):
+        with view.record(view.provides):
             assert hooked(student)
             student.backbone(student.preprocess_image(inputs).tensor)
             raise ZeroDivisionError
@@ -330,7 +270,7 @@ def test_student_runs_each_module_once(name: str) -> None:
     student.backbone.register_forward_hook(lambda *_: calls.append("backbone"))
     view = record(student, inputs)
     view.features, view.dense(), view.roi_features(some_boxes())
-    if "roi_predictions" in view.members:
+    if "roi_predictions" in view.provides:
         view.roi_predictions()
     assert calls == ["backbone"]
 
@@ -384,15 +324,14 @@ def test_student_s_roi_predictions_are_those_of_its_own_training_pass(name: str)
     assert predictions.feature is feature
     assert predictions.logits is logits and predictions.deltas is deltas
     # A row for every sampled box, and classes to go with it.
-    rows = sum(len(x) for x in view.sampled_boxes)
+    sampled = view.regions().boxes
+    rows = sum(len(x) for x in sampled)
     assert 0 < rows == len(feature) == len(logits) == len(deltas)
-    assert [len(x.gt_classes) for x in view.sampled_proposals] == [
-        len(x) for x in view.sampled_boxes
-    ]
-    for boxes, proposals in zip(view.sampled_boxes, view.sampled_proposals):
+    assert [len(x.gt_classes) for x in view.sampled_proposals] == [len(x) for x in sampled]
+    for boxes, proposals in zip(sampled, view.sampled_proposals):
         assert torch.equal(boxes.tensor, proposals.proposal_boxes.tensor)
     # Asked for these very boxes, the box head says the same again.
-    again = view.roi_predictions(view.sampled_boxes)
+    again = view.roi_predictions(sampled)
     assert_same([again.feature, again.logits, again.deltas], [feature, logits, deltas])
 
 
@@ -577,7 +516,7 @@ def test_nothing_of_the_teacher_carries_a_gradient(name: str) -> None:
     dense = view.dense()
     found = [*view.features.values(), *dense.logits, *dense.deltas, *dense.tower]
     found += [view.roi_features(some_boxes()), view.roi_features(some_boxes(), "all")]
-    if "roi_predictions" in view.members:
+    if "roi_predictions" in view.provides:
         predictions = view.roi_predictions(some_boxes())
         found += [predictions.feature, predictions.logits, predictions.deltas]
     assert not any(x.requires_grad for x in found)
@@ -719,6 +658,6 @@ def test_regions_are_the_boxes_before_they_are_refined_for_the_mask_head() -> No
         lambda module, x, output: pooled.extend(y.tensor.clone() for y in x[1])
     )
     view = record(student, masked_batch())
-    assert_same([x.tensor for x in view.sampled_boxes], pooled)
+    assert_same([x.tensor for x in view.regions().boxes], pooled)
     refined = [x.proposal_boxes.tensor for x in view.sampled_proposals]
     assert not torch.equal(torch.cat(refined), torch.cat(pooled)), "they were refined"

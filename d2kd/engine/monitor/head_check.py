@@ -1,4 +1,4 @@
-"""Whether a head works, judged by its first watched steps."""
+"""Whether a head works, judged by its first measured steps."""
 
 import logging
 import math
@@ -12,40 +12,43 @@ from .loss_gradients import TASK, LossGradient, LossGradients
 logger = logging.getLogger(__name__)
 
 
-class HeadProof:
-    """The first steps of one head that is on: what its losses did, and what became of it."""
+class HeadCheck:
+    """
+    Collects the first measured steps in which a head is on: the gradients of its losses and
+    parameters.
+    """
 
     def __init__(self, name: str, head: nn.Module, parameters: HeadParameters, steps: int):
         """
         Args:
             name: in DISTILL.HEADS
             parameters: of all heads
-            steps: that are to be watched
+            steps: how many to collect
         """
         self.name, self.parameters, self.steps = name, parameters, steps
-        # Of a head that does not have the pair's levels it is not known which it should reach.
+        # A head without the pair's levels does not say which it should reach.
         self.levels = {getattr(x, "student", None) for x in getattr(head, "levels", ())}
-        self.seen: List[LossGradients] = []
+        self.measured: List[LossGradients] = []
 
     @property
     def is_done(self) -> bool:
-        return len(self.seen) >= self.steps
+        return len(self.measured) >= self.steps
 
-    def add(self, found: LossGradients, judged_here: bool) -> None:
+    def add(self, found: LossGradients, is_main: bool) -> None:
         """
-        After a step, before its gradients are cleared.
+        Add a step, before its gradients are cleared.
 
         Args:
-            judged_here: by this process
+            is_main: this is the process that judges the head
         """
-        self.seen.append(found)
-        if judged_here:
-            self.parameters.look(self.name)
+        self.measured.append(found)
+        if is_main:
+            self.parameters.record_gradients(self.name)
 
-    def verdict(self) -> str:
+    def error(self) -> str:
         """
-        What is wrong: a term that does nothing, parameters that do not train; "" if nothing is.
-        What may be right is named in the log.
+        What is wrong: a loss without effect, parameters that do not train; "" if nothing is. What
+        may have a good reason is logged as a warning.
         """
         problems = self._problems()
         if problems:
@@ -53,29 +56,29 @@ class HeadProof:
                 f"Distillation does not work: in the first {self.steps} steps of {self.name}, "
                 f"{'; '.join(problems)}. (DISTILL.LIVENESS.ENABLED False goes on all the same.)"
             )
-        levels = self._silent_levels()
-        resting = [f"{', '.join(levels)} (no gradient there)"] if levels else []
-        resting += self.parameters.untrained(self.name)
-        if resting:
+        levels = self._levels_without_gradient()
+        untrained = [f"{', '.join(levels)} (no gradient there)"] if levels else []
+        untrained += self.parameters.untrained(self.name)
+        if untrained:
             logger.warning(
                 f"In its first {self.steps} steps, {self.name} did not train everything, which may "
-                f"be right where there is nothing to learn: {'; '.join(resting)}."
+                f"be right where there is nothing to learn: {'; '.join(untrained)}."
             )
         return ""
 
-    def dead(self, now: LossGradients) -> List[str]:
-        """What worked in the first steps and does nothing in a later one, with how that is seen."""
+    def inactive(self, now: LossGradients) -> List[str]:
+        """What worked in the first steps and has no effect in a later one, with the evidence."""
         worked = [k for k, steps in self._terms().items() if any(x.norm for x in steps)]
         losses = {k: now.losses[k] for k in now.heads[self.name]}
-        silent = [k for k in worked if k not in losses or not losses[k].norm]
+        without = [k for k in worked if k not in losses or not losses[k].norm]
         stuck = self.parameters.stuck(self.name)
-        return [f"{k} (no gradient in this step)" for k in silent] + [
+        return [f"{k} (no gradient in this step)" for k in without] + [
             f"{k} (has not moved since the last look)" for k in stuck
         ]
 
     def _problems(self) -> List[str]:
         problems, terms = [], self._terms()
-        if not self.seen[-1].losses[TASK].levels:
+        if not self.measured[-1].losses[TASK].levels:
             logger.warning(
                 "The student's pyramid is frozen: no loss has a gradient to look at there."
             )
@@ -95,20 +98,20 @@ class HeadProof:
         return problems + self.parameters.problems(self.name)
 
     def _terms(self) -> Dict[str, List[LossGradient]]:
-        """Each loss of the head to what it did in its steps."""
+        """Each loss of the head to its gradients in the measured steps."""
         terms: Dict[str, List[LossGradient]] = {}
-        for found in self.seen:
+        for found in self.measured:
             for key in found.heads[self.name]:
                 terms.setdefault(key, []).append(found.losses[key])
         return terms
 
-    def _silent_levels(self) -> List[str]:
-        """Levels that the head is to distil and that none of its losses had a gradient for."""
+    def _levels_without_gradient(self) -> List[str]:
+        """Levels that the head should distil, but at which none of its losses had a gradient."""
         steps = [x for steps in self._terms().values() for x in steps]
-        silent = []
-        for level in self.seen[-1].losses[TASK].levels:
-            told = [x.terms[level] for x in steps if level in x.terms]
-            wanted = any(told) or (level in self.levels and not told)
+        found = []
+        for level in self.measured[-1].losses[TASK].levels:
+            values = [x.terms[level] for x in steps if level in x.terms]
+            wanted = any(values) or (level in self.levels and not values)
             if wanted and not any(x.levels[level] for x in steps):
-                silent.append(level)
-        return silent
+                found.append(level)
+        return found

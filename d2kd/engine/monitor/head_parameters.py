@@ -1,4 +1,4 @@
-"""Do the parameters of the heads train?"""
+"""Whether the parameters of the heads train."""
 
 from typing import Dict, List, Set
 
@@ -8,8 +8,8 @@ from torch import nn
 
 class HeadParameters:
     """
-    What becomes of each parameter of the heads in some steps: whether a loss uses it, has a
-    gradient for it, and whether the optimizer then moves it.
+    Over several steps, for each parameter of the heads: whether a loss depends on it, gives it a
+    gradient, and whether the optimizer then moves it.
     """
 
     def __init__(self, heads: nn.ModuleDict, optimizer: torch.optim.Optimizer):
@@ -24,12 +24,12 @@ class HeadParameters:
         self.should_move: Set[str] = set()  # and in some SGD's step was not too small to change it
         self._check_optimizer()
 
-    def remember(self) -> None:
-        """Where all parameters are now; movement counts from here."""
+    def snapshot(self) -> None:
+        """Keep all values; movement is measured from them."""
         self.before = {k: p.detach().clone() for k, p in self.heads.named_parameters()}
 
-    def look(self, name: str) -> None:
-        """Take note of a head's gradients, after a step and before they are cleared."""
+    def record_gradients(self, name: str) -> None:
+        """Record which parameters of a head have a gradient, before it is cleared."""
         rates = {
             id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]
         }
@@ -43,7 +43,7 @@ class HeadParameters:
                 self.should_move.add(key)
 
     def problems(self, name: str) -> List[str]:
-        """What is certainly wrong after some looks at a head, as clauses of a sentence."""
+        """What is certainly wrong with a head, as clauses of a sentence."""
         mine = [k for k, p in self._of(name).items() if p.requires_grad]
         if mine and not any(k in self.has_gradient for k in mine):
             return [f"none of the {len(mine)} parameters of {name} has a gradient"]
@@ -53,11 +53,11 @@ class HeadParameters:
         return found + ([f"{_listed(stuck)} has a gradient but is not moved"] if stuck else [])
 
     def stuck(self, name: str) -> List[str]:
-        """Parameters that a step would have changed, and that are where they were."""
+        """Parameters that a step would have changed, but that did not move."""
         return [k for k in self.unmoved(name) if k in self.should_move]
 
     def untrained(self, name: str) -> List[str]:
-        """What did not train, perhaps rightly, with the reason, as clauses of a sentence."""
+        """What did not train, perhaps for a good reason, as clauses of a sentence."""
         mine, unmoved = self._of(name), self.unmoved(name)
         reasons = {
             "requires_grad is False": [k for k, p in mine.items() if not p.requires_grad],
@@ -69,7 +69,7 @@ class HeadParameters:
         return [f"{', '.join(keys)} ({reason})" for reason, keys in reasons.items() if keys]
 
     def unmoved(self, name: str) -> List[str]:
-        """Parameters that are where they were at :meth:`remember`."""
+        """Parameters that have not moved since :meth:`snapshot`."""
         mine = self._of(name)
         return [k for k, p in mine.items() if k in self.before and p.equal(self.before[k])]
 

@@ -1,4 +1,4 @@
-"""Prove in the first steps that each term of the distillation does something."""
+"""Check that every distillation loss has an effect, in the first steps and from then on."""
 
 import hashlib
 import itertools
@@ -14,7 +14,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ...distiller import Distiller
-from .head_check import HeadProof
+from .head_check import HeadCheck
 from .head_parameters import HeadParameters
 from .loss_gradients import LossGradients, describe, loss_scale, suggest_weights
 
@@ -23,12 +23,13 @@ logger = logging.getLogger(__name__)
 
 class Liveness(HookBase):
     """
-    Watch what each loss does to the student's pyramid, that the heads train and the teacher rests.
+    Monitors the gradient of each loss at the student's pyramid, that the heads train and that the
+    teacher stays frozen.
 
-    In a watched step, the gradient of every loss at every level is taken before the step's own
-    backward: a table in the log, scalars in TensorBoard. Between watched steps nothing is done.
-    Training is the same to the bit. Every process looks, because layers such as synchronised norms
-    wait for all in their backward; the main one judges.
+    In a monitored step, the gradient of every loss at every level is computed before the step's own
+    backward: a table in the log, scalars in TensorBoard. Between monitored steps nothing is done.
+    Training is the same to the bit. Every process measures, because layers such as synchronised
+    norms wait for all in their backward; the main one judges.
     """
 
     def __init__(self, distiller: Distiller, optimizer: torch.optim.Optimizer, cfg: CfgNode):
@@ -45,18 +46,20 @@ class Liveness(HookBase):
         self.period, self.wanted_share = node.PERIOD, node.WANTED_SHARE
         self.loss_weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
         self.parameters = HeadParameters(distiller.heads, optimizer)
-        self.proofs = {
-            name: HeadProof(name, head, self.parameters, node.FIRST_STEPS)
+        self.checks = {
+            name: HeadCheck(name, head, self.parameters, node.FIRST_STEPS)
             for name, head in distiller.heads.items()
         }
         self.were_on: Set[str] = set()  # heads, in any step so far
-        self.found: Optional[LossGradients] = None
+        self.teacher = ""  # its fingerprint before the first step
+        self.found: Optional[LossGradients] = None  # in the latest monitored step
+        self.scale, self.seconds = 1.0, 0.0  # of that step: mixed precision's, and time it took
         self.handle: Any = None
 
     def before_train(self) -> None:
         self.teacher = fingerprint(self.distiller.teacher.model)
         if comm.is_main_process():
-            self.parameters.remember()
+            self.parameters.snapshot()
 
     def before_step(self) -> None:
         iteration = self.trainer.iter
@@ -64,16 +67,16 @@ class Liveness(HookBase):
         schedules = self.distiller.schedules.items()
         on = {x for x, schedule in schedules if schedule(iteration - self.distiller.start_iter)}
         self.were_on |= on
-        if not all(self.proofs[name].is_done for name in on) or (periodic and on):
-            self.handle = self.distiller.register_forward_hook(self._look)
+        if not all(self.checks[name].is_done for name in on) or (periodic and on):
+            self.handle = self.distiller.register_forward_hook(self._measure)
 
-    def _look(self, module: nn.Module, inputs: Any, losses: Mapping[str, Tensor]) -> None:
+    def _measure(self, module: nn.Module, inputs: Any, losses: Mapping[str, Tensor]) -> None:
         first, start = self.found is None, time.perf_counter()
         self.scale = loss_scale(self.trainer._trainer)
         self.found = LossGradients.measure(losses, self.distiller.last_step, self.scale)
         self.seconds = time.perf_counter() - start
         if first:
-            self._tell("Before the first step, what each loss does to the student")
+            self._log_table("Before the first step, what each loss does to the student")
 
     def after_step(self) -> None:
         if self.handle is None:
@@ -83,51 +86,51 @@ class Liveness(HookBase):
         self._check_teacher()
         for name, value in self.found.scalars().items():
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
-        proofs = [self.proofs[name] for name in self.found.heads]
-        due = [x for x in proofs if not x.is_done]
-        # The main process's answer for all: it judges, and they must go on to look together.
-        if due and not comm.all_gather(self._proves_something())[0]:
+        checks = [self.checks[name] for name in self.found.heads]
+        due = [x for x in checks if not x.is_done]
+        # The main process decides for all: they must go on to measure together.
+        if due and not comm.all_gather(self._is_informative())[0]:
             return
         is_main = comm.is_main_process()
-        for proof in due:
-            proof.add(self.found, judged_here=is_main)
-        proved = [x for x in due if x.is_done]
-        if proved:
-            # The main process's verdict stops all of them, on other machines too.
-            verdict = comm.all_gather([x.verdict() for x in proved] if is_main else [])[0]
-            if any(verdict):
-                raise RuntimeError(" ".join(filter(None, verdict)))
-        if is_main and (proved or not due):
-            self._warn_of_the_dead([x for x in proofs if x not in due])
-            self.parameters.remember()
-            self._tell("What each loss does to the student")
+        for check in due:
+            check.add(self.found, is_main)
+        done = [x for x in due if x.is_done]
+        if done:
+            # The main process's errors stop all of them, on other machines too.
+            errors = comm.all_gather([x.error() for x in done] if is_main else [])[0]
+            if any(errors):
+                raise RuntimeError(" ".join(filter(None, errors)))
+        if is_main and (done or not due):
+            self._warn_inactive([x for x in checks if x not in due])
+            self.parameters.snapshot()
+            self._log_table("What each loss does to the student")
 
-    def _tell(self, title: str) -> None:
+    def _log_table(self, title: str) -> None:
         if comm.is_main_process():
             logger.info(
                 f"{title} (a look of {self.seconds:.2f} s):\n{describe(self.found)}\n"
                 f"{suggest_weights(self.found, self.loss_weights, self.wanted_share)}"
             )
 
-    def _proves_something(self) -> bool:
-        """Not where a loss on objects is rightly 0, nor where mixed precision skips a step."""
+    def _is_informative(self) -> bool:
+        """False without objects, where losses are 0, and where mixed precision skips the step."""
         skipped = loss_scale(self.trainer._trainer) < self.scale
         return has_boxes(self.distiller) and not skipped
 
-    def _warn_of_the_dead(self, proofs: List[HeadProof]) -> None:
-        if not (proofs and has_boxes(self.distiller)):
+    def _warn_inactive(self, checks: List[HeadCheck]) -> None:
+        if not (checks and has_boxes(self.distiller)):
             return
-        dead = [x for proof in proofs for x in proof.dead(self.found)]
-        if dead:
+        inactive = [x for check in checks for x in check.inactive(self.found)]
+        if inactive:
             logger.warning(
                 f"Iteration {self.trainer.iter}: what worked in the first steps does nothing now: "
-                f"{', '.join(dead)}."
+                f"{', '.join(inactive)}."
             )
 
     def _check_teacher(self) -> None:
         """
         Raises:
-            RuntimeError: it could change from now on
+            RuntimeError: it is no longer frozen
         """
         teacher = self.distiller.teacher.model
         if any(x.training for x in teacher.modules()):
@@ -137,12 +140,12 @@ class Liveness(HookBase):
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
-            return  # an error is on its way, and must not be hidden by another
-        unproved = sorted(name for name in self.were_on if not self.proofs[name].is_done)
-        if unproved:
+            return  # another error is being raised, and must not be hidden
+        unchecked = sorted(name for name in self.were_on if not self.checks[name].is_done)
+        if unchecked:
             logger.warning(
-                f"The run had less than {self.proofs[unproved[0]].steps} steps with objects in "
-                f"which {', '.join(unproved)} was on: that it works is not proved."
+                f"The run had less than {self.checks[unchecked[0]].steps} steps with objects in "
+                f"which {', '.join(unchecked)} was on: that it works is not proved."
             )
         if fingerprint(self.distiller.teacher.model) != self.teacher:
             raise RuntimeError(
@@ -153,7 +156,7 @@ class Liveness(HookBase):
 
 
 def has_boxes(distiller: Distiller) -> bool:
-    """Whether any image of the batch has an object, of a class that the teacher knows too."""
+    """Whether any image of the batch has an object of a class that the teacher has too."""
     classes = torch.cat([x.gt_classes for x in distiller.last_step.student.gt_instances])
     if distiller.merges:
         merge = distiller.merges[0]

@@ -1,26 +1,32 @@
 """Everything that can be found wrong with a config before a model is built."""
 
 import math
+from typing import List
 
 import torch
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from ...config import student_config
 from ...heads import head_class
 from ...inherit import PARTS
+from ...modeling.trainable import check_trainable
 from ...schedule import WeightSchedule
 from ...teacher import resolve_teacher
 from ...utils.checks import check_choice, check_range, nearest
 from ..optimizer import CLIP_TYPES
-from ..stages import STAGE_LR, plan_stages
+from ..stages import STAGE_LR, Stage, distils, plan_stages
 from .evaluation_keys import check_evaluation
 
 
-def check_config(cfg: CfgNode, evaluation: bool = False) -> None:
+def check_config(cfg: CfgNode, evaluation: bool = False) -> List[Stage]:
     """
     Args:
         evaluation: of a plain detector, which is not trained
+
+    Returns:
+        the stages of the run, from :func:`plan_stages`; [] of an evaluation
 
     Raises:
         ValueError, FileNotFoundError: naming the key, its value and what would be right
@@ -31,21 +37,24 @@ def check_config(cfg: CfgNode, evaluation: bool = False) -> None:
             "take a GPU where there is one, or set it to cpu."
         )
     check_evaluation(cfg, training=not evaluation)
-    if not evaluation:
-        _check_run(cfg)
+    if evaluation:
+        _check_meta_architecture("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+        return []
+    _check_run(cfg)
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         _check_meta_architecture("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
-        if not evaluation:
-            _check_plain(cfg)
-        return
-    _check_meta_architecture(
-        "DISTILL.STUDENT_META_ARCHITECTURE", cfg.DISTILL.STUDENT_META_ARCHITECTURE
-    )
-    if cfg.DISTILL.ENABLED:
+        _check_plain(cfg)
+    else:
+        student = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+        _check_meta_architecture("DISTILL.STUDENT_META_ARCHITECTURE", student)
+    if distils(cfg):
         check_choice("DISTILL.STAGE_LR", cfg.DISTILL.STAGE_LR, STAGE_LR)
-        for stage in plan_stages(cfg):
-            with stage.in_errors():
-                _check_distillation(stage.cfg)
+    stages = plan_stages(cfg)
+    for stage in stages if distils(cfg) else ():
+        with stage.in_errors():
+            _check_distillation(stage.cfg)
+    check_trainable(student_config(cfg))
+    return stages
 
 
 def _check_run(cfg: CfgNode) -> None:

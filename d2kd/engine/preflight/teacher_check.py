@@ -1,4 +1,4 @@
-"""Before the first step: does the teacher know anything of this data?"""
+"""Before the first step: does the teacher detect anything in this data?"""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from ...data.mapper import CheckedMapper
 from ...pairing.classes import CommonClasses
 from ...pairing.pair import DistillPair
 from ...teacher import Teacher
-from ...views import find_view
+from ...views import describe_detector
 from ..evaluator import CompleteCOCOEvaluator
 
 logger = logging.getLogger(__name__)
@@ -24,31 +24,33 @@ logger = logging.getLogger(__name__)
 def check_teacher(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = None) -> None:
     """
     Evaluate the teacher on a part of the first test set, as it sees images in training: at the
-    student's size. A teacher can be whole and still be the wrong one: other classes, channels in
-    another order, pixels divided by another deviation.
+    student's size. Weights can load completely and still be wrong for the data: other classes,
+    another channel order, other PIXEL_STD.
 
     Args:
         cfg: of the run, whose data sets are registered
-        pair: tells the classes that teacher and student share, on which it is evaluated; None: all
+        pair: its common classes are evaluated; None: all classes
 
     Raises:
         ValueError: its AP is below DISTILL.TEACHER.MIN_AP
     """
     if not cfg.DISTILL.TEACHER.EVAL_IMAGES:
         return
-    # The main process asks. The others wait here, and are refused with it, on other machines too.
+    # Only the main process evaluates; the others wait, and raise with it, on other machines too.
     problem = comm.all_gather(_problem(cfg, teacher, pair) if comm.is_main_process() else "")[0]
     if problem:
         raise ValueError(problem)
 
 
 def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str:
-    """Evaluate, and say in the log what was found; "" unless it is too little."""
+    """Evaluate and log the AP; returns an error message if it is too low, else ""."""
     node = cfg.DISTILL.TEACHER
     classes = None if pair is None or pair.same_classes else pair.classes
-    reason = _why_not(cfg, teacher)
-    # Read before the classes are compared: it tells Detectron2 their names.
-    images = [] if reason else _some(DatasetCatalog.get(cfg.DATASETS.TEST[0]), node.EVAL_IMAGES)
+    reason = _reason_to_skip(cfg, teacher)
+    # Before the classes are compared: loading the set registers their names with Detectron2.
+    images = (
+        [] if reason else evenly_spaced(DatasetCatalog.get(cfg.DATASETS.TEST[0]), node.EVAL_IMAGES)
+    )
     reason = reason or _other_classes(cfg, teacher, classes)
     if not reason and not any(_has_object(x, classes) for x in images):
         what = "object of the common classes" if classes else "object"
@@ -59,7 +61,7 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
     name = cfg.DATASETS.TEST[0]
     where = f"on {len(images)} images of {name}"
     if classes:
-        evaluated = len(set(_places(classes).values()))
+        evaluated = len(set(_class_map(classes).values()))
         where += f", {evaluated} of its {len(classes.student_names)} classes,"
     ap = _evaluate(cfg, teacher, name, images, classes)
     logger.info(f"The teacher has {ap:.1f} AP {where.rstrip(',')}.")
@@ -73,8 +75,8 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
     )
 
 
-def _why_not(cfg: CfgNode, teacher: Teacher) -> str:
-    """A reason why the teacher cannot be evaluated; "" if it can."""
+def _reason_to_skip(cfg: CfgNode, teacher: Teacher) -> str:
+    """Why the teacher cannot be evaluated; "" if it can."""
     if not teacher.manifest["weights_sha256"]:
         return "its weights are random"
     if not cfg.DATASETS.TEST:
@@ -86,34 +88,34 @@ def _why_not(cfg: CfgNode, teacher: Teacher) -> str:
 
 
 def _other_classes(cfg: CfgNode, teacher: Teacher, classes: Optional[CommonClasses]) -> str:
-    """A reason why its classes have no place in the test set; "" if they have."""
+    """Why the teacher's classes are not those of the test set; "" if they are."""
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     if classes:
         if list(classes.student_names) != list(metadata.thing_classes):
             return f"{metadata.name} has other classes than the student"
-        return "" if _places(classes) else "no class of it is one class of the student's"
-    count = find_view(teacher.model, "teacher").num_classes(teacher.model)
+        return "" if _class_map(classes) else "no class of it is one class of the student's"
+    count = describe_detector(teacher.model, "teacher").num_classes
     if count != len(metadata.thing_classes):
         return f"it has {count} classes, {metadata.name} {len(metadata.thing_classes)}"
     return ""
 
 
-def _places(classes: CommonClasses) -> Dict[int, int]:
-    """The teacher's classes to the student's, where that is one and not several joined ones."""
+def _class_map(classes: CommonClasses) -> Dict[int, int]:
+    """Teacher's class to student's class, where that is a single one and not several merged."""
     pairs = zip(classes.student, classes.teacher)
     return {t: ours[0] for ours, theirs in pairs if len(ours) == 1 for t in theirs}
 
 
 def _has_object(image: Dict[str, Any], classes: Optional[CommonClasses]) -> bool:
-    """Whether there is something to be found, of the classes that are evaluated."""
-    if "annotations" not in image:  # of a set that does not tell
+    """Whether the image has an object of an evaluated class."""
+    if "annotations" not in image:  # of a set without annotations
         return True
     objects = {x["category_id"] for x in image["annotations"] if not x.get("iscrowd", 0)}
-    return bool(objects & set(_places(classes).values()) if classes else objects)
+    return bool(objects & set(_class_map(classes).values()) if classes else objects)
 
 
-def _some(images: List[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
-    """At most `count` of them, at equal distances: sets are often sorted."""
+def evenly_spaced(images: List[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
+    """At most `count` of them, evenly spaced: data sets are often sorted."""
     step = max(len(images) / count, 1)
     return [images[int(i * step)] for i in range(min(count, len(images)))]
 
@@ -135,21 +137,23 @@ def _evaluate(
         inputs = [mapper(image)]
         outputs = teacher.model(teacher.batch(inputs, cfg.INPUT.FORMAT))
         if classes:
-            outputs = [{"instances": _in_place(x["instances"], _places(classes))} for x in outputs]
+            outputs = [
+                {"instances": _remap_classes(x["instances"], _class_map(classes))} for x in outputs
+            ]
         evaluator.process(inputs, outputs)
     results = evaluator.evaluate(img_ids=[x["image_id"] for x in images]).get("bbox", {})
     found = [results.get("AP", 0.0)]
     if classes and len(classes.student_names) > 1:  # of one class there are no APs by class
-        names = [classes.student_names[i] for i in set(_places(classes).values())]
+        names = [classes.student_names[i] for i in set(_class_map(classes).values())]
         found = [results.get(f"AP-{x}", 0.0) for x in names]
     found = [x for x in found if not math.isnan(x)]  # a class of which these images have no object
     return sum(found) / max(len(found), 1)
 
 
-def _in_place(detections: Instances, places: Dict[int, int]) -> Instances:
-    """Detections of classes that have a place, with the student's class indices."""
-    found = [i for i, x in enumerate(detections.pred_classes.tolist()) if x in places]
+def _remap_classes(detections: Instances, class_map: Dict[int, int]) -> Instances:
+    """Detections of the mapped classes, with the student's class indices."""
+    found = [i for i, x in enumerate(detections.pred_classes.tolist()) if x in class_map]
     detections = detections[torch.tensor(found, dtype=torch.int64)]
-    classes = [places[x] for x in detections.pred_classes.tolist()]
+    classes = [class_map[x] for x in detections.pred_classes.tolist()]
     detections.pred_classes = detections.pred_classes.new_tensor(classes)
     return detections

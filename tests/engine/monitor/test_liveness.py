@@ -296,13 +296,13 @@ def looks(cfg: CfgNode, scaler: Optional["Scaler"] = None) -> List[int]:
     trainer = build_trainer(cfg)
     trainer._trainer.grad_scaler = scaler
     hook, seen = watch(trainer), []
-    look = hook._look
+    measure = hook._measure
 
     def counted(*args: Any) -> None:
         seen.append(trainer.iter)
-        look(*args)
+        measure(*args)
 
-    hook._look = counted
+    hook._measure = counted
     trainer.train()
     assert not trainer._module._forward_hooks, "nothing is left that would cost time"
     return seen

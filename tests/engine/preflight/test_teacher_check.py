@@ -19,10 +19,10 @@ from d2kd.data import register_datasets
 from d2kd.data.outlines import CLASSES
 from d2kd.distiller import describe_pair
 from d2kd.engine import train
-from d2kd.engine.preflight.teacher_check import _some, check_teacher
+from d2kd.engine.preflight.teacher_check import check_teacher, evenly_spaced
 from d2kd.pairing.classes import match_classes
 from d2kd.pairing.pair import DistillPair
-from d2kd.views import find_view
+from d2kd.views import describe_detector
 
 from runs import run_config
 from toys import ROOT, write_teacher
@@ -175,8 +175,8 @@ def test_ids_of_annotations_from_0_change_nothing(
 
 def test_images_are_taken_at_equal_distances() -> None:
     images = [{"i": i} for i in range(10)]
-    assert [x["i"] for x in _some(images, 4)] == [0, 2, 5, 7]
-    assert _some(images, 10) == _some(images, 99) == images
+    assert [x["i"] for x in evenly_spaced(images, 4)] == [0, 2, 5, 7]
+    assert evenly_spaced(images, 10) == evenly_spaced(images, 99) == images
 
 
 # Other classes -----------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_test_set_of_other_classes_than_the_student_s_is_not_evaluated(
     cfg: CfgNode, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher = build_teacher(cfg)
-    info = find_view(teacher.model, "teacher").info(teacher.model)
+    info = describe_detector(teacher.model, "teacher")
     classes = match_classes(["ring", "disc"], ["disc", "ring"])
     check_teacher(cfg, teacher, DistillPair(info, info, (), classes))
     reason = "d2kd_shapes_val has other classes than the student"

@@ -12,14 +12,14 @@ class DetectorInfo:
     What a head may know of a detector when it is built.
 
     `name`: meta-architecture; `shapes`: level name to channels and stride; `num_classes`:
-    foreground classes; `provides`: what its view gives; `num_anchors`: dense
-    predictions per cell; `two_stage`: whether classes are told by a head on regions;
+    foreground classes; `provides`: as of its :class:`DetectorView`; `num_anchors`: dense
+    predictions per cell; `two_stage`: whether classes come from a head on regions;
     `class_activation`: how that head's logits become probabilities, "softmax" over classes and
     background, or a "sigmoid" for each class (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE);
     `dense_levels`: levels with dense predictions; `anchors`: of each of them, those of its first
     cell, XYXY in input pixels, in the order of the predictions; `vector_channels`: length of a
     region's vector (`region_vectors`), 0 without; `roi_size`: cells along a side of its RoI
-    features; `box_weights`: what its box deltas are multiplied by (BBOX_REG_WEIGHTS of
+    features; `box_weights`: factors of its box deltas (BBOX_REG_WEIGHTS of
     MODEL.ROI_BOX_HEAD, or of MODEL.RETINANET), () of FCOS, which has none.
     """
 

@@ -1,0 +1,66 @@
+"""What a run is, worked out once from its config and OUTPUT_DIR."""
+
+from dataclasses import dataclass
+from typing import Callable, Optional, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+
+from .preflight.check_config import check_config
+from .resume_point import ResumePoint
+from .stages import Stage, whole_run
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """
+    All that is decided before anything is built, and alike in every process.
+
+    `cfg`: of the whole run, for this number of processes; `seed`: of every random draw; `stages`:
+    all of them, in turn; `resume_point`: where the run goes on, None of one that begins.
+    """
+
+    cfg: CfgNode
+    seed: int
+    stages: Tuple[Stage, ...]
+    resume_point: Optional[ResumePoint] = None
+
+    @classmethod
+    def resolve(
+        cls,
+        cfg: CfgNode,
+        resume: bool = False,
+        on_checked: Optional[Callable[[], None]] = None,
+    ) -> "RunPlan":
+        """
+        Check the config, and find out what is left to be done. Every process must take part.
+
+        Args:
+            resume: go on from the last checkpoint in OUTPUT_DIR, if there is one
+            on_checked: called once the config is found sound; it may be the first to write
+
+        Raises:
+            ValueError, FileNotFoundError: what is wrong with the config, or with the checkpoints
+        """
+        stages = check_config(cfg)
+        if on_checked:
+            on_checked()
+        point = ResumePoint.find(cfg.OUTPUT_DIR) if resume else None
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        if stages[0].is_whole_run:  # several stages refuse a config that would have to be scaled
+            stages = [whole_run(cfg)]
+        return cls(cfg, _seed(cfg, point), tuple(stages), point)
+
+    @property
+    def stages_left(self) -> Tuple[Stage, ...]:
+        """Those that are not done; of a finished run the last, which is only evaluated again."""
+        done = self.resume_point.done if self.resume_point else 0
+        return tuple(x for x in self.stages if x.end > done) or self.stages[-1:]
+
+
+def _seed(cfg: CfgNode, point: Optional[ResumePoint]) -> int:
+    """SEED; where it is left to chance, that of the run to resume, or else a random one."""
+    if cfg.SEED >= 0:
+        return cfg.SEED
+    return point.seed if point else comm.shared_random_seed()

@@ -1,0 +1,73 @@
+"""RoIAlign of boxes, each on the level of its size or on every level."""
+
+from functools import lru_cache
+from typing import Dict, List, Mapping, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from detectron2.layers import ROIAlign
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+
+# Cells along a side of RoI features, for detectors without a box head.
+ROI_SIZE = 7
+
+
+# RoIAlign has no parameters, so poolers are shared by all views.
+@lru_cache(maxsize=None)
+def multi_level_pooler(strides: Tuple[int, ...], size: int = ROI_SIZE) -> ROIPooler:
+    """Of levels with these strides; a box of 224 pixels belongs to stride 16."""
+    scales = tuple(1.0 / s for s in strides)
+    return ROIPooler(size, scales, sampling_ratio=0, pooler_type="ROIAlignV2")
+
+
+def roi_align_levels(
+    maps: Sequence[Tensor],
+    strides: Sequence[int],
+    rois: Tensor,
+    size: Tuple[int, int],
+    sampling_ratio: int = 0,
+) -> Tensor:
+    """
+    RoIAlign of every box on every level, one call for each level.
+
+    Args:
+        maps: of L levels, (N, C, Hi, Wi)
+        strides: input pixels per cell, of each
+        rois: (R, 5), index of the image, then XYXY in input pixels
+        size: cells of the result, height and width
+        sampling_ratio: points per cell and direction; 0: as many as the box has map cells
+
+    Returns:
+        (R, L, C, *size)
+    """
+    pooled = [
+        ROIAlign(size, 1.0 / stride, sampling_ratio, aligned=True)(x, rois)
+        for x, stride in zip(maps, strides)
+    ]
+    return torch.stack(pooled, dim=1)
+
+
+def mean_in_boxes(
+    maps: Mapping[str, Tensor],
+    boxes: List[Boxes],
+    pooled_levels: Sequence[str],
+    strides: Mapping[str, int],
+) -> Tensor:
+    """
+    Args:
+        pooled_levels, strides: of the detector; the others as of DetectorView.mean_in_boxes
+
+    Returns:
+        (R, C)
+    """
+    names = [k for k in pooled_levels if k in maps]
+    found: Dict[str, int] = {k: strides[k] for k in names}
+    if not names or found[names[-1]] != found[names[0]] * 2 ** (len(names) - 1):
+        raise ValueError(
+            f"Boxes need maps of neighbouring levels out of {', '.join(pooled_levels)},"
+            f" got {', '.join(maps)}. Choose others in DISTILL.LEVELS."
+        )
+    pooler = multi_level_pooler(tuple(found.values()), size=1)
+    return pooler([maps[k] for k in names], boxes).flatten(1)

@@ -1,0 +1,129 @@
+"""A run is resolved once: its config, its stages, the checkpoint that it goes on from."""
+
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, Callable, List
+from unittest import mock
+
+import pytest
+import torch
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+import d2kd.engine.plan
+import d2kd.engine.preflight.check_config
+import d2kd.engine.resume_point
+from d2kd.engine import Trainer, train
+from d2kd.engine.plan import RunPlan
+from d2kd.engine.resume_point import ResumePoint
+from d2kd.engine.stages import plan_stages
+
+from runs import Interrupt, Interruption, at, run_config
+
+
+@pytest.fixture
+def staged(folder: Path, teacher: List[Any], tmp_path: Path) -> CfgNode:
+    """2 + 2 iterations, saved every 3 and at the end of each stage."""
+    cfg = at(run_config(folder, teacher, ["PKD"], SOLVER__CHECKPOINT_PERIOD=3), tmp_path, "run")
+    cfg.SOLVER.STEPS = ()
+    cfg.DISTILL.STAGES = [{"ITERATIONS": 2}, {"ITERATIONS": 2}]
+    return cfg
+
+
+def interrupt_in(cfg: CfgNode, iteration: int) -> None:
+    build_hooks = Trainer.build_hooks
+    hooks = mock.patch.object(
+        Trainer, "build_hooks", lambda self: [Interrupt(iteration), *build_hooks(self)]
+    )
+    with hooks, pytest.raises(Interruption):
+        train(cfg)
+
+
+def test_resumed_run_is_checked_planned_and_searched_for_once_and_its_checkpoint_read_twice(
+    staged: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_in(staged, 3)
+    assert ResumePoint.find(staged.OUTPUT_DIR).done == 3
+    calls: Counter = Counter()
+
+    def count(owner: Any, name: str, label: Callable[..., str]) -> None:
+        function = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[label(*args)] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    def file_name(file: Any, *_: Any) -> str:
+        return Path(getattr(file, "name", None) or file.filename).name
+
+    count(d2kd.engine.plan, "check_config", lambda *_: "check_config")
+    count(d2kd.engine.preflight.check_config, "plan_stages", lambda *_: "plan_stages")
+    count(d2kd.engine.resume_point, "read_last_checkpoint", lambda *_: "search")
+    count(zipfile.ZipFile, "testzip", lambda file: f"verify {file_name(file)}")
+    count(torch, "load", lambda file, *_: f"load {file_name(file)}")
+    train(staged, resume=True)
+    last = "model_0000002.pth"
+    assert calls.pop("load retinanet.pth"), "the teacher"
+    once = ("check_config", "plan_stages", "search", f"verify {last}", f"load {last}")
+    assert calls == dict.fromkeys(once, 1)
+
+
+def test_plan_says_what_is_left_of_a_run(staged: CfgNode) -> None:
+    new = RunPlan.resolve(staged, resume=True)
+    assert new.resume_point is None and new.stages_left == new.stages and len(new.stages) == 2
+    assert new.seed == staged.SEED
+    interrupt_in(staged, 2)
+    between = RunPlan.resolve(staged, resume=True)
+    assert between.resume_point.path == between.stages[0].final_checkpoint
+    assert between.resume_point.done == 2 and between.stages_left == between.stages[1:]
+    assert RunPlan.resolve(staged).stages_left == between.stages, "without resume it is begun anew"
+    train(staged, resume=True)
+    finished = RunPlan.resolve(staged, resume=True)
+    assert finished.resume_point.done == 4 and finished.stages_left == finished.stages[1:]
+
+
+def test_seed_left_to_chance_is_that_of_the_run_to_resume(staged: CfgNode) -> None:
+    staged.SEED = -1
+    interrupt_in(staged, 3)
+    seed = RunPlan.resolve(staged, resume=True).seed
+    assert seed == torch.load(f"{staged.OUTPUT_DIR}/model_0000002.pth")["trainer"]["seed"]
+    assert RunPlan.resolve(staged).seed != seed
+
+
+def test_config_is_scaled_to_the_number_of_processes_once_for_plan_and_trainer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = run_config(folder, SOLVER__REFERENCE_WORLD_SIZE=1, SOLVER__MAX_ITER=8)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    plan = RunPlan.resolve(cfg)
+    (stage,) = plan.stages
+    assert stage.is_whole_run and stage.cfg is plan.cfg
+    assert (plan.cfg.SOLVER.IMS_PER_BATCH, stage.end) == (2 * cfg.SOLVER.IMS_PER_BATCH, 4)
+
+
+def test_nothing_is_written_before_the_config_is_checked(staged: CfgNode) -> None:
+    called: List[str] = []
+    staged.SOLVER.MAX_ITER = 5
+    with pytest.raises(ValueError, match="add up to 4"):
+        train(staged, on_checked=lambda: called.append("begun"))
+    assert not called and not Path(staged.OUTPUT_DIR).exists()
+    staged.SOLVER.MAX_ITER = 4
+    RunPlan.resolve(staged, on_checked=lambda: called.append("begun"))
+    assert called == ["begun"]
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"trainer": {"iteration": 3}}, [1]])
+def test_weights_alone_are_no_place_to_go_on_from(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model_0000003.pth")
+    Path(tmp_path, "last_checkpoint").write_text("model_0000003.pth")
+    with pytest.raises(ValueError, match=r"model_0000003.pth is no checkpoint to resume from"):
+        ResumePoint.find(str(tmp_path))
+
+
+def test_stages_of_a_plan_are_those_of_the_config(staged: CfgNode) -> None:
+    plan = RunPlan.resolve(staged)
+    assert [str(x) for x in plan.stages] == [str(x) for x in plan_stages(staged)]

@@ -84,6 +84,7 @@ def test_keys_of_the_config_reach_the_schedule() -> None:
         ("LOSS_WEIGHT", 0.0, "must be above 0, got 0.0"),
         ("LOSS_WEIGHT", -1.0, "must be above 0, got -1.0"),
         ("LOSS_WEIGHT", math.nan, "must be above 0, got nan"),
+        ("REFERENCE_PIXELS", -1, r"must be in \[0, 1000000000\], got -1"),
         ("SCHEDULE__DECAY", "step", "must be one of none, linear, cosine, got 'step'"),
         ("SCHEDULE__END_FACTOR", 1.5, r"must be in \[0, 1\], got 1.5"),
         ("SCHEDULE__END_FACTOR", -0.5, r"must be in \[0, 1\], got -0.5"),

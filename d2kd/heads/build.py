@@ -44,6 +44,8 @@ def _build(name: str, cfg: CfgNode, pair: DistillPair) -> nn.Module:
     head = head_class(name)
     if compares_logits(head):
         pair = pair.in_common_classes
+    if hasattr(head, "add_config"):  # which reads itself what it has written
+        return head(cfg, pair)
     with keys_in_errors(key_of(head), knobs(head)):
         if hasattr(head, "from_config"):
             return head(**head.from_config(cfg, pair))

@@ -53,12 +53,13 @@ def head_arguments(
     Raises:
         ValueError: a value outside its range
     """
-    key, wanted = key_of(head), inspect.signature(head.__init__).parameters
+    key, keys = key_of(head), knobs(head)
+    wanted = inspect.signature(head.__init__).parameters.keys() - keys.keys()
     if "levels" in wanted:
         facts.setdefault("levels", pair.levels)
     if "sampler" in wanted:
         facts.setdefault("sampler", RegionSampler.from_config(cfg, pair.student))
-    for name, default in knobs(head).items():
+    for name, default in keys.items():
         value = cfg.DISTILL[key.partition(".")[2]][name.upper()]
         if is_dataclass(default):
             fields = {k.lower(): v for k, v in value.items()}

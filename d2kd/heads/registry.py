@@ -14,8 +14,20 @@ Registry of distillation heads: one published method each.
 `DISTILL.HEADS: ["MGD"]` builds the registered class `MGDHead` with the keys under `DISTILL.MGD`.
 A head is an nn.Module with
 
-* `add_config(node)`, a static method that writes its keys and defaults into `DISTILL.<NAME>`,
-  LOSS_WEIGHT among them;
+* `__init__`, of keyword arguments. One with a default is a key: `mask_ratio: float = 0.65` is
+  DISTILL.MGD.MASK_RATIO, and one whose default is a dataclass is a node of keys. The constructor
+  checks it: a ValueError that begins with its name, "mask_ratio must be in [0, 1)", is shown with
+  the key in its place. What stands under `Args:` explains it (`python -m d2kd.heads MGD`). One
+  without a default is a fact about the detectors: `levels`, the :class:`LevelPair` of the run, or
+  `sampler`, a :class:`RegionSampler`;
+* `loss_weight`, the default of LOSS_WEIGHT (1.0). `sums_over_cells = True` says that the loss grows
+  with the image, and adds the key REFERENCE_PIXELS;
+* `from_config(cls, cfg, pair)`, a class method, where it wants other facts, or refuses a
+  :class:`DistillPair`: it returns the constructor's arguments, most of which come from
+  `head_arguments(cls, cfg, pair, **facts)`;
+* `add_config(node)`, a static method that writes keys and defaults, LOSS_WEIGHT among them, where
+  the keys cannot be those of the signature. Such a head is built as `MyHead(cfg, pair)`, which
+  Detectron2's @configurable and a from_config take apart;
 * `pairs`, the kinds of detectors it takes, out of d2kd/pairing/pair.py (default: ANY_PAIR);
 * `requires`, a frozenset of what both detectors' views must provide, such as "dense", in the words
   of :class:`DetectorView` (default: "features"), or a static method that returns it, given the
@@ -25,8 +37,6 @@ A head is an nn.Module with
   in logits, labels and `num_classes` alike (label C: background, or none of them);
 * `class_activations`, what of {"softmax", "sigmoid"} it can make of the logits of
   `roi_predictions` (default: {"softmax"}, over classes and background);
-* `__init__`, made @configurable, with `from_config(cls, cfg, pair)`: `pair` is a
-  :class:`DistillPair`;
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with
   "loss_" to either a scalar or {level name: scalar}, whose sum is the loss. Unweighted: LOSS_WEIGHT
   and the schedule are applied by the Distiller. Without boxes or positives it returns a zero that

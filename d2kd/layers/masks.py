@@ -46,7 +46,7 @@ class MaskRule:
             )
         if self.rule == "threshold" and self.hide in ("random", "sampled"):
             raise ValueError(
-                f"rule is 'threshold', which needs hide 'most' or 'least', got {self.hide!r}."
+                f"rule is 'threshold', which needs HIDE 'most' or 'least', got {self.hide!r}."
             )
 
     def __call__(self, attention: Tensor, inside: Optional[Tensor] = None) -> Tensor:

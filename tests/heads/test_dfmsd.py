@@ -92,7 +92,7 @@ def dfmsd_of_equations(
         {"enhancement": 0.0},
         {
             "enhancement": 2.0,
-            "high_pass_cutoff": 0.2,
+            "high_pass_cutoff": 0.15,
             "temperature": 0.8,
             "attention_from": "student",
         },

@@ -256,7 +256,7 @@ def test_new_head_gives_zero_for_equal_features() -> None:
 
 
 def test_duplicated_images_leave_the_losses_as_they_are() -> None:
-    head = random_head(levels=level_pairs(p3=(3, 4)), weights=(1.0, 1.0, 1.0, 1.0))
+    head = random_head(levels=level_pairs(p3=(3, 4)), **weights_of(1.0, 1.0, 1.0, 1.0))
     x, target = noise(3, 3, 6, 7, seed=1).float(), noise(3, 4, 6, 7, seed=2).float()
     once = level_losses(head, x, target, BOXES, SIZES)
     twice = level_losses(
@@ -293,7 +293,7 @@ def test_batch_without_boxes_has_a_connected_zero_of_foreground() -> None:
 
 
 def test_gradient_reaches_student_and_all_parameters_but_not_the_teacher() -> None:
-    head = random_head(weights=(1.0, 1.0, 1.0, 1.0))
+    head = random_head(**weights_of(1.0, 1.0, 1.0, 1.0))
     student, teacher = features({"p3": 3, "p4": 4}), features({"p3": 4, "p4": 4}, seed=5)
     for x in (*student.values(), *teacher.values()):
         x.requires_grad_()

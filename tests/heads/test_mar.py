@@ -96,7 +96,7 @@ def identity_head(**values: Any) -> MARHead:
     fields = {
         "levels": level_pairs(p3=(2, 2)),
         "dense_levels": (),
-        "relation": "regions",
+        "relation": "dense" if "dense_levels" in values else "regions",
         "sampler": RegionSampler(),
         "feature_weight": 1.0,
         "relation_weight": 1.0,
@@ -436,7 +436,10 @@ def test_keys_reach_the_head() -> None:
         ({"RELATION": "all"}, r"RELATION must be one of dense, regions, got 'all'"),
         ({"MAX_CELLS": 0}, r"MAX_CELLS must be at least 1, got 0"),
         ({"MASK__KIND": "disc"}, r"MASK\.KIND must be one of values, gaussian, got 'disc'"),
-        ({"MASK__NEAR": 1.5}, r"MASK: INSIDE >= NEAR >= FAR >= 0 .* got 1.0, 1.5 and 0.1"),
+        (
+            {"MASK__NEAR": 1.5},
+            r"MASK.INSIDE must .* INSIDE >= NEAR >= FAR >= 0 .* got 1.0, 1.5 and 0.1",
+        ),
         ({"MASK__NEAR_FACTOR": 0.5}, r"MASK\.NEAR_FACTOR must be at least 1, got 0.5"),
     ],
 )

@@ -286,10 +286,6 @@ HEAD_ERRORS: List[Tuple[str, Dict[str, Any], str]] = [
         for k in ("AMD", "DMKD", "DFMSD", "SAMKD")
     ),
     *(
-        (k, {"REFERENCE_PIXELS": -1}, r"REFERENCE_PIXELS must be in .*, got -1")
-        for k in ("MGD", "AMD", "DMKD", "SAMKD")
-    ),
-    *(
         ("DFMSD", {k: v}, rf"{k} must be 0 or above, got {v}")
         for k, v in (
             ("SEMANTIC_RATIO", -0.5),

@@ -199,6 +199,6 @@ def test_level_of_one_cell_is_finite_and_trains(images: int) -> None:
 
 @pytest.mark.parametrize("mask_ratio", [-0.1, 1.0, 65, math.nan])
 def test_mask_ratio_outside_its_range_is_refused(mask_ratio: float) -> None:
-    message = rf"DISTILL\.MGD\.MASK_RATIO must be in \[0, 1\), got {mask_ratio}"
+    message = rf"^mask_ratio must be in \[0, 1\), got {mask_ratio}"
     with pytest.raises(ValueError, match=message):
         MGDHead(levels=level_pairs(p3=(4, 4)), mask_ratio=mask_ratio)

@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, MLDHead, build_head
+from d2kd.heads.mld_guides import LogitGuide
 from d2kd.pairing.levels import LevelPair, pair_levels
 from d2kd.views import Regions
 from d2kd.views.predictions import DensePredictions, RoIPredictions
@@ -584,7 +585,8 @@ def test_keys_reach_the_head() -> None:
     keys = {"GUIDE": "logits", "MASK_TEMPERATURE": 0.8, "TEMPERATURE": 4.0}
     for two_stage in (False, True):
         head = build_for(detector(two_stage), detector(two_stage), **keys)
-        assert (head.guide, head.mask_temperature, head.temperature) == ("logits", 0.8, 4.0)
+        assert isinstance(head.guide, LogitGuide) and head.temperature == 4.0
+        assert (head.guide.temperature, head.guide.class_temperature) == (0.8, 4.0)
         assert head.two_stage is two_stage and not list(head.parameters())
 
 

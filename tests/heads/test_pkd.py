@@ -237,8 +237,8 @@ def test_index_brings_the_student_to_the_teacher_s_size() -> None:
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"MATCH": "name"}, r"DISTILL\.PKD\.MATCH must be 'stride' or 'index', got 'name'"),
-        ({"NUM_LEVELS": -1}, r"DISTILL\.PKD\.NUM_LEVELS must be 0 \(all\) or more, got -1"),
+        ({"MATCH": "name"}, r"DISTILL\.PKD\.MATCH must be one of stride, index, got 'name'"),
+        ({"NUM_LEVELS": -1}, r"DISTILL\.PKD\.NUM_LEVELS must be 0 or more, got -1: 0 is all"),
     ],
 )
 def test_value_outside_its_range_is_refused(values: Dict[str, object], message: str) -> None:

@@ -44,8 +44,8 @@ def build_evaluator(
 
 class CompleteCOCOEvaluator(COCOEvaluator):
     """
-    Detectron2's, of ground truth that says all that pycocotools asks of it; see
-    :func:`complete_truth`.
+    Detectron2's COCOEvaluator, on ground truth that :func:`complete_truth` has completed for
+    pycocotools.
     """
 
     def __init__(self, dataset_name: str, **kwargs: Any):
@@ -60,9 +60,9 @@ class CompleteCOCOEvaluator(COCOEvaluator):
 
 def complete_truth(truth: COCO) -> None:
     """
-    Fill in, in place, what has one meaning: annotation ids from 1 on, as pycocotools marks "matched
-    with none" by 0 and never counts a match with the id 0; "iscrowd" 0; the area of the mask, or
-    else of the box; the number of visible keypoints; an empty "info". Polygons of fewer than three
+    Fill in, in place, missing fields that can have only one value: "iscrowd" 0; the area of the
+    mask, or else of the box; the number of visible keypoints; an empty "info". Annotation ids count
+    from 1, as pycocotools takes a match with the id 0 for none. Polygons of fewer than three
     points, which Detectron2 leaves out of training, are left out.
     """
     content = truth.dataset
@@ -80,12 +80,12 @@ def complete_truth(truth: COCO) -> None:
             annotation["area"] = _area(truth, annotation)
         # Where Detectron2's own sets have an id twice, pycocotools keeps one annotation of it.
         annotation["id"] = numbers.setdefault(annotation["id"], len(numbers) + 1)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truth.createIndex()
 
 
 def _area(truth: COCO, annotation: Dict[str, Any]) -> float:
-    """Of the mask, or else of the box, in square pixels."""
+    """Area of the mask, or of the box where there is no mask, in square pixels."""
     if annotation.get("segmentation"):
         return float(pycocotools.mask.area(truth.annToRLE(annotation)))
     return float(annotation["bbox"][2] * annotation["bbox"][3])

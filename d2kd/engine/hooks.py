@@ -55,7 +55,7 @@ class KeepLossNormalizer(HookBase):
     def __init__(self, detector: nn.Module, period: int):
         """
         Args:
-            detector: the student; one without such a mean is left alone
+            detector: the student; nothing is done for one without such a mean
             period: iterations between checkpoints
         """
         self.detector = detector
@@ -102,7 +102,7 @@ class BestCheckpointer(HookBase):
         self.metric = metric
         self.measure = f"{metric} on {', '.join(datasets)}"
         self.best = -math.inf
-        self.run = time.time_ns()  # tells the files of this run from an older one's in the folder
+        self.run = time.time_ns()  # distinguishes this run's files from an older run's
 
     def after_step(self) -> None:
         next_iter = self.trainer.iter + 1

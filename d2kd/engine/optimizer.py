@@ -55,8 +55,8 @@ def placed_state(
     saved_names: Optional[List[str]],
 ) -> Dict[str, Any]:
     """
-    State for an optimizer that may have other groups: what it remembers of each parameter goes to
-    that parameter, while learning rate, momentum and weight decay stay those of the optimizer.
+    State for an optimizer that may have other parameter groups: the saved state of each parameter
+    is assigned by name, while learning rate, momentum and weight decay stay the optimizer's.
 
     Args:
         names: from parameter_names
@@ -64,7 +64,7 @@ def placed_state(
         saved_names: its parameters; None: a checkpoint without them, whose groups are the same
 
     Raises:
-        ValueError: of other parameters
+        ValueError: the saved state is of other parameters
     """
     new = optimizer.state_dict()
     if saved_names is None:
@@ -83,7 +83,7 @@ def placed_state(
 
 @contextmanager
 def schedule_in_errors(cfg: CfgNode) -> Iterator[None]:
-    """Let what Detectron2 says of a learning-rate schedule name the keys that it is made of."""
+    """Add the keys of a learning-rate schedule to Detectron2's errors about it."""
     try:
         yield
     except (AssertionError, ValueError, ZeroDivisionError) as error:
@@ -93,7 +93,7 @@ def schedule_in_errors(cfg: CfgNode) -> Iterator[None]:
 
 
 def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Put what a head names in `no_weight_decay` into groups of its own."""
+    """Move the parameters that a head lists in `no_weight_decay` to groups of their own."""
     spared = {
         id(module.get_parameter(name))
         for module in model.modules()

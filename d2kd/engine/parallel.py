@@ -24,7 +24,7 @@ def launch(
     args: Tuple[Any, ...] = (),
 ) -> None:
     """
-    detectron2.engine.launch, which knows GPUs only (0.5) or takes them whenever it sees one.
+    Like detectron2.engine.launch, which supports only GPUs (0.5) or always prefers them.
 
     Args:
         main_func: called as main_func(*args) in every process

@@ -1,4 +1,4 @@
-"""What a run is, worked out once from its config and OUTPUT_DIR."""
+"""A run, resolved once from its config and OUTPUT_DIR: its stages, and where it goes on."""
 
 from dataclasses import dataclass
 from typing import Callable, Optional, Tuple
@@ -15,7 +15,7 @@ from .stages import Stage, whole_run
 @dataclass(frozen=True)
 class RunPlan:
     """
-    All that is decided before anything is built, and alike in every process.
+    Everything that is decided before anything is built, identical in every process.
 
     `cfg`: of the whole run, for this number of processes; `seed`: of every random draw; `stages`:
     all of them, in turn; `resume_point`: where the run goes on, None of one that begins.
@@ -34,11 +34,11 @@ class RunPlan:
         on_checked: Optional[Callable[[], None]] = None,
     ) -> "RunPlan":
         """
-        Check the config, and find out what is left to be done. Every process must take part.
+        Check the config and find where the run goes on. Every process must call it.
 
         Args:
             resume: go on from the last checkpoint in OUTPUT_DIR, if there is one
-            on_checked: called once the config is found sound; it may be the first to write
+            on_checked: called once the config has passed the check, before anything is written
 
         Raises:
             ValueError, FileNotFoundError: what is wrong with the config, or with the checkpoints
@@ -54,7 +54,7 @@ class RunPlan:
 
     @property
     def stages_left(self) -> Tuple[Stage, ...]:
-        """Those that are not done; of a finished run the last, which is only evaluated again."""
+        """Stages that are not finished; of a finished run the last, which is evaluated again."""
         done = self.resume_point.done if self.resume_point else 0
         return tuple(x for x in self.stages if x.end > done) or self.stages[-1:]
 

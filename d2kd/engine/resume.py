@@ -28,7 +28,7 @@ WAY_OUT = (
 
 
 class RunRecord:
-    """What a run is: saved with every checkpoint, compared when the run is resumed."""
+    """Identity of a run: saved with every checkpoint, compared when the run is resumed."""
 
     def __init__(self, cfg: CfgNode, seed: int, images: Iterable[Mapping[str, Any]]):
         """

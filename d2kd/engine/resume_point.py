@@ -1,4 +1,4 @@
-"""Where a run goes on from."""
+"""The checkpoint that a run resumes from."""
 
 import logging
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ResumePoint:
     """
-    `path`: of a checkpoint; `done`: iterations of the run behind it, 1 or more; `seed`: of the run,
-    also where SEED was left to chance.
+    `path`: of the checkpoint; `done`: iterations of the run completed there, 1 or more; `seed`: of
+    the run, also where SEED was left to chance.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""One run from a config: train, go on, or evaluate. What train_net.py calls in every process."""
+"""One run from a config: train, resume or evaluate. Called by train_net.py in every process."""
 
 import gc
 import logging
@@ -32,7 +32,7 @@ def train(
 
     Args:
         resume: go on from the last checkpoint in OUTPUT_DIR, if there is one
-        on_checked: called once the config is found sound, before anything is written
+        on_checked: called once the config has passed the check, before anything is written
 
     Returns:
         Detectron2's results of the last evaluation, {"bbox": {"AP": ...}}; {} on other processes
@@ -61,7 +61,7 @@ def evaluate(
 
     Args:
         resume: take the last checkpoint in OUTPUT_DIR instead of MODEL.WEIGHTS
-        on_checked: called once the config is found sound, before anything is written
+        on_checked: called once the config has passed the check, before anything is written
 
     Raises:
         ValueError: nothing to evaluate on, weights that are missing or do not cover the student
@@ -95,9 +95,8 @@ def evaluate(
 
 def preflight_stage(stage: Stage) -> None:
     """
-    Build a later stage's model and evaluate its teacher, so that what is wrong with them is found
-    before the first step of the run and not days later. Both are dropped: there is memory for one
-    teacher.
+    Build a later stage's model and evaluate its teacher, so that an error in them stops the run
+    before its first step and not days later. Both are freed again: memory is for one teacher.
     """
     logger.info(f"Trying out stage {stage.index} of {stage.count}.")
     with stage.in_errors():

@@ -1,4 +1,4 @@
-"""One entry of DISTILL.STAGES: reading it, and the config of a run as that stage sees it."""
+"""One entry of DISTILL.STAGES: how it is read, and the config of the run during that stage."""
 
 from contextlib import contextmanager
 from typing import Iterator, Tuple
@@ -9,7 +9,7 @@ from ..config import merge_mapping, merge_opts
 from ..config.unread import refuse_unread
 from ..heads import DISTILL_HEAD_REGISTRY
 
-# What of SOLVER a stage may change: the learning rate. Other keys would move the run's iterations
+# Keys of SOLVER that a stage may change: the learning rate. Others would move the run's iterations
 # or the order of its data.
 LR_KEYS = (
     "BASE_LR",
@@ -28,7 +28,7 @@ LR_KEYS = (
 
 @contextmanager
 def stage_in_errors(index: int) -> Iterator[None]:
-    """Let a ValueError or FileNotFoundError begin with the stage it is about, counted from 1."""
+    """Prefix ValueError and FileNotFoundError with the stage, whose index counts from 1."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
@@ -120,7 +120,7 @@ def _check_may_change(key: str, restart: bool) -> None:
 
 
 def _scaled_steps(cfg: CfgNode, iterations: int) -> Tuple[int, ...]:
-    """SOLVER.STEPS at the same shares of a stage as of the run; of 180000 to 90000: the half."""
+    """SOLVER.STEPS at the same fractions of a stage as of the run."""
     total = cfg.SOLVER.MAX_ITER
     # Detectron2 leaves out steps after the end.
     steps = tuple(x * iterations // total for x in cfg.SOLVER.STEPS if x < total)

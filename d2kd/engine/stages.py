@@ -34,12 +34,12 @@ class Stage:
 
     @property
     def is_whole_run(self) -> bool:
-        """Nobody asked for stages."""
+        """The run has no DISTILL.STAGES."""
         return self.cfg is self.run
 
     @property
     def file_prefix(self) -> str:
-        """Of its checkpoints: model_final.pth is the end of the run, never that of a stage."""
+        """Prefix of its checkpoints; model_final.pth is the end of the run, never of a stage."""
         return "model" if self.index == self.count else f"model_stage_{self.index}"
 
     @property
@@ -49,14 +49,14 @@ class Stage:
 
     @property
     def learning_rate(self) -> Tuple[CfgNode, int]:
-        """The config whose SOLVER is the schedule, and the iteration of it where this begins."""
+        """The config whose SOLVER gives the schedule, and the iteration of it to start at."""
         if self.run.DISTILL.STAGE_LR == "continue":
             return self.run, self.start
         return self.cfg, 0
 
     @contextmanager
     def in_errors(self) -> Iterator[None]:
-        """Let errors begin with the name of the stage, if it has one."""
+        """Prefix errors with the stage, where the run has stages."""
         if self.is_whole_run:
             yield
             return
@@ -87,7 +87,7 @@ def distils(cfg: CfgNode) -> bool:
 
 
 def whole_run(cfg: CfgNode) -> Stage:
-    """The one stage of a run that has no others."""
+    """The single stage of a run without DISTILL.STAGES."""
     return Stage(1, 1, 0, cfg.SOLVER.MAX_ITER, cfg, cfg)
 
 
@@ -138,7 +138,7 @@ def only_stage(cfg: CfgNode) -> Stage:
 
 
 def move_to(scheduler: LRScheduler, iteration: int) -> None:
-    """Place one of Detectron2's learning-rate schedules at an iteration."""
+    """Set one of Detectron2's learning-rate schedules to an iteration."""
     # Not by its step(): PyTorch would warn that the optimizer has not made one yet.
     scheduler.last_epoch = iteration
     for group, learning_rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr()):

@@ -57,7 +57,7 @@ class Trainer(DefaultTrainer):
             stage: which part of the run; None: all of it
             seed: of the run; None: SEED, and a random one where that is below 0
         """
-        # Not DefaultTrainer's: it wraps models for CUDA only and checkpoints the wrapper.
+        # Instead of DefaultTrainer's, which wraps models for CUDA only and checkpoints the wrapper.
         TrainerBase.__init__(self)
         if stage is None:
             stage = only_stage(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
@@ -100,7 +100,7 @@ class Trainer(DefaultTrainer):
         except Exception:
             if self.iter >= self.max_iter:
                 raise
-            # Raised, it would hide why the run stopped: on a full disk, by the logs' own failure.
+            # Raising it would hide why the run stopped, as on a full disk, where logging fails too.
             logger.exception("Also, after the run had stopped:")
 
     @classmethod
@@ -144,8 +144,11 @@ class Trainer(DefaultTrainer):
 
     def start_from(self, point: Optional[ResumePoint]) -> None:
         """
-        Begin the run (None), go on inside the stage, or begin the stage with the student that the
-        stage before it has left.
+        Prepare for :meth:`train`.
+
+        Args:
+            point: None: start from MODEL.WEIGHTS and DISTILL.INHERIT; at the end of the stage
+                before: take over its student; else: resume within this stage
 
         Raises:
             ValueError: a checkpoint that is none, or is of another student, teacher or set of heads
@@ -215,19 +218,19 @@ class Trainer(DefaultTrainer):
                 f"SOLVER.MAX_ITER is {self.max_iter}, but the checkpoint has {done} iterations "
                 "behind it. Set it to as many or more, or start a run in an OUTPUT_DIR of its own."
             )
-        # Not the scheduler's state: it has the old learning rates.
+        # Without the scheduler's state, which has the old learning rates.
         hooks = {k: v for k, v in state["hooks"].items() if k != LRScheduler.__qualname__}
         TrainerBase.load_state_dict(self, {**state, "hooks": hooks})
         names = parameter_names(self.optimizer, self._module)
         old = state["_trainer"]
         optimizer = placed_state(self.optimizer, names, old["optimizer"], state.get("parameters"))
-        # What an AMP run has and one without lacks is new.
+        # State that only an AMP run has starts anew.
         new = self._trainer.state_dict()
         self._trainer.load_state_dict({**new, **old, "optimizer": optimizer})
         move_to(self.scheduler, self.lr_start + done - self.stage.start)
 
     def _check_student(self) -> None:
-        # It has just been loaded; its optimizer would not say what is wrong.
+        # Right after loading: the optimizer's error would not name the cause.
         wrong = self.checkpointer.missing_keys + self.checkpointer.unexpected_keys
         if wrong:
             raise ValueError(

@@ -26,14 +26,15 @@ class DetectorView(Recording):
     computes what it is asked for, without gradients.
 
     These are all members, by the word under which a head `requires` and a view `provides` them. To
-    ask for one that the detector does not provide is an error. (N images, K classes, A predictions
-    per cell, R boxes; "per level": a list in the order of `DensePredictions.levels`.)
+    ask for one that the detector does not provide is an error; all provide "features". (N images, K
+    classes, A predictions per cell, R boxes; "per level": a list in the order of
+    `DensePredictions.levels`.)
 
     always               detector, batched_inputs, provides, info, two_stage, num_classes (K),
                          num_anchors (A), strides, image_sizes, gt_instances
-    "features"           features: {level: (N, C, Hi, Wi)}
                          image_size: (height, width) of the padded batch
                          inside_image(level): (N, 1, Hi, Wi), or None
+    "features"           features: {level: (N, C, Hi, Wi)}
     "dense"              dense(): per level logits (N, A*K, Hi, Wi), deltas (N, A*4, Hi, Wi) and the
                          output of the classification tower (N, C, Hi, Wi)
                          boxes(deltas): per level (N, A*4, Hi, Wi)

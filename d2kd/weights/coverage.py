@@ -1,4 +1,4 @@
-"""Say how much of a detector its initial weights cover, part by part."""
+"""Report how much of each part of a detector its initial weights cover."""
 
 import logging
 from typing import Collection, Dict, List
@@ -7,7 +7,8 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# Of the parameters of a part: with fewer than LEAST of every part, the file is of another detector.
+# Fractions of a part's parameters: with less than LEAST of every part, the file is of another
+# detector.
 # A backbone of the right depth has at least USUAL; what Detectron2 adds to one is less.
 LEAST, USUAL = 0.5, 0.75
 

@@ -1,4 +1,4 @@
-"""Say what a file is that was given as a checkpoint and is none, by its bytes; nothing is run."""
+"""Identify, by its bytes alone, a file that was given as a checkpoint and is none."""
 
 import io
 import os
@@ -18,14 +18,14 @@ _BEGINNINGS = (
     (b"\x93NUMPY", "a single NumPy array"),
 )
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
-# What a file of plain weights is made of.
+# Modules that a file of plain weights refers to.
 _OF_TENSORS = ("torch", "torch._utils", "torch.storage", "torch.serialization", "collections")
 # How files of torch.save begin: since 1.6, and before.
 _TORCH_SAVE = (b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
 def why_no_checkpoint(path: str) -> str:
-    """What a file is that no reader of checkpoints needs to open; "" where it may be one."""
+    """What kind of file it is, if it cannot be a checkpoint; "" where it may be one."""
     size = os.path.getsize(path)
     if not size:
         return "it is empty, as an interrupted download leaves it"
@@ -83,7 +83,7 @@ def objects_in(path: str) -> List[str]:
 
 
 def is_pickle_of_arrays(path: str) -> bool:
-    """Whether pickle wrote it, not torch.save, and it has nothing but arrays."""
+    """Whether it was written by pickle, not torch.save, and holds only arrays."""
     with open(path, "rb") as file:
         by_torch = file.read(16).startswith(_TORCH_SAVE)
     objects = objects_in(path)

@@ -1,4 +1,4 @@
-"""Find the weights in a checkpoint of any tool, and say what was found where none fit."""
+"""Find the weights in a checkpoint of any tool, and explain why none fit."""
 
 import logging
 import re
@@ -77,7 +77,7 @@ def check_named(model: Any) -> None:
 
 def without_prefix(state: Dict[str, Any], wanted: Collection[str]) -> Dict[str, Any]:
     """
-    Take off what wrappers put before every name ("module.", "model.", ...), if the names then fit.
+    Remove prefixes that wrappers add to names ("module.", "model.", ...), if the names then fit.
 
     Args:
         state: name to value
@@ -96,7 +96,7 @@ def without_prefix(state: Dict[str, Any], wanted: Collection[str]) -> Dict[str, 
 
 
 def describe(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> str:
-    """In words: whose checkpoint it seems to be, how many weights it has, what they are called."""
+    """Description of a checkpoint: the tool it seems to be of, number and names of its weights."""
     tools = [name for keys, name in _TOOLS if keys <= set(checkpoint)]
     names = list(state)
     of = f"a checkpoint of {tools[0]}: " if tools else ""
@@ -105,7 +105,7 @@ def describe(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> str:
 
 
 def advice(names: Collection[str], wanted: Collection[str]) -> str:
-    """What to do about names of which none fits."""
+    """What to do when no name fits."""
     prefixes = Counter(prefix for name in names for prefix in _fitting_prefixes(name, wanted))
     if prefixes:
         prefix, count = prefixes.most_common(1)[0]

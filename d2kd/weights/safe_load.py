@@ -1,4 +1,4 @@
-"""Read weights from a file without running code that somebody may have put into it."""
+"""Read weights from a file without running any code in it."""
 
 import pickle
 import zipfile
@@ -12,7 +12,7 @@ from detectron2.utils.file_io import PathManager
 from .file_kinds import is_pickle_of_arrays, objects_in, why_no_checkpoint
 from .names import WANTED, with_model
 
-# What reading a file that is no checkpoint, or half of one, has been seen to raise.
+# Errors seen when reading a file that is no checkpoint, or half of one.
 UNREADABLE = (
     pickle.UnpicklingError,
     AssertionError,
@@ -28,8 +28,8 @@ UNREADABLE = (
 
 class _Dtype:
     """
-    Stands in for numpy.dtype, whose state in a pickle NumPy believes: with another one, bytes of
-    the file become addresses of Python objects.
+    Stands in for numpy.dtype. NumPy trusts a pickled dtype's state, with which bytes of the file
+    could become addresses of Python objects.
     """
 
     def __init__(self, name: str, *_: Any):
@@ -97,7 +97,7 @@ def read_arrays(file: IO[bytes]) -> Any:
 
 def read_weights_file(path: str) -> Dict[str, Any]:
     """
-    What Detectron2's checkpointer makes of a file, but safely: a .pkl of arrays (model zoo,
+    Read a file as Detectron2's checkpointer does, but safely: a .pkl of arrays (model zoo,
     Detectron1), a .pyth of pycls, and any other by PyTorch's weights-only loader.
 
     Args:
@@ -141,7 +141,7 @@ def _read(path: str) -> Dict[str, Any]:
 
 def load_tensors(path: str) -> Any:
     """
-    PyTorch's weights-only loader. Its errors advise to load without it; these do not.
+    PyTorch's weights-only loader, without its errors' advice to turn that off.
 
     Raises:
         pickle.UnpicklingError: it is no file of torch.save, or holds other objects than tensors

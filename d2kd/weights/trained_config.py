@@ -1,4 +1,4 @@
-"""The config that a checkpoint was trained with, beside the one that it is used with."""
+"""Compare the config that a checkpoint was trained with and the one that it is used with."""
 
 from fnmatch import fnmatchcase
 from typing import Any, List, Mapping, Tuple
@@ -11,7 +11,7 @@ from ..config import leaves, student_config
 
 Change = Tuple[str, Any, Any]  # key, the checkpoint's value, this run's
 
-# What a detector's weights mean, and their shapes do not show
+# Keys that change what a detector's weights mean, but not their shapes
 MEANING = (
     "INPUT.FORMAT",
     "MODEL.PIXEL_*",
@@ -23,8 +23,8 @@ MEANING = (
 
 def changed_keys(theirs: str, ours: str) -> List[Change]:
     """
-    Keys that have another value in the second of two configs, each as text of yacs. A key of one
-    side alone is another version's, which is told elsewhere.
+    Keys whose values differ between two configs, each as yacs dumps it. Keys of one side alone come
+    from another version of d2kd, which is reported elsewhere.
     """
     old, new = (dict(leaves(yaml.safe_load(text))) for text in (theirs, ours))
     return [(k, old[k], new[k]) for k in new if k in old and old[k] != new[k]]

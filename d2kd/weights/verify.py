@@ -14,8 +14,8 @@ from .safe_load import why_not_tensors
 
 def read_verified(path: str) -> Any:
     """
-    Read the values of a checkpoint, after comparing the checksum of every tensor, which PyTorch
-    does not do. The file is read once; its tensors are not built.
+    Read the values in a checkpoint after verifying the checksum of every tensor, which PyTorch does
+    not do. The file is read once; its tensors are not built.
 
     Returns:
         what was saved, with a placeholder for each tensor
@@ -40,15 +40,6 @@ def read_verified(path: str) -> Any:
     raise ValueError(reason)
 
 
-def find_corruption(path: str) -> str:
-    """What is wrong with a file of torch.save; "" if nothing is."""
-    try:
-        read_verified(path)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 _OF_TENSORS = (
     "torch",
     "torch._tensor",
@@ -60,7 +51,7 @@ _OF_TENSORS = (
 
 
 class _Placeholder:
-    """Stands in for a tensor, and for whatever else of PyTorch a file names."""
+    """Stands in for tensors and other objects of PyTorch."""
 
     def __init__(self, *_: Any):
         pass
@@ -81,7 +72,7 @@ _PLAIN: Dict[Tuple[str, str], Any] = {
 
 
 class _ValuesOnly(pickle.Unpickler):
-    """Reads no tensor's bytes, and calls nothing that could run code."""
+    """Leaves out tensors, and calls nothing that could run code."""
 
     def persistent_load(self, pid: Any) -> None:
         return None

@@ -21,7 +21,7 @@ from detectron2.engine.hooks import PeriodicWriter
 from d2kd.engine import Trainer, train
 from d2kd.utils.atomic_file import atomic_write, check_writable, explain_full_disk
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
-from d2kd.weights.verify import find_corruption
+from d2kd.weights.verify import read_verified
 
 from forks import fork, in_clean_process
 from runs import assert_same_checkpoint, at, interrupt, run, run_config, saved
@@ -117,13 +117,16 @@ def test_damaged_best_checkpoint_does_not_stop_a_run(
 def test_damage_is_found(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save({"x": torch.arange(1000)}, path)
-    assert find_corruption(str(path)) == ""
+    read_verified(str(path))
     flip_a_byte(path)
-    assert "corrupt" in find_corruption(str(path))
+    with pytest.raises(ValueError, match="corrupt"):
+        read_verified(str(path))
     torch.save({"x": torch.arange(1000)}, path)
     flip_a_byte_of_the_directory(path)
-    assert find_corruption(str(path))
-    assert find_corruption(str(tmp_path / "none.pth")) == "there is no such file"
+    with pytest.raises(ValueError, match="encrypted"):
+        read_verified(str(path))
+    with pytest.raises(ValueError, match="^there is no such file$"):
+        read_verified(str(tmp_path / "none.pth"))
 
 
 # An image with a NaN ------------------------------------------------------------------------------

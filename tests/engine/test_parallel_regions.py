@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from d2kd.engine import launch
 from d2kd.engine.parallel import data_parallel
 from d2kd.heads import CKDHead, RoIClsHead, RoILocHead, SGFIHead
-from d2kd.views import Regions, RegionSampler
+from d2kd.views import Regions, RegionSampler, dense
 from d2kd.views.predictions import RoIPredictions
 from d2kd.views.regions import Source
 
@@ -215,7 +215,7 @@ def state_of(model: nn.Module) -> Dict[str, Tensor]:
     return {k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and "running_" not in k}
 
 
-def empty_sample(self: RegionSampler, view: Any) -> Regions:
+def empty_sample(view: Any, sampler: RegionSampler) -> Regions:
     nothing = torch.zeros(0, dtype=torch.int64)
     return Regions([Boxes(torch.zeros(0, 4)) for _ in view.gt_instances], Source(*[nothing] * 4))
 
@@ -225,7 +225,7 @@ def detector_steps(teacher: List[Any]) -> Dict[str, Any]:
     A RetinaNet after a step in which process 1 has no boxes, one in which it has no region at all,
     and one in which no process has any.
     """
-    rank, sample = comm.get_rank(), RegionSampler.sample
+    rank, sample = comm.get_rank(), dense.sample_regions
     values = {"DISTILL__REGIONS__PER_IMAGE": 8, "DISTILL__CKD__QUEUE_SIZE": 100}
     torch.manual_seed(0)
     cfg = distill_config("retinanet", teacher, ["SGFI", "CKD"], **values)
@@ -238,7 +238,7 @@ def detector_steps(teacher: List[Any]) -> Dict[str, Any]:
     losses, regions, states = [], [], []
     for i in range(3):
         empty = i == 2 or (i == 1 and rank == 1)
-        RegionSampler.sample = empty_sample if empty else sample
+        dense.sample_regions = empty_sample if empty else sample
         optimizer.zero_grad()
         with EventStorage():
             found = model(batch(2, boxes=0 if rank else 2, seed=10 * i + rank))
@@ -248,7 +248,7 @@ def detector_steps(teacher: List[Any]) -> Dict[str, Any]:
         regions.append(len(view.regions(distiller.heads["CKD"].sampler)))
         losses.append({k: v.item() for k, v in found.items()})
         states.append(state_of(distiller))
-    RegionSampler.sample = sample
+    dense.sample_regions = sample
     return {"losses": losses, "regions": regions, "states": states, "before": before}
 
 

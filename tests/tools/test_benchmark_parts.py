@@ -15,7 +15,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
-from d2kd.views import Regions, RegionSampler
+from d2kd.views import Regions, RegionSampler, dense
 
 
 @pytest.fixture
@@ -146,13 +146,13 @@ def test_head_alone_draws_the_regions_of_a_dense_student_in_every_call(
 ) -> None:
     alone = head_alone("retinanet", "faster_rcnn", "SGFI")
     drawn: List[Regions] = []
-    sample = RegionSampler.sample
+    sample = dense.sample_regions
 
-    def spy(sampler: RegionSampler, view: Any) -> Regions:
-        drawn.append(sample(sampler, view))
+    def spy(view: Any, sampler: RegionSampler) -> Regions:
+        drawn.append(sample(view, sampler))
         return drawn[-1]
 
-    monkeypatch.setattr(RegionSampler, "sample", spy)
+    monkeypatch.setattr(dense, "sample_regions", spy)
     for step in (alone, alone, alone.whole_step):
         torch.manual_seed(3)
         step()

@@ -1,4 +1,4 @@
-"""Say which term, level and image made a loss infinite or NaN."""
+"""Explain which term, level and image made a loss infinite or NaN."""
 
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -12,7 +12,7 @@ from ...step import ByLevel, Step
 
 
 class LossNotFinite(FloatingPointError):
-    """Explained."""
+    """A non-finite loss, with an explanation."""
 
 
 class FiniteLossMixin:
@@ -67,7 +67,7 @@ def explain(
         losses: name to value, some not finite; {} where none has been computed
         step: `Distiller.last_step`; None of a plain detector
         images: of the batch
-        what: is not finite; empty: the losses
+        what: name of what is not finite; empty: the losses
     """
     bad = [k for k, v in losses.items() if not torch.tensor(v).isfinite()]
     lines = [what or f"Loss not finite: {', '.join(f'{k} = {losses[k]}' for k in bad)}."]
@@ -87,7 +87,7 @@ def explain(
 
 
 def _describe(sample: Dict[str, Any]) -> str:
-    """The image's file, and whether its pixels are to blame."""
+    """The image's file name, and the number of its values that are not finite."""
     name, image = str(sample.get("file_name", "?")), sample.get("image")
     count = 0 if image is None else int((~image.isfinite()).sum())
     return f"{name} (which has {count} values that are not finite)" if count else name

@@ -176,7 +176,7 @@ def fingerprint(module: nn.Module) -> str:
 def liveness_hooks(
     model: nn.Module, optimizer: torch.optim.Optimizer, cfg: CfgNode
 ) -> List[HookBase]:
-    """[] for a student alone, or where it is switched off."""
+    """The :class:`Liveness` of a run; [] for a student alone, or where it is disabled."""
     distils = getattr(model, "teacher", None) is not None
     if not (distils and cfg.DISTILL.LIVENESS.ENABLED):
         return []

@@ -1,4 +1,4 @@
-"""What each loss of a step does to the student's pyramid."""
+"""Gradients of each loss of a step at the student's pyramid."""
 
 import math
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ TASK = "student's own"
 @dataclass
 class LossGradient:
     """
-    Of one loss: its value, weighted; the norm of its gradient at each level and at all together;
-    the cosine with the gradient of the student's own losses; and the values that its head gave,
-    without weight, by level where the head tells levels apart, else under "".
+    Gradient of one loss. `value`: weighted; `levels`, `norm`: of the gradient at each level, and at
+    all together; `cosine`: with the gradient of the student's own losses; `terms`: unweighted
+    values by level, or under "" where the head has none by level.
     """
 
     value: float
@@ -50,7 +50,7 @@ class LossGradients:
         Args:
             losses: of a step, as the Distiller returns them, before their backward
             step: `Distiller.last_step`
-            scale: by which mixed precision multiplies losses, so that no gradient is rounded to 0
+            scale: of :func:`loss_scale`, so that no gradient underflows
         """
         features = {k: v for k, v in step.student.features.items() if v.requires_grad}
         distilled = step.losses
@@ -64,13 +64,13 @@ class LossGradients:
         return cls(found, {name: list(terms) for name, terms in step.terms.items()})
 
     def share(self, key: str, level: str = "") -> float:
-        """Of the sum of all losses' norms, at one level or at all together."""
+        """Share of the sum of all losses' gradient norms, at one level or at all together."""
         norms = {k: x.levels[level] if level else x.norm for k, x in self.losses.items()}
         total = sum(norms.values())
         return norms[key] / total if total else 0.0
 
     def scalars(self) -> Dict[str, float]:
-        """For TensorBoard. Detectron2 prints every name that has "loss" in it: these have not."""
+        """For TensorBoard. Names avoid "loss", as Detectron2 prints every scalar that has it."""
         scalars = {}
         for key in (key for keys in self.heads.values() for key in keys):
             name = key[len("loss_") :]
@@ -83,7 +83,7 @@ class LossGradients:
 
 
 def loss_scale(trainer: SimpleTrainer) -> float:
-    """By which a trainer with mixed precision multiplies losses; 1 of others."""
+    """Factor by which mixed precision multiplies losses; 1 without it."""
     scaler = getattr(trainer, "grad_scaler", None)
     return scaler.get_scale() if scaler else 1.0
 

@@ -10,10 +10,10 @@ from ...panel import draw_panel
 
 class ShowPanel(HookBase):
     """
-    Give TensorBoard the panel of a batch's first image, in those iterations in which Detectron2
-    gives it the student's detections.
+    Write the panel of a batch's first image to TensorBoard, in the iterations in which Detectron2
+    writes the student's detections.
 
-    It reads what the step has left and draws no random number, so training is the same without it.
+    It only reads results of the step and draws no random number, so it does not affect training.
     """
 
     def __init__(self, model: nn.Module, period: int, class_names: Sequence[str] = ()):

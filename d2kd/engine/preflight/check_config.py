@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a config before a model is built."""
+"""All checks of a config that need no model."""
 
 import math
 from typing import List
@@ -58,7 +58,7 @@ def check_config(cfg: CfgNode, evaluation: bool = False) -> List[Stage]:
 
 
 def _check_run(cfg: CfgNode) -> None:
-    """What Detectron2 reads unchecked: it would fail late, or train something else."""
+    """Values that Detectron2 does not check: it would fail late, or train something else."""
     if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise ValueError(
             "SOLVER.AMP.ENABLED is True, which Detectron2 has for GPUs only; MODEL.DEVICE is "
@@ -80,7 +80,7 @@ def _check_run(cfg: CfgNode) -> None:
 
 
 def _check_plain(cfg: CfgNode) -> None:
-    """A student alone must be what somebody asked for."""
+    """Training a student alone must be intended."""
     if cfg.DISTILL.HEADS and cfg.DISTILL.ENABLED:
         raise ValueError(
             f"DISTILL.HEADS is {list(cfg.DISTILL.HEADS)}, but MODEL.META_ARCHITECTURE is "

@@ -1,4 +1,4 @@
-"""What under TEST would be asked for in vain, or be missed only after the training."""
+"""Refuse keys under TEST that would be ignored, or fail only after the training."""
 
 import math
 
@@ -10,7 +10,7 @@ TASKS = ("bbox", "segm", "keypoints")
 def check_evaluation(cfg: CfgNode, training: bool = True) -> None:
     """
     Args:
-        training: comes first
+        training: whether the evaluation follows a training
 
     Raises:
         ValueError: naming the key, its value and what would be right

@@ -1,4 +1,4 @@
-"""What was built, in a few lines: the end of what can be said before the first step."""
+"""Summary of what was built, logged before the first step."""
 
 from tabulate import tabulate
 from torch import nn

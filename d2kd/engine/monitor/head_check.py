@@ -73,15 +73,13 @@ class HeadCheck:
         without = [k for k in worked if k not in losses or not losses[k].norm]
         stuck = self.parameters.stuck(self.name)
         return [f"{k} (no gradient in this step)" for k in without] + [
-            f"{k} (has not moved since the last look)" for k in stuck
+            f"{k} (has not moved since the last check)" for k in stuck
         ]
 
     def _problems(self) -> List[str]:
         problems, terms = [], self._terms()
         if not self.measured[-1].losses[TASK].levels:
-            logger.warning(
-                "The student's pyramid is frozen: no loss has a gradient to look at there."
-            )
+            logger.warning("The student's pyramid is frozen: no loss has a gradient there.")
             return self.parameters.problems(self.name)
         some_work = any(x.norm > 0 for steps in terms.values() for x in steps)
         for key, steps in terms.items():

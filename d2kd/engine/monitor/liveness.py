@@ -108,7 +108,7 @@ class Liveness(HookBase):
     def _log_table(self, title: str) -> None:
         if comm.is_main_process():
             logger.info(
-                f"{title} (a look of {self.seconds:.2f} s):\n{describe(self.found)}\n"
+                f"{title} (measured in {self.seconds:.2f} s):\n{describe(self.found)}\n"
                 f"{suggest_weights(self.found, self.loss_weights, self.wanted_share)}"
             )
 
@@ -144,8 +144,8 @@ class Liveness(HookBase):
         unchecked = sorted(name for name in self.were_on if not self.checks[name].is_done)
         if unchecked:
             logger.warning(
-                f"The run had less than {self.checks[unchecked[0]].steps} steps with objects in "
-                f"which {', '.join(unchecked)} was on: that it works is not proved."
+                f"The run had fewer than {self.checks[unchecked[0]].steps} steps with objects in "
+                f"which {', '.join(unchecked)} was on: whether it works was not checked."
             )
         if fingerprint(self.distiller.teacher.model) != self.teacher:
             raise RuntimeError(

@@ -247,7 +247,7 @@ def test_run_too_short_to_prove_anything_says_so(
     folder: Path, teacher: List[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     run(run_config(folder, teacher, ["PKD"], SOLVER__MAX_ITER=2))
-    assert "less than 3 steps with objects in which PKD was on" in caplog.text
+    assert "fewer than 3 steps with objects in which PKD was on" in caplog.text
 
 
 class Scaler:
@@ -466,7 +466,7 @@ def test_frozen_pyramid_is_warned_of_and_a_head_on_logits_goes_on(
     opts = write_teacher(tmp_path, "retinanet", **values)
     cfg = run_config(folder, opts, ["BCKD"], DISTILL__LIVENESS__PERIOD=4)
     assert scalars(run(cfg, FreezeThePyramid()))["loss_bckd_cls"].keys() == {0, 1, 2, 3}
-    assert "The student's pyramid is frozen: no loss has a gradient to look at" in caplog.text
+    assert "The student's pyramid is frozen: no loss has a gradient there" in caplog.text
     # What is certainly wrong still is.
     odd("still")
     with pytest.raises(RuntimeError, match="none of the 2 parameters of Odd has a gradient"):

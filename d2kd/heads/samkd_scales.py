@@ -34,7 +34,7 @@ class PooledMaps:
 
     @staticmethod
     def scale(size: int, x: Tensor, target: Tensor, inside: Optional[Tensor]) -> Scale:
-        """One scale of a level; the arguments are the fields of :class:`Scale`, of the whole map."""
+        """Of the whole map, see the fields of :class:`Scale`."""
         return Scale(
             size,
             max_pool(x, size, inside),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..distiller import Distiller
 from .case import Case
+from .requires import watch_views
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
@@ -14,9 +15,11 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 def check_names(case: Case) -> None:
     """
     `forward` returns {"loss_...": scalar, or {level: scalar}}, finite, float32, connected to the
-    student, under names that the student's own losses do not have.
+    student, under names that the student's own losses do not have. It reads only what `requires`
+    names.
     """
     distiller = case.fresh()
+    watch_views(case, distiller)
     own = set(case.losses(distiller)) - set(distiller.last_step.losses)
     seen = []
     distiller.heads[case.name].register_forward_hook(

@@ -106,6 +106,13 @@ class HasAnUnusedParameter(SoundHead):
         self.forgotten = nn.Linear(2, 2)
 
 
+class ReadsWhatItDoesNotRequire(SoundHead):
+    requires = frozenset({"features"})
+
+    def forward(self, student, teacher):
+        return {"loss_defective": self.error(student, teacher) + student.dense().logits[0].mean()}
+
+
 class TakesLogOfSoftmax(SoundHead):
     def forward(self, student, teacher):
         x, target = (view.dense().logits[0].flatten(1).softmax(1) for view in (student, teacher))
@@ -168,6 +175,7 @@ DEFECTS = [
     (Misnamed, check_names, "key 'distance'.* must start with \"loss_\""),
     (Unreduced, check_names, r"loss_defective is \(2, 32, 8, 8\); reduce it"),
     (TakenName, check_names, "the student has a loss 'loss_cls' of its own|a name that is taken"),
+    (ReadsWhatItDoesNotRequire, check_names, r"reads `dense`, but `requires` is \['features'\]"),
     (DetachesTheStudent, check_gradients, "no parameter of the student gets a gradient"),
     (WeighsItself, check_weight, "LOSS_WEIGHT doubled, 4 times as much"),
     (TrainsTheTeacher, check_gradients, "depends on head.* of the teacher.* must be detached"),

@@ -1,0 +1,52 @@
+"""A head asks of a detector what it declares in `requires`, and nothing else."""
+
+from typing import Any, Dict, FrozenSet, Tuple
+
+from ..heads.fit import requires_of
+from ..heads.registry import head_class
+from ..views import DetectorView
+from ..views.wrapped import WrappedView
+from .case import Case
+
+# Members of a DetectorView by the words that ask for them; what is not here is there always.
+WORDS: Dict[str, Tuple[str, ...]] = {
+    "features": ("features",),
+    "dense": ("dense",),
+    "boxes": ("dense",),
+    "towers": ("tower_",),
+    "predict_from": ("tower_",),
+    "anchor_labels": ("anchor_labels",),
+    "roi_features": ("roi_features",),
+    "roi_predictions": ("roi_predictions",),
+    "sampled_proposals": ("roi_predictions",),
+    "pooled_levels": ("roi_features", "roi_predictions"),
+    "pooler": ("roi_features", "roi_predictions"),
+    "mean_in_boxes": ("roi_features", "roi_predictions"),
+    "regions": ("regions",),
+    "region_vectors": ("region_vectors",),
+}
+
+
+class RequiredView(WrappedView):
+    """A view that answers only for what a head requires."""
+
+    def __init__(self, view: DetectorView, required: FrozenSet[str], case: Case):
+        super().__init__(view)
+        self._required, self._case = required, case
+
+    def __getattr__(self, name: str) -> Any:
+        words = WORDS.get(name, ())
+        assert not words or any(x.startswith(words) for x in self._required), (
+            f"{self._case}: forward reads `{name}`, but `requires` is {sorted(self._required)}: "
+            f"add {words[0]!r}. A teacher is told by it what to compute in one pass, and a pair "
+            "that lacks it is refused when the model is built."
+        )
+        return super().__getattr__(name)
+
+
+def watch_views(case: Case, distiller: Any) -> None:
+    """Let the head see nothing but what it requires, from now on."""
+    required = requires_of(head_class(case.name), case.cfg, distiller.pair)
+    distiller.heads[case.name].register_forward_pre_hook(
+        lambda module, views: tuple(RequiredView(view, required, case) for view in views)
+    )

@@ -18,7 +18,13 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["d2kd", "d2kd.*"]),
+    # The configs travel inside the package, as Detectron2's do; quickstart's teacher with them.
+    packages=[*find_packages(include=["d2kd", "d2kd.*"]), "d2kd.configs"],
+    package_dir={"d2kd.configs": "configs"},
+    package_data={"d2kd.configs": ["*/*.yaml", "*/*/*.yaml", "quickstart/*.pth"]},
+    # Outside the package, whose import takes seconds: `d2kd --help` must not.
+    py_modules=["d2kd_cli"],
+    entry_points={"console_scripts": ["d2kd = d2kd_cli:main"]},
     python_requires=">=3.9",
     # Detectron2 is not named here: PyPI has no package of that name, so pip would fail on it or,
     # once somebody registers it, install a stranger's code. third_party/detectron2 builds one.

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .utils.atomic_file import AtomicFiles
+from .utils.packaged import find_file
 from .weights.coverage import report_coverage
 from .weights.names import advice, check_named, describe, without_prefix
 from .weights.run_checkpoints import BEST, NOT_OF_A_RUN
@@ -222,6 +223,7 @@ def _not_finite(values: Mapping[str, Tensor]) -> str:
 
 def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> Dict[str, Any]:
     """`checkpointer.load`, with the config key that named the path in its errors."""
+    path = find_file(path)
     try:
         if path and not urlparse(path).scheme:
             check_is_file(urlparse(path)._replace(query="").geturl(), key)

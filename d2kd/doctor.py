@@ -1,5 +1,5 @@
 """
-Look at a distillation before it is run: python -m d2kd.doctor --config-file run.yaml
+Look at a distillation before it is run: d2kd doctor --config-file run.yaml
 
 Builds student, teacher and heads, takes a few steps on two images of noise, and prints what was
 built, which heads fit this pair and why the others do not, what each loss does, and what a run will
@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from tabulate import tabulate
@@ -22,8 +22,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from .config import load_config, student_config
-from .config.unread import refuse_unread
+from .cli.common import add_config_options, command_parser, read_config
+from .config import student_config
 from .data import register_datasets
 from .data.noise import noise_batch
 from .distiller import Distiller
@@ -34,17 +34,17 @@ from .engine.preflight.check_config import check_config
 from .engine.preflight.summary import summary
 from .heads.fit import misfit
 from .heads.registry import head_names
-from .utils.command_line import add_overrides, parse_command_line
-from .utils.plugin import import_file
+from .utils.command_line import parse_command_line
+from .utils.user_mistakes import run_command
 from .views import describe_detector
 
 STEPS = 3
 EPILOG = """
-Exit code 0: it can be run; 1: it cannot, and the last line says why.
+Exit code 0: it can be run; 2: it cannot, and the last line says why.
 
-examples:
-  python -m d2kd.doctor --config-file configs/quickstart/cwd.yaml
-  python -m d2kd.doctor --config-file run.yaml --plugin my_head.py SOLVER.IMS_PER_BATCH 8
+Examples:
+  d2kd doctor --config-file configs/quickstart/cwd.yaml
+  d2kd doctor --config-file run.yaml --plugin my_head.py SOLVER.IMS_PER_BATCH 8
 """
 
 
@@ -58,27 +58,27 @@ class Cost:
     size: Sequence[int]
 
 
-def main(argv: Sequence[str] = None) -> int:
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    return run_command("d2kd doctor", diagnose, argv)
+
+
+def diagnose(argv: Optional[Sequence[str]] = None) -> None:
+    """
+    Raises:
+        ValueError, OSError: why the run that a command line names would not work
+    """
     args = parse_args(argv)
-    try:
-        for path in args.plugin:
-            import_file(path)
-        cfg = load_config(args.config_file, args.opts)
-        refuse_unread(cfg, args.opts, "The command line")
-        stages = check_config(cfg)
-        if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.ENABLED:
-            print("A student alone: there is no distillation to look at.")
-            return 0
-        for stage in stages:
-            if not stage.is_whole_run:
-                print(f"\n{stage}")
-            with stage.in_errors():
-                examine(stage.cfg, args.images)
-        check_data(cfg)  # last: there is much to see without it
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"\nThis cannot be run: {error}", file=sys.stderr)
-        return 1
-    return 0
+    cfg = read_config(args)
+    stages = check_config(cfg)
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.ENABLED:
+        print("A student alone: there is no distillation to look at.")
+        return
+    for stage in stages:
+        if not stage.is_whole_run:
+            print(f"\n{stage}")
+        with stage.in_errors():
+            examine(stage.cfg, args.images)
+    check_data(cfg)  # last: there is much to see without it
 
 
 def check_data(cfg: CfgNode) -> None:
@@ -97,8 +97,7 @@ def examine(cfg: CfgNode, num_images: int) -> None:
     Build and try out one stage, and print what was found.
 
     Raises:
-        ValueError, OSError: what is wrong with the config
-        RuntimeError: a loss that is not finite
+        ValueError, OSError: what is wrong with the config, or a loss that is not finite
     """
     torch.manual_seed(0)
     distiller = build_model(cfg).train()
@@ -153,7 +152,7 @@ def _told_by_weights(cfg: CfgNode, step: int) -> Iterator[None]:
         weights = {
             f"DISTILL.{x}.LOSS_WEIGHT": cfg.DISTILL[x].LOSS_WEIGHT for x in cfg.DISTILL.HEADS
         }
-        raise RuntimeError(
+        raise ValueError(
             f"Step {step + 1} on images of noise: {error} Too large for it may be SOLVER.BASE_LR "
             f"{cfg.SOLVER.BASE_LR}, or of the heads {weights} and what else weighs their terms."
         ) from error
@@ -186,18 +185,10 @@ def _estimate(cfg: CfgNode, cost: Cost) -> str:
     )
 
 
-def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m d2kd.doctor",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="YAML of a distillation")
-    add("--images", type=int, default=2, help="in a step; default %(default)s")
-    add("--plugin", action="append", default=[], metavar="FILE", help="as for train_net.py")
-    add_overrides(parser)
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = command_parser("d2kd doctor", __doc__, EPILOG)
+    add_config_options(parser)
+    parser.add_argument("--images", type=int, default=2, help="in a step; default %(default)s")
     return parse_command_line(parser, argv)
 
 

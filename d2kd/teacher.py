@@ -17,6 +17,7 @@ from .checkpoint import check_is_file, load_whole_detector
 from .data.class_names import class_names, names_in_sets
 from .modeling.build import build_detector
 from .modeling.trainable import check_teaches
+from .utils.packaged import find_file
 from .weights.trained_config import check_same_detector
 
 logger = logging.getLogger(__name__)
@@ -94,12 +95,12 @@ def resolve_teacher(cfg: CfgNode) -> Tuple[str, str]:
             "DISTILL.TEACHER.CONFIG_FILE is empty: name the teacher's YAML or LazyConfig .py, or a "
             "model-zoo config such as COCO-Detection/retinanet_R_101_FPN_3x.yaml."
         )
-    config_file, zoo_weights = node.CONFIG_FILE, ""
+    config_file, zoo_weights = find_file(node.CONFIG_FILE), ""
     if not os.path.isfile(config_file):
         config_file, zoo_weights = _from_model_zoo(node.CONFIG_FILE)
     if node.ALLOW_RANDOM_WEIGHTS:
-        return config_file, node.WEIGHTS
-    weights = node.WEIGHTS or zoo_weights
+        return config_file, find_file(node.WEIGHTS)
+    weights = find_file(node.WEIGHTS) or zoo_weights
     if not weights:
         raise ValueError(
             "DISTILL.TEACHER.WEIGHTS is empty: a teacher without weights knows nothing. Give the "

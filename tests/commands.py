@@ -13,17 +13,32 @@ from toys import ROOT
 TOOLS = Path(ROOT) / "tools"
 # Each by the module that reads its command line.
 COMMANDS: Dict[str, str] = {
-    "train_net.py": "train_net",
-    "d2kd.doctor": "d2kd.doctor",
-    "d2kd.export": "d2kd.export.__main__",
-    "d2kd.conformance": "d2kd.conformance.__main__",
+    "d2kd train": "d2kd.cli.train",
+    "d2kd eval": "d2kd.cli.eval",
+    "d2kd doctor": "d2kd.doctor",
+    "d2kd export": "d2kd.export.__main__",
+    "d2kd check": "d2kd.conformance.__main__",
+    "d2kd draw": "d2kd.cli.draw",
+    "d2kd draw-detections": "d2kd.cli.draw_detections",
+    "d2kd quickstart": "d2kd.cli.quickstart",
+    "d2kd heads": "d2kd.heads.__main__",
+    "d2kd keys": "d2kd.cli.keys",
     "d2kd.data.preview": "d2kd.data.preview",
     "tools/benchmark.py": "benchmark",
-    "tools/draw_detections.py": "draw_detections",
-    "tools/draw_distillation.py": "draw_distillation",
     "tools/paired_baseline.py": "paired_baseline",
-    "tools/quickstart.py": "quickstart",
     "tools/shrink_checkpoint.py": "shrink_checkpoint",
+}
+# Other words that start the same.
+ALIASES: Dict[str, str] = {
+    "train_net.py": "d2kd train",
+    "d2kd.doctor": "d2kd doctor",
+    "d2kd.export": "d2kd export",
+    "d2kd.conformance": "d2kd check",
+    "d2kd.heads": "d2kd heads",
+    "d2kd compare": "tools/paired_baseline.py",
+    "tools/draw_detections.py": "d2kd draw-detections",
+    "tools/draw_distillation.py": "d2kd draw",
+    "tools/quickstart.py": "d2kd quickstart",
 }
 
 
@@ -44,12 +59,10 @@ def parse(command: str, words: List[str]) -> argparse.Namespace:
 
 
 def files_with_parsers() -> List[str]:
-    """Commands as COMMANDS names them, found by what their files contain."""
+    """Modules as COMMANDS names them, found by what their files contain."""
     found = []
-    for path in [Path(ROOT, "train_net.py"), *TOOLS.glob("*.py"), *Path(ROOT).glob("d2kd/**/*.py")]:
-        if re.search(r"(ArgumentParser|argument_parser)\(.*\n?", path.read_text()):
-            name = str(path.relative_to(ROOT))
-            if name.startswith("d2kd"):
-                name = name[: -len(".py")].replace("/", ".").replace(".__main__", "")
-            found.append(name)
+    for path in [*Path(ROOT).glob("*.py"), *TOOLS.glob("*.py"), *Path(ROOT).glob("d2kd/**/*.py")]:
+        if re.search(r"= (argparse\.ArgumentParser|command_parser)\(", path.read_text()):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found.append(name.replace("tools.", ""))
     return sorted(found)

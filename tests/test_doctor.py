@@ -97,9 +97,9 @@ def test_what_is_wrong_is_the_last_line_and_the_exit_code(
     opts: List[str], words: str, config_file: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     assert (
-        doctor.main(["--config-file", config_file("retinanet", "retinanet", ["PKD"]), *opts]) == 1
+        doctor.main(["--config-file", config_file("retinanet", "retinanet", ["PKD"]), *opts]) == 2
     )
-    assert re.search(f"(?s)This cannot be run: .*{words}", capsys.readouterr().err)
+    assert re.search(f"d2kd doctor: error: .*{words}", capsys.readouterr().err)
 
 
 COCO = "[{'NAME': 'gone', 'JSON': 'gone.json', 'IMAGES': '.'}]"
@@ -137,11 +137,11 @@ def test_data_that_is_not_there_or_does_not_fit_is_told_behind_the_plan(
     path = config_file("retinanet", "retinanet", ["PKD"])
     before = sorted(tmp_path.iterdir())
     root = ["DATASETS.SHAPES.ROOT", str(tmp_path)] if "d2kd_shapes" in str(opts) else []
-    assert doctor.main(["--config-file", path, *root, *opts]) == 1
+    assert doctor.main(["--config-file", path, *root, *opts]) == 2
     said = capsys.readouterr()
     for part in ("Heads for this pair:", "loss_pkd", "s a step of 2 images"):
         assert part in said.out
-    assert re.fullmatch(f"\nThis cannot be run: {words}.*\n", said.err)
+    assert re.fullmatch(f"d2kd doctor: error: {words}.*\n", said.err)
     assert sorted(tmp_path.iterdir()) == before, "nothing is written"
 
 

@@ -25,12 +25,12 @@ from d2kd import DISTILL_HEAD_REGISTRY, load_config, student_config
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.utils.plugin import import_file
 
-from commands import COMMANDS, module_of, parse
+from commands import ALIASES, COMMANDS, module_of, parse
 from runs import SHAPES_CLASSES, run_config
 from toys import ROOT, write_teacher
 
 DOCUMENTS = ("README.md", "MODEL_ZOO.md", "docs/speed.md", "configs/quickstart/teacher.yaml")
-STARTS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|make|tensorboard|pip|dev/\S+) .*")
+STARTS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:d2kd|python|make|tensorboard|pip|dev/\S+)(?: .*)?")
 
 
 def shown_in(text: str) -> List[str]:
@@ -43,7 +43,7 @@ def shown_in(text: str) -> List[str]:
         *re.findall(r"^(?:    |  |#   |Example: )(.*)$", prose, re.MULTILINE),
     ]
     lines += [re.sub(r"\s+", " ", x) for x in re.findall(r"`([^`]+)`", prose)]
-    lines += re.findall(r"^[^`\n]*: (python .*)$", prose, re.MULTILINE)
+    lines += re.findall(r"^[^`\n]*: ((?:python|d2kd) .*)$", prose, re.MULTILINE)
     found = [x.strip() for x in lines if STARTS.fullmatch(x.strip())]
     return list(dict.fromkeys(found))
 
@@ -127,7 +127,7 @@ def check_anywhere(cfg: CfgNode) -> None:
 
 
 def try_quickstart(words: List[str]) -> None:
-    args = parse("tools/quickstart.py", words)
+    args = parse("d2kd quickstart", words)
     for path in (args.student, args.distilled):
         check_anywhere(load_config(path, args.opts))
 
@@ -164,9 +164,9 @@ def run_shrink(words: List[str]) -> None:
 
 
 def run_doctor(words: List[str]) -> None:
-    try_config("d2kd.doctor", words)
+    try_config("d2kd doctor", words)
     if "run.yaml" in words:  # the others have detectors of full size
-        assert module_of("d2kd.doctor").main(words) == 0
+        assert module_of("d2kd doctor").main(words) == 0
 
 
 def run_preview(words: List[str]) -> None:
@@ -175,13 +175,15 @@ def run_preview(words: List[str]) -> None:
     assert Path(words[0]).stat().st_size > 1000
 
 
+# Their words tell of no config.
+PARSED = ("d2kd check", "d2kd draw-detections", "d2kd heads", "d2kd keys")
 TRIED: Dict[str, Callable[[List[str]], Any]] = {
     **{name: partial(try_config, name) for name in COMMANDS},
-    **{name: partial(parse, name) for name in ("d2kd.conformance", "tools/draw_detections.py")},
-    "tools/quickstart.py": try_quickstart,
+    **{name: partial(parse, name) for name in PARSED},
+    "d2kd quickstart": try_quickstart,
     "tools/benchmark.py": try_benchmark,
     "tools/shrink_checkpoint.py": run_shrink,
-    "d2kd.doctor": run_doctor,
+    "d2kd doctor": run_doctor,
     "d2kd.data.preview": run_preview,
     "make": try_make,
     "pip": try_pip,
@@ -191,11 +193,13 @@ OTHERS = {"pytest": [], "tensorboard": ["--logdir", "output"]}
 
 
 def split(line: str) -> Tuple[str, List[str]]:
-    """The command that a line starts, and its words."""
+    """The command that a line starts, as COMMANDS names it, and its words."""
     words = shlex.split(re.sub(r"^([A-Z_]+=\S+ )+", "", line), comments=True)
-    if words[0] != "python":
-        return words[0], words[1:]
-    return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+    if words[0] == "python":
+        words = words[2:] if words[1] == "-m" else words[1:]
+    if words[0] == "d2kd" and len(words) > 1:
+        words = [" ".join(words[:2]), *words[2:]]
+    return ALIASES.get(words[0], words[0]), words[1:]
 
 
 @pytest.mark.parametrize("where, line", EXAMPLES)

@@ -1,104 +1,10 @@
 #!/usr/bin/env python
-"""
-Draw what detectors see, side by side: a row per image of the test set, ground truth first.
+"""From a checkout of d2kd, the same as `d2kd draw-detections`."""
 
-The detectors run as plain Detectron2 students, from their YAML and checkpoint.
-"""
+import sys
 
-import argparse
-from typing import Any, Dict, List, Optional, Sequence, Tuple
-
-import cv2
-import numpy as np
-
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.detection_utils import read_image
-from detectron2.engine import DefaultPredictor
-from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
-
-from d2kd import load_config, student_config
-from d2kd.checkpoint import load_whole_detector
-from d2kd.data import register_datasets
-from d2kd.utils.command_line import add_overrides, parse_command_line
-from d2kd.weights.trained_config import check_same_detector
-
-EXAMPLE = """
-Example: a student of the quickstart beside its teacher
-    python tools/draw_detections.py detections.png \\
-        --detector teacher configs/quickstart/teacher.yaml configs/quickstart/teacher.pth \\
-        --detector student configs/quickstart/cwd.yaml output/quickstart/cwd/model_final.pth
-"""
-Panel = Tuple[str, str, str]  # title, config file, weights
-WIDTH, GAP = 288, 2  # of a picture and of the space around it, pixels
-
-
-def draw_detections(
-    panels: Sequence[Panel], opts: Sequence[str], rows: int, threshold: float, path: str
-) -> None:
-    """
-    Args:
-        panels: the detectors, left to right
-        opts: config overrides for all of them
-        rows: number of images
-        threshold: lowest score that is drawn
-        path: picture to write
-    """
-    configs = [student_config(load_config(file, opts)) for _, file, _ in panels]
-    register_datasets(configs[0], configs[0].MODEL.META_ARCHITECTURE, parts=("TEST",))
-    name = configs[0].DATASETS.TEST[0]
-    images = get_detection_dataset_dicts([name])
-    images = images[:: max(len(images) // rows, 1)][:rows]
-    canvases = [_canvas(x, name) for x in images]
-    truth = [canvas.draw_dataset_dict(x) for canvas, x in zip(canvases, images)]
-    columns = [_column("ground truth", truth)]
-    for (title, _, weights), cfg in zip(panels, configs):
-        cfg.MODEL.WEIGHTS = ""  # Detectron2 would run what is in the file, and load a part of it
-        predictor, drawn = DefaultPredictor(cfg), []
-        found = load_whole_detector(predictor.model, weights, f"--detector {title}")
-        check_same_detector(found, cfg, f"--detector {title}")
-        for record in images:
-            instances = predictor(read_image(record["file_name"], "BGR"))["instances"].to("cpu")
-            instances = instances[instances.scores > threshold]
-            drawn.append(_canvas(record, name).draw_instance_predictions(instances))
-        columns.append(_column(title, drawn))
-    cv2.imwrite(path, np.hstack(columns))
-
-
-def _canvas(record: Dict[str, Any], name: str) -> Visualizer:
-    image = read_image(record["file_name"], "RGB")
-    scale = WIDTH / image.shape[1]
-    return Visualizer(image, MetadataCatalog.get(name), scale=scale, instance_mode=ColorMode.IMAGE)
-
-
-def _column(title: str, drawn: List[VisImage]) -> np.ndarray:
-    """Returns: a title over pictures of one width, (H, W, 3) BGR."""
-    head = np.full((28, WIDTH, 3), 255, dtype=np.uint8)
-    cv2.putText(head, title, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
-    pictures = [head]
-    for image in (x.get_image()[..., ::-1] for x in drawn):
-        pictures.append(cv2.resize(image, (WIDTH, WIDTH * image.shape[0] // image.shape[1])))
-    return np.vstack([cv2.copyMakeBorder(x, *[GAP] * 4, 0, value=(255,) * 3) for x in pictures])
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", help="picture to write, such as detections.png")
-    parser.add_argument(
-        "--detector",
-        nargs=3,
-        action="append",
-        required=True,
-        metavar=("TITLE", "CONFIG", "WEIGHTS"),
-        help="may be repeated",
-    )
-    parser.add_argument("--rows", type=int, default=4, help="number of images")
-    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score drawn")
-    add_overrides(parser)
-    return parse_command_line(parser, argv)
-
+from d2kd.cli.draw_detections import draw_detections, main  # noqa: F401
+from d2kd.utils.user_mistakes import run_command
 
 if __name__ == "__main__":
-    args = parse_args()
-    draw_detections(args.detector, args.opts, args.rows, args.threshold, args.path)
+    sys.exit(run_command("d2kd draw-detections", main))

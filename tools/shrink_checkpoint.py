@@ -8,11 +8,13 @@ Detectron2 loads the result as any other; the weights become float32 again, roun
 import argparse
 import hashlib
 import os
+import sys
 from typing import Optional, Sequence
 
 import torch
 
 from d2kd.checkpoint import check_is_file
+from d2kd.utils.user_mistakes import run_command
 from d2kd.weights.safe_load import read_weights_file
 
 
@@ -53,4 +55,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("shrink_checkpoint.py", main))

@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 from ..utils.checks import nearest
+from ..utils.packaged import find_file
 from ..utils.safe_yaml import read_yaml
 from .distill_keys import add_distill_config
 
@@ -17,7 +18,7 @@ def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
     Detectron2's and d2kd's defaults, then a YAML file, then overrides.
 
     Args:
-        config_file: path of a YAML; "": none
+        config_file: path of a YAML, or the name of one that d2kd comes with; "": none
         opts: key, value, key, value, ... as on the command line
 
     Raises:
@@ -30,8 +31,12 @@ def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
     # Detectron2's default is "cuda" on every machine. A GPU is used without being asked for.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     if config_file:
+        config_file = find_file(config_file)
         if not os.path.isfile(config_file):
-            raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
+            raise FileNotFoundError(
+                f"Config file {config_file!r} does not exist, nor does d2kd come with one of that "
+                "name."
+            )
         try:
             merge_mapping(cfg, read_yaml(config_file), config_file)
         except RecursionError:

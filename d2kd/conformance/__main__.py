@@ -1,7 +1,7 @@
 """
 Put the distillation heads of a Python file through the checks that d2kd's own heads pass.
 
-    python -m d2kd.conformance my_head.py
+    d2kd check my_head.py
 """
 
 import argparse
@@ -9,12 +9,14 @@ import inspect
 import os
 import sys
 import tempfile
-from typing import List
+from typing import Optional, Sequence
 
 import pytest
 
+from ..cli.common import command_parser
 from ..heads.registry import head_names
 from ..utils.plugin import import_file
+from ..utils.user_mistakes import run_command
 from . import gradients, half_precision, numerics, saving, terms, two_processes
 
 SUITE = """
@@ -33,9 +35,9 @@ The same in a test file of yours:
     TestMyHead = conformance("MyHead", opts=["DISTILL.MyHead.EPS", 1e-3])
 
 Examples:
-  python -m d2kd.conformance my_head.py
+  d2kd check my_head.py
   the pair with a two-stage teacher and a dense student, up to the first failure:
-    python -m d2kd.conformance my_head.py -x -k faster_rcnn-to-retinanet
+    d2kd check my_head.py -x -k faster_rcnn-to-retinanet
 """
 CHECKS = (
     terms.check_names,
@@ -51,7 +53,7 @@ CHECKS = (
 )
 
 
-def main(argv: List[str]) -> int:
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     Returns:
         pytest's exit code: 0 where all heads of the file pass
@@ -61,12 +63,10 @@ def main(argv: List[str]) -> int:
     import_file(args.file)
     names = sorted(set(head_names()) - before)
     if not names:
-        print(
+        raise ValueError(
             f"{args.file} registers no head. A head is a class named <Name>Head under "
-            "@DISTILL_HEAD_REGISTRY.register(); see d2kd.DISTILL_HEAD_REGISTRY.__doc__.",
-            file=sys.stderr,
+            "@DISTILL_HEAD_REGISTRY.register(); see d2kd.DISTILL_HEAD_REGISTRY.__doc__."
         )
-        return int(pytest.ExitCode.USAGE_ERROR)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "test_heads.py")
         with open(path, "w") as file:
@@ -75,14 +75,10 @@ def main(argv: List[str]) -> int:
         return int(pytest.main([path, *options, *args.pytest_args]))
 
 
-def parse_args(argv: List[str]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     checks = "\n".join("* " + _first_sentence(check) for check in CHECKS)
-    parser = argparse.ArgumentParser(
-        prog="python -m d2kd.conformance",
-        description=inspect.getdoc(sys.modules[__name__]).splitlines()[0],
-        epilog=EXAMPLES.format(checks=checks),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    title = inspect.getdoc(sys.modules[__name__]).splitlines()[0]
+    parser = command_parser("d2kd check", title, EXAMPLES.format(checks=checks))
     parser.add_argument("file", help="Python file that registers heads, as for --plugin")
     parser.add_argument(
         "pytest_args",
@@ -99,4 +95,4 @@ def _first_sentence(check: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("d2kd check", main))

@@ -9,6 +9,7 @@ The upper half shows images as they are, the lower half others with their boxes 
 import argparse
 import json
 import os
+import sys
 from collections import defaultdict
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -17,8 +18,10 @@ import numpy as np
 
 from detectron2.utils.logger import setup_logger
 
+from ..cli.common import command_parser
 from ..config import load_config
 from ..utils.command_line import add_overrides, parse_command_line
+from ..utils.user_mistakes import run_command
 from .shapes import make_shapes
 
 WHITE = (255, 255, 255)
@@ -78,11 +81,7 @@ def contact_sheet(folder: str, rows: int, columns: int, zoom: int) -> np.ndarray
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m d2kd.data.preview",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m d2kd.data.preview", __doc__, "")
     parser.add_argument("output", help="image file to write, such as preview.png")
     parser.add_argument("--split", choices=("train", "val"), default="val")
     parser.add_argument("--rows", type=int, default=4)
@@ -103,4 +102,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("python -m d2kd.data.preview", main))

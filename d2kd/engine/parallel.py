@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from detectron2.utils import comm
 
 from ..utils.compat import create_local_process_group
+from ..utils.user_mistakes import is_users_mistake
 
 
 def launch(
@@ -34,6 +35,8 @@ def launch(
 
     Raises:
         ValueError: fewer GPUs than processes, or "auto" with several machines
+        Exception: a user's mistake that a process found, as it was raised there
+        ProcessRaisedException: any other error of a process
     """
     world_size = num_processes * num_machines
     if world_size == 1:
@@ -48,12 +51,21 @@ def launch(
         if num_machines > 1:
             raise ValueError("--dist-url auto works on one machine; name the main one's address.")
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    worker_args = (main_func, num_processes, world_size, machine_rank, dist_url, device, args)
-    mp.start_processes(_worker, args=worker_args, nprocs=num_processes, start_method="spawn")
+    mistakes = mp.get_context("spawn").SimpleQueue()
+    run = (main_func, num_processes, world_size, machine_rank, dist_url, device, args)
+    try:
+        mp.start_processes(
+            _worker, args=(mistakes, *run), nprocs=num_processes, start_method="spawn"
+        )
+    except mp.ProcessRaisedException as error:
+        if mistakes.empty():
+            raise
+        raise mistakes.get() from error
 
 
 def _worker(
     local_rank: int,
+    mistakes: Any,
     main_func: Callable[..., Any],
     num_processes: int,
     world_size: int,
@@ -75,7 +87,12 @@ def _worker(
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     comm.synchronize()
-    main_func(*args)
+    try:
+        main_func(*args)
+    except Exception as error:
+        if is_users_mistake(error):
+            mistakes.put(error)
+        raise
     # Not after an error: the other processes would report a lost connection before this one could
     # report its reason.
     dist.destroy_process_group()

@@ -6,9 +6,9 @@ import os
 import sys
 from typing import Optional, Sequence
 
-from ..config import load_config
-from ..utils.command_line import add_overrides, parse_command_line
-from ..utils.plugin import import_file
+from ..cli.common import add_config_options, command_parser, read_config
+from ..utils.command_line import parse_command_line
+from ..utils.user_mistakes import run_command
 from .graph import FORMATS, export_graph
 from .student import export_student, find_weights, why_no_yaml
 from .verify import verify
@@ -20,22 +20,26 @@ without a missing or unexpected key, and must detect in fixed images, to the bit
 student detects. Exit code 0: verified, and so are the graphs of --formats; 1: not. A student that
 Detectron2 cannot build from YAML (FCOS, Swin, a plug-in) has weights and a TorchScript graph alone.
 
-examples:
-  python -m d2kd.export --config-file configs/quickstart/pkd.yaml --output exported
-  python -m d2kd.export --config-file run.yaml --weights output/run/model_0004999.pth --output now
-  python -m d2kd.export --config-file run.yaml --output exported --formats torchscript onnx
+Examples:
+  d2kd export --config-file configs/quickstart/pkd.yaml --output exported
+  d2kd export --config-file run.yaml --weights output/run/model_0004999.pth --output now
+  d2kd export --config-file run.yaml --output exported --formats torchscript onnx
 """
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """
+    Returns:
+        0 where everything that was written is verified, else 1
+    """
     args = parse_args(argv)
-    for path in args.plugin:
-        import_file(path)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = read_config(args)
     weights = args.weights or find_weights(cfg)
     reason = why_no_yaml(cfg)
     if reason and "torchscript" not in args.formats:
-        sys.exit(f"There is no stock YAML of this student: {reason}. Add --formats torchscript.")
+        raise ValueError(
+            f"There is no stock YAML of this student: {reason}. Add --formats torchscript."
+        )
     report = {"config_file": args.config_file, "weights": weights}
     export_student(cfg, weights, args.output)
     report.update({"no_yaml": reason} if reason else verify(cfg, weights, args.output))
@@ -46,25 +50,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print(json.dumps(report, indent=2))
     graphs = [report[name] for name in args.formats]
     proved = [reason or report["verified"], *(x.get("verified") for x in graphs)]
-    sys.exit(0 if all(proved) else 1)
+    return 0 if all(proved) else 1
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m d2kd.export",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("d2kd export", __doc__, EPILOG)
+    add_config_options(parser)
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="YAML of the run")
     add("--weights", default="", metavar="FILE", help="default: the last in OUTPUT_DIR")
     add("--output", required=True, metavar="FOLDER", help="is created")
     add("--formats", nargs="+", choices=FORMATS, default=[], help="graphs beside the weights")
-    add("--plugin", action="append", default=[], metavar="FILE", help="as for train_net.py")
-    add_overrides(parser)
     return parse_command_line(parser, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("d2kd export", main))

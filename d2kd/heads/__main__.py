@@ -3,20 +3,22 @@
 import argparse
 import inspect
 import re
+import sys
 import textwrap
 from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 
-from ..utils.plugin import import_file
+from ..cli.common import add_plugin_option, command_parser, import_plugins
+from ..utils.user_mistakes import run_command
 from .keys import add_head_keys, key_of, knobs
 from .registry import head_class, head_names
 
 EXAMPLES = """
 Examples:
-  python -m d2kd.heads
-  python -m d2kd.heads MGD FGD
-  python -m d2kd.heads --plugin my_head.py Cosine
+  d2kd heads
+  d2kd heads MGD FGD
+  d2kd heads --plugin my_head.py Cosine
 """
 
 REFERENCE_PIXELS = (
@@ -30,27 +32,16 @@ ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m d2kd.heads",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    args = parse_args(argv)
+    import_plugins(args)
+    print("\n\n".join(describe_keys(name) for name in args.names or head_names()))
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = command_parser("d2kd heads", __doc__, EXAMPLES)
     parser.add_argument("names", nargs="*", metavar="NAME", help="as in DISTILL.HEADS; none: all")
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="Python file that registers heads of yours; may be repeated",
-    )
-    args = parser.parse_args(argv)
-    for path in args.plugin:
-        import_file(path)
-    try:
-        print("\n\n".join(describe_keys(name) for name in args.names or head_names()))
-    except ValueError as error:
-        parser.error(str(error))
+    add_plugin_option(parser)
+    return parser.parse_args(argv)
 
 
 def describe_keys(name: str) -> str:
@@ -103,4 +94,4 @@ def _entries(cls: type) -> Dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("d2kd heads", main))

@@ -8,6 +8,8 @@ import yaml
 import detectron2
 from detectron2.utils.file_io import PathManager
 
+from .packaged import packaged_file
+
 
 def read_yaml(path: str, above: Tuple[str, ...] = ()) -> Dict[str, Any]:
     """
@@ -33,7 +35,9 @@ def read_yaml(path: str, above: Tuple[str, ...] = ()) -> Dict[str, Any]:
             raise ValueError(f"{path}: _BASE_ must name a YAML or a list of them, got {base!r}.")
         base = os.path.expanduser(base)
         if not _is_url(base):  # relative to the YAML, which may be a URL itself
-            base = os.path.join(os.path.dirname(path), base)
+            beside = os.path.join(os.path.dirname(path), base)
+            found = _is_url(beside) or os.path.isfile(beside)
+            base = beside if found else packaged_file(base) or beside
         if not _is_url(base) and not os.path.isfile(base):
             raise FileNotFoundError(f"{path}: its _BASE_ {base!r} does not exist.")
         _update(merged, read_yaml(base, (*above, path)), base)

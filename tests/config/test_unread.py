@@ -145,7 +145,7 @@ def test_doctor_refuses_the_command_line_and_not_the_yaml(
     run_yaml: Dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
     words = ["DISTILL.MGD.LOSS_WEIGHT", "1.0"]
-    assert doctor.main(["--config-file", run_yaml["path"], *words]) == 1
+    assert doctor.main(["--config-file", run_yaml["path"], *words]) == 2
     assert "DISTILL.MGD.LOSS_WEIGHT (read only where 'MGD'" in capsys.readouterr().err
     run_yaml["cfg"].DISTILL.MGD.LOSS_WEIGHT = 1.0
     Path(run_yaml["path"]).write_text(run_yaml["cfg"].dump())

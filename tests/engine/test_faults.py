@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 from unittest import mock
@@ -18,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
 
+from d2kd.cli.train import main as train_main
 from d2kd.engine import Trainer, train
 from d2kd.utils.atomic_file import atomic_write, check_writable, explain_full_disk
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
@@ -25,7 +25,7 @@ from d2kd.weights.verify import read_verified
 
 from forks import fork, in_clean_process
 from runs import assert_same_checkpoint, at, interrupt, run, run_config, saved
-from toys import ROOT, write_teacher
+from toys import write_teacher
 
 
 def resume(cfg: CfgNode) -> None:
@@ -315,14 +315,8 @@ def stops(match: str, cfg: CfgNode, *hooks: HookBase, resume: bool = True) -> No
 
 
 def resume_by_command(cfg: CfgNode, config_file: str) -> None:
-    sys.path.insert(0, ROOT)
-    import train_net
-
-    command = ["train_net.py", "--config-file", config_file, "--resume"]
-    with mock.patch.object(sys, "argv", command):
-        args = train_net.parse_args()
     with pytest.raises(OSError, match=f"^OUTPUT_DIR: nothing can be written to '{cfg.OUTPUT_DIR}'"):
-        train_net.main(args, train_net.setup(args))
+        train_main(["--config-file", config_file, "--resume"])
 
 
 def fill_and_resume(cfg: CfgNode, whole: CfgNode, config_file: str) -> None:

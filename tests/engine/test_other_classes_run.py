@@ -205,7 +205,7 @@ def test_doctor_prints_the_map(cfg: CfgNode, tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert MAP in out and re.search(r"^DIST +used", out, re.MULTILINE)
     opts = ["DISTILL.TEACHER.ALIASES", "[]", "DISTILL.TEACHER.CLASSES", "['a', 'b', 'Cross', 'c']"]
-    assert doctor.main(["--config-file", str(tmp_path / "run.yaml"), *opts]) == 1
+    assert doctor.main(["--config-file", str(tmp_path / "run.yaml"), *opts]) == 2
     text = capsys.readouterr().err
     assert "no class in common" in text
     assert "perhaps DISTILL.TEACHER.ALIASES: [['cross', 'Cross']]" in text

@@ -1,23 +1,23 @@
 """Pictures of a checkpoint."""
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Callable, List
 
 import cv2
 import pytest
 import torch
 
+from d2kd.cli import draw as draw_module
+
 from runs import SHAPES_CLASSES, run, run_config
 from toys import write_teacher
 
 
 @pytest.fixture
-def draw(tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    module = tool("draw_distillation")
+def draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     # It would keep d2kd's log from caplog, in the tests of other files too.
-    monkeypatch.setattr(module, "setup_logger", lambda **_: None)
-    return module.main
+    monkeypatch.setattr(draw_module, "setup_logger", lambda **_: None)
+    return draw_module.main
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+import d2kd_cli
 from d2kd import DISTILL_HEAD_REGISTRY, load_config, student_config
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.utils.plugin import import_file
@@ -30,7 +31,9 @@ from runs import SHAPES_CLASSES, run_config
 from toys import ROOT, write_teacher
 
 DOCUMENTS = ("README.md", "MODEL_ZOO.md", "docs/speed.md", "configs/quickstart/teacher.yaml")
-STARTS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:d2kd|python|make|tensorboard|pip|dev/\S+)(?: .*)?")
+# Not every "d2kd ..." of a sentence that a line begins with.
+OURS = rf"d2kd (?:{'|'.join(d2kd_cli.COMMANDS)})(?![\w-])"
+STARTS = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{OURS}|(?:python|make|tensorboard|pip|dev/\S+) ).*")
 
 
 def shown_in(text: str) -> List[str]:

@@ -23,7 +23,8 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> Dict[str, Any]:
     """What setup.py hands to setuptools."""
     found: Dict[str, Any] = {}
     monkeypatch.setattr(setuptools, "setup", lambda **values: found.update(values))
-    runpy.run_path(str(Path(ROOT) / "setup.py"))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
     return found
 
 
@@ -61,3 +62,13 @@ def test_versions_that_fail_without_info_are_left_out(declared: Dict[str, Any]) 
         "2.0.8",
         "2.0.11",
     ]
+
+
+def test_wheel_has_every_config_and_the_command(declared: Dict[str, Any]) -> None:
+    assert declared["package_dir"] == {"d2kd.configs": "configs"}
+    assert "d2kd.configs" in declared["packages"] and "d2kd.cli" in declared["packages"]
+    folder = Path(ROOT) / "configs"
+    packed = {x for p in declared["package_data"]["d2kd.configs"] for x in folder.glob(p)}
+    assert packed == {x for x in folder.rglob("*") if x.is_file()} and len(packed) > 70
+    assert declared["py_modules"] == ["d2kd_cli"]
+    assert declared["entry_points"] == {"console_scripts": ["d2kd = d2kd_cli:main"]}

@@ -99,7 +99,8 @@ def _comments(source: str, prefix: str) -> Dict[str, str]:
         node, assignment = _NODE.match(line), _ASSIGNMENT.match(line)
         field = _FIELD.match(line)
         if line.startswith("#"):
-            above.append(line.lstrip("# "))
+            rule = not re.search(r"\w", line)  # above and below the title of a chapter
+            above = [] if rule else [*above, line.lstrip("# ")]
             continue
         if node:
             prefix = f"{node[1]}."

@@ -1,0 +1,125 @@
+"""`d2kd`: fast, helpful, from any folder, and one line for a user's mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+
+import d2kd_cli
+from d2kd.cli import train
+
+from toys import ROOT
+
+CWD = ["--config-file", "quickstart/cwd.yaml"]
+FEW = ["DATASETS.SHAPES.NUM_TRAIN", "4", "DATASETS.SHAPES.NUM_VAL", "2"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def python(*words: str) -> "subprocess.CompletedProcess[str]":
+    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *words],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_lists_all_commands_and_imports_no_torch() -> None:
+    code = (
+        "import sys, d2kd_cli\n"
+        "assert d2kd_cli.main(['--help']) == 0\n"
+        "assert not {'torch', 'detectron2', 'd2kd'} & set(sys.modules)"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    for name, command in d2kd_cli.COMMANDS.items():
+        assert f"  {name} " in done.stdout and command.summary in done.stdout
+
+
+@pytest.mark.parametrize("name", d2kd_cli.COMMANDS)
+def test_each_command_has_a_help_with_examples(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        d2kd_cli.main([name, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "xample" in text
+    if name != "compare":  # a tool with a command line of its own
+        assert f"usage: d2kd {name} " in text and f"  d2kd {name}" in text
+        assert "--traceback" in text
+
+
+# How it is wrong, and what the line says
+MISTAKES = {
+    "unknown key": (["train", *CWD, "SOLVER.BASE_LRR", "1"], "did you mean SOLVER.BASE_LR?"),
+    "key without effect": (
+        ["train", *CWD, "DISTILL.MGD.LOSS_WEIGHT", "1.0"],
+        "would have no effect",
+    ),
+    "no such YAML": (["train", "--config-file", "no.yaml"], "'no.yaml' does not exist"),
+    "no such weights": (
+        ["train", *CWD, "DISTILL.TEACHER.WEIGHTS", "gone.pth"],
+        "DISTILL.TEACHER.WEIGHTS: there is no file 'gone.pth'",
+    ),
+    "no such plug-in": (["train", *CWD, "--plugin", "no.py"], "--plugin: there is no file"),
+    "wrong classes": (
+        ["train", *CWD, *FEW, "MODEL.RETINANET.NUM_CLASSES", "3"],
+        "MODEL.RETINANET.NUM_CLASSES is 3, but data set d2kd_shapes_train has 6 classes",
+    ),
+    "nothing to evaluate": (["eval", *CWD, *FEW], "MODEL.WEIGHTS is empty"),
+    "nothing to export": (["export", *CWD, "--output", "x"], "name one with --weights"),
+    "unknown head": (["heads", "crosskd"], "Did you mean 'CrossKD'?"),
+    "unknown key to look up": (["keys", "SOLVER.BASELR"], "Did you mean SOLVER.BASE_LR?"),
+    "doctor": (["doctor", *CWD, "DISTILL.HEADS", "['DKD']"], "DKD takes two-stage -> two-stage"),
+    "unknown command": (["trian"], "did you mean train?"),
+}
+
+
+@pytest.mark.parametrize("words, told", MISTAKES.values(), ids=MISTAKES)
+def test_mistake_is_one_line_and_exit_code_2(
+    words: List[str],
+    told: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    forget_sets: Any,
+) -> None:
+    # Its log handlers would outlive the test.
+    monkeypatch.setattr(train, "prepare_output", lambda cfg, args: None)
+    assert d2kd_cli.main(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and told in lines[0]
+    assert lines[0].startswith("d2kd") and ": error: " in lines[0]
+
+
+def test_unknown_option_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        d2kd_cli.main(["train", "--resmue"])
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and "did you mean --resume?" in lines[0]
+
+
+def test_traceback_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture) -> None:
+    assert d2kd_cli.main(["train", *CWD, "--traceback", "SOLVER.BASE_LRR", "1"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback") and "did you mean SOLVER.BASE_LR?" in text
+
+
+def test_train_net_ends_alike() -> None:
+    done = python(f"{ROOT}/train_net.py", *CWD, "SOLVER.BASE_LRR", "1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "did you mean SOLVER.BASE_LR?" in done.stderr.splitlines()[-1]
+
+
+def test_bug_in_a_plugin_keeps_its_traceback() -> None:
+    Path("bug.py").write_text("raise ValueError('a bug')\n")
+    done = python("-m", "d2kd", "train", *CWD, "--plugin", "bug.py")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "a bug" in done.stderr

@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Train or evaluate a student from a checkout of d2kd: the same as `d2kd train`."""
+"""From a checkout of d2kd, the same as `d2kd train`."""
 
 import sys
 
-from d2kd.cli.train import main, parse_args  # noqa: F401
-from d2kd.utils.user_mistakes import run_command
+from d2kd_cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_command("train_net.py", main))
+    sys.exit(main(["train", *sys.argv[1:]]))

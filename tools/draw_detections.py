@@ -3,8 +3,7 @@
 
 import sys
 
-from d2kd.cli.draw_detections import draw_detections, main  # noqa: F401
-from d2kd.utils.user_mistakes import run_command
+from d2kd_cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_command("d2kd draw-detections", main))
+    sys.exit(main(["draw-detections", *sys.argv[1:]]))

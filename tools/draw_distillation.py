@@ -3,8 +3,7 @@
 
 import sys
 
-from d2kd.cli.draw import main
-from d2kd.utils.user_mistakes import run_command
+from d2kd_cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_command("d2kd draw", main))
+    sys.exit(main(["draw", *sys.argv[1:]]))

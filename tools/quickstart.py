@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""From a checkout of d2kd, the same as `d2kd quickstart`."""
+"""From a checkout of d2kd, the same as `d2kd quickstart`; for other tools, its parts."""
 
+import os
 import sys
 
-from d2kd.cli.quickstart import METRICS, evaluation, main, run_step  # noqa: F401
-from d2kd.utils.user_mistakes import run_command
+from d2kd.cli.quickstart import METRICS, evaluation, run_step  # noqa: F401
+from d2kd_cli import main
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 if __name__ == "__main__":
-    sys.exit(run_command("d2kd quickstart", main))
+    sys.exit(main(["quickstart", *sys.argv[1:]]))

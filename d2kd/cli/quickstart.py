@@ -42,7 +42,7 @@ PROGRESS = re.compile(r"eta: .*?iter: (\d+).*?(?=\s+time:)")
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     distilled = load_config(args.distilled, args.opts)
-    teacher_weights = find_file(distilled.DISTILL.TEACHER.WEIGHTS)
+    teacher_weights = distilled.DISTILL.TEACHER.WEIGHTS
     steps = [
         ("teacher", distilled.DISTILL.TEACHER.CONFIG_FILE, teacher_weights),
         ("student alone", args.student, ""),
@@ -78,7 +78,7 @@ def run_step(config_file: str, weights: str, opts: Sequence[str], fresh: bool) -
     """
     cfg = load_config(config_file, opts)
     command = ["train", "--config-file", config_file]
-    if weights and os.path.isfile(weights):
+    if weights and os.path.isfile(find_file(weights)):
         print(f"Trained weights are there: {weights}. Evaluating them.")
         scratch = os.path.join(cfg.OUTPUT_DIR, "evaluation")
         words = [*opts, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]

@@ -3,7 +3,7 @@
 import itertools
 import re
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -115,7 +115,20 @@ def _of_kind(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
     kind = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-    return kind(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+    params = _joined(params)
+    return kind(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True)
+
+
+def _joined(groups: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """
+    Groups of equal settings as one. Detectron2 0.5 makes one of each parameter, with which a step
+    of a small detector took three times as long on a CPU.
+    """
+    joined: Dict[Tuple, List[nn.Parameter]] = {}
+    for group in groups:
+        settings = tuple((k, v) for k, v in group.items() if k != "params")
+        joined.setdefault(settings, []).extend(group["params"])
+    return [{**dict(settings), "params": params} for settings, params in joined.items()]
 
 
 def _kind_of(state: Dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 from detectron2.config import CfgNode
@@ -19,7 +21,8 @@ OF_ROW = ("NAME", "CONFIG")
 OF_BOTH = ("OPTS", "SEEDS", "ITERATIONS")  # a row's own, or else the table's
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell:
     """One run: a row of the table with a seed and a budget."""
 
     row: str
@@ -37,12 +40,12 @@ class Cell(NamedTuple):
     def cfg(self) -> CfgNode:
         return load_config(self.config, self.words)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Tells runs apart that would not give the same figure, wherever their output goes."""
         return _digest(self.cfg)
 
-    @property
+    @cached_property
     def recipe(self) -> str:
         """As `key`, the same for all seeds."""
         cfg = self.cfg

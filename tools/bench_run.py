@@ -27,13 +27,12 @@ class Bench:
         """
         self.table, self.jobs, self.every = table, jobs, every
         self.failed: List[Cell] = []
-        self._keys = {cell: cell.key for cell in table.cells}
         self._children = Children()
 
     def finished(self) -> List[Cell]:
         """Cells that have a row in the CSV."""
         done = {x["key"] for x in read_results(self.table.results)}
-        return [cell for cell in self.table.cells if self._keys[cell] in done]
+        return [cell for cell in self.table.cells if cell.key in done]
 
     def run(self) -> None:
         """Run what is not finished; a cell that fails does not stop the others."""

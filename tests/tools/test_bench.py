@@ -1,6 +1,7 @@
 """A bench that is killed goes on; what is finished is not repeated, what is changed is run."""
 
 import fcntl
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,6 @@ import pytest
 import yaml
 
 from runs import run_config
-from toys import ROOT
 
 # Stands for train_net.py: it says what it is asked, goes on where it was killed, and takes no time.
 FAKE = """
@@ -132,14 +132,11 @@ def wait_until(condition: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
-def start(place: Path, table: str) -> subprocess.Popen:
-    """A bench in a process of its own, with the stand-in of train_net.py."""
-    code = (
-        "import sys; sys.path.insert(0, 'tools'); import bench, bench_steps\n"
-        f"bench_steps.TRAIN_NET = {str(place / 'fake.py')!r}\n"
-        f"sys.exit(bench.main([{table!r}]))"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+def start(tool: Callable, table: str) -> multiprocessing.Process:
+    """A bench in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=bench, args=(tool, table))
+    process.start()
+    return process
 
 
 def is_locked(place: Path) -> bool:
@@ -157,10 +154,10 @@ def test_killed_bench_goes_on_where_it_was_and_takes_over_what_outlived_it(
 ) -> None:
     (place / "hang").touch()
     table = write(place, SEEDS=[1])
-    process = start(place, table)
+    process = start(tool, table)
     wait_until(lambda: any(x.read_text() == "2" for x in place.glob("output/*/last")))
-    process.send_signal(how)
-    process.wait()
+    os.kill(process.pid, how)
+    process.join()
     # The run of a bench that could not stop it is alive, and nobody starts it a second time.
     assert is_locked(place) == (how == signal.SIGKILL)
     assert results(tool, place) == []

@@ -84,11 +84,12 @@ def test_recipe_is_the_same_for_all_seeds(cells: ModuleType, write: Callable[...
 def test_run_with_another_teacher_is_another(cells: ModuleType, tmp_path: Path) -> None:
     opts = write_teacher(tmp_path, "retinanet")
     (tmp_path / "distilled.yaml").write_text(run_config(tmp_path, opts, ["PKD"]).dump())
-    cell = cells.Cell("PKD", str(tmp_path / "distilled.yaml"), (), 1, 4)
-    before = cell.key
-    with open(cell.cfg.DISTILL.TEACHER.WEIGHTS, "ab") as file:
+    said = "PKD", str(tmp_path / "distilled.yaml"), (), 1, 4
+    before = cells.Cell(*said)
+    assert before.key == cells.Cell(*said).key
+    with open(before.cfg.DISTILL.TEACHER.WEIGHTS, "ab") as file:
         file.write(b"0")
-    assert cell.key != before
+    assert cells.Cell(*said).key != before.key
 
 
 def test_output_of_another_config_is_in_another_folder(

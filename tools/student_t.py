@@ -1,11 +1,13 @@
 """Student's t distribution, for intervals over a few seeds."""
 
 import math
+from functools import lru_cache
 from typing import Sequence, Tuple
 
 import numpy as np
 
 
+@lru_cache(maxsize=None)
 def t_quantile(degrees: int, level: float = 0.95) -> float:
     """
     Args:

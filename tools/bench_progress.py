@@ -2,18 +2,18 @@
 
 import json
 import os
-import re
 import time
+from contextlib import suppress
 from typing import Any, Dict, Iterator, Mapping
 
 
 def metrics_of(folder: str) -> Iterator[Dict[str, Any]]:
-    """Lines of metrics.json; one that was cut off is left out."""
+    """Lines of metrics.json, of which one that is being written may be cut off."""
     path = os.path.join(folder, "metrics.json")
     if os.path.isfile(path):
         with open(path) as file:
             for line in file:
-                if re.fullmatch(r"\{.*\}\n", line):
+                with suppress(json.JSONDecodeError):
                     yield json.loads(line)
 
 

@@ -236,3 +236,20 @@ def test_train_net_is_what_the_bench_runs(tool: Callable, tmp_path: Path) -> Non
     folder = next(tmp_path.glob("output/alone_2_seed_1_*"))
     assert (folder / "model_final.pth").is_file()
     assert "Start inference on 4" in (folder / "test.txt").read_text()
+
+
+def test_progress_counts_iterations_once_and_leaves_out_a_line_that_is_cut_off(
+    tool: Callable, tmp_path: Path
+) -> None:
+    progress = tool("bench_progress")
+    assert progress.iterations_done(str(tmp_path)) == 0
+    lines = ['{"iteration": 0, "time": 9}', '{"iteration": 0, "time": 1}', '{"iteration": 1}']
+    lines += ['{"iteration": 2, "time": 2}', '{"iteration": 3, "ti']
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    assert progress.iterations_done(str(tmp_path)) == 3
+    assert progress.training_seconds(str(tmp_path), 10) == 15, "the killed attempt's is not counted"
+    clock = progress.Clock({str(tmp_path): 10})
+    assert str(clock) == "3 of 10 iterations, time unknown"
+    with open(tmp_path / "metrics.json", "a") as file:
+        file.write('me": 2}\n{"iteration": 9, "time": 2}\n')
+    assert str(clock) == "10 of 10 iterations, 0 min left"

@@ -57,6 +57,15 @@ def test_rows_have_the_tables_seeds_and_budgets_or_their_own(
     assert (table.name, table.results) == ("table", "docs/results/table.csv")
 
 
+def test_short_runs_come_first(
+    cells: ModuleType, write: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [row(tmp_path), row(tmp_path, "other", OPTS=["SOLVER.BASE_LR", 0.5])]
+    table = cells.read_table(write(ROWS=rows, ITERATIONS=[8, 4], SEEDS=[1]))
+    found = [(x.iterations, x.row) for x in table.cells]
+    assert found == [(4, "alone"), (4, "other"), (8, "alone"), (8, "other")]
+
+
 def keys_of(cells: ModuleType, path: str) -> List[str]:
     return [x.key for x in cells.read_table(path).cells]
 

@@ -61,10 +61,13 @@ def provenance(device: str, results: str) -> Row:
         device: MODEL.DEVICE
         results: the CSV, whose new rows do not make the code another one
     """
-    changes = _git("status", "--porcelain", "-uno", "--", ".", f":(exclude){_in_root(results)}")
+    commit = _git("rev-parse", "--short=10", "HEAD")
+    ours = os.path.relpath(os.path.abspath(results), ROOT)
+    besides = [] if ours.startswith("..") else [f":(exclude){ours}"]
+    changes = _git("status", "--porcelain", "-uno", "--", ".", *besides)
     return {
-        "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
-        "dirty": "yes" if changes else "no",
+        "commit": commit or "unknown",
+        "dirty": ("yes" if changes else "no") if commit else "unknown",
         "d2kd": __version__,
         "detectron2": detectron2.__version__,
         "torch": str(torch.__version__),
@@ -80,10 +83,6 @@ def _git(*words: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _in_root(path: str) -> str:
-    return os.path.relpath(os.path.abspath(path), ROOT)
 
 
 def _hardware(device: str) -> str:

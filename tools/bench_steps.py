@@ -98,8 +98,8 @@ def _begin(folder: str, cell: Cell, table: Table) -> Row:
     before = _load(path) or how
     if how["commit"] not in before["commit"].split():
         how["commit"] = f"{before['commit']} {how['commit']}"
-    if before["dirty"] == "yes":
-        how["dirty"] = "yes"
+    if before["dirty"] != "no":
+        how["dirty"] = before["dirty"]
     _save(path, how)
     return how
 

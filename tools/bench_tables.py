@@ -84,6 +84,8 @@ def make_table(table: Table, results: Sequence[Row]) -> str:
             if row == name:
                 base = found.get((table.baseline, iterations), {}) if name != table.baseline else {}
                 lines.append(line_of(group, base, parts, bool(table.baseline)))
+    if not lines:
+        return "No run of this table is finished."
     gain = [f"gain on {parts[-1]}"] if table.baseline else []
     header = COMMON + [f"AP on {x}" for x in parts[::-1]] + gain + ["AP50", "minutes"]
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)

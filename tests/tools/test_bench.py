@@ -253,3 +253,25 @@ def test_progress_counts_iterations_once_and_leaves_out_a_line_that_is_cut_off(
     with open(tmp_path / "metrics.json", "a") as file:
         file.write('me": 2}\n{"iteration": 9, "time": 2}\n')
     assert str(clock) == "10 of 10 iterations, 0 min left"
+
+
+def test_code_that_is_not_committed_is_told_and_the_csv_is_no_code(
+    tool: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tool("bench_results")
+    monkeypatch.setattr(module, "ROOT", str(tmp_path))
+
+    def told(results: str = "results.csv") -> List[str]:
+        how = module.provenance("cpu", str(tmp_path / results))
+        return [how["commit"], how["dirty"]]
+
+    assert told() == ["unknown", "unknown"]
+    (tmp_path / "results.csv").touch()
+    (tmp_path / "code.py").touch()
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (tmp_path / "results.csv").write_text("new row")
+    assert len(told()[0]) == 10 and told()[1] == "no"
+    (tmp_path / "code.py").write_text("changed")
+    assert told()[1] == "yes" and told("../elsewhere.csv")[1] == "yes"

@@ -70,6 +70,11 @@ def test_table_has_means_intervals_and_paired_gains(
     assert text.startswith("Before.\n") and text.endswith("<!-- /bench -->\n\nBehind.\n")
 
 
+def test_table_without_a_run_says_so(tables: ModuleType, folder: Path) -> None:
+    tables.main(["--root", str(folder)])
+    assert "No run of this table is finished." in (folder / "README.md").read_text()
+
+
 def test_text_that_is_not_the_csvs_is_found_and_put_right(
     tables: ModuleType, folder: Path, add: Callable, capsys: pytest.CaptureFixture
 ) -> None:

@@ -118,8 +118,9 @@ def _step(
         code = children.run(words, said, lock)
         with open(said) as file:
             lines = file.read().splitlines()
-        if code:
-            raise StepFailed("\n".join([*lines[-15:], f"All that it said: {said}"]))
+        if code or not any("copypaste: Task: bbox" in x for x in lines):
+            end = "All that it said" if code else "There is no evaluation of boxes in what it said"
+            raise StepFailed("\n".join([*lines[-15:], f"{end}: {said}"]))
         _save(done, evaluation(lines))
     return _load(done)
 

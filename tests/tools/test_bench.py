@@ -125,6 +125,14 @@ def test_run_that_fails_is_told_and_does_not_stop_the_others(
     assert bench(tool, table) == 1, "it is tried again"
 
 
+def test_run_that_says_no_figure_is_told(
+    tool: Callable, place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (place / "fake.py").write_text(FAKE.replace("copypaste: Task: bbox", "nothing"))
+    assert bench(tool, write(place, SEEDS=[1])) == 1 and results(tool, place) == []
+    assert "no evaluation of boxes in what it said" in capsys.readouterr().out
+
+
 def wait_until(condition: Callable[[], Any]) -> None:
     end = time.monotonic() + 30
     while not condition():

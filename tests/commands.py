@@ -18,6 +18,8 @@ COMMANDS: Dict[str, str] = {
     "d2kd.export": "d2kd.export.__main__",
     "d2kd.conformance": "d2kd.conformance.__main__",
     "d2kd.data.preview": "d2kd.data.preview",
+    "tools/bench.py": "bench",
+    "tools/bench_tables.py": "bench_tables",
     "tools/benchmark.py": "benchmark",
     "tools/draw_detections.py": "draw_detections",
     "tools/draw_distillation.py": "draw_distillation",

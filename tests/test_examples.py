@@ -139,6 +139,12 @@ def try_benchmark(words: List[str]) -> None:
     module_of("tools/benchmark.py").build_config(args, "scratch")
 
 
+def try_bench(words: List[str]) -> None:
+    table = module_of("tools/bench.py").read_table(parse("tools/bench.py", words).table)
+    for cell in table.cells:
+        check_anywhere(cell.cfg)
+
+
 def try_make(words: List[str]) -> None:
     target, *rest = words
     assert re.search(rf"^{target}:", Path("Makefile").read_text(), re.MULTILINE)
@@ -179,6 +185,8 @@ TRIED: Dict[str, Callable[[List[str]], Any]] = {
     **{name: partial(try_config, name) for name in COMMANDS},
     **{name: partial(parse, name) for name in ("d2kd.conformance", "tools/draw_detections.py")},
     "tools/quickstart.py": try_quickstart,
+    "tools/bench.py": try_bench,
+    "tools/bench_tables.py": partial(parse, "tools/bench_tables.py"),
     "tools/benchmark.py": try_benchmark,
     "tools/shrink_checkpoint.py": run_shrink,
     "d2kd.doctor": run_doctor,

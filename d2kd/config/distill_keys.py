@@ -19,6 +19,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     """
     add_data_config(cfg)
     add_model_config(cfg)
+    # "SGD", Detectron2's, or "ADAMW": PyTorch's, with PyTorch's betas. Both read BASE_LR and the
+    # WEIGHT_DECAY keys
+    cfg.SOLVER.OPTIMIZER = "SGD"
     # Metric of Detectron2's evaluator by which model_best.pth is chosen; "": none is kept
     cfg.TEST.BEST_METRIC = "bbox/AP"
 

@@ -12,7 +12,7 @@ from bench_progress import training_seconds
 from bench_results import Row, provenance
 from quickstart import ROOT, evaluation
 
-from d2kd.utils.atomic_file import write_whole
+from d2kd.utils.atomic_file import atomic_write
 
 TRAIN_NET = os.path.join(ROOT, "train_net.py")
 
@@ -134,5 +134,5 @@ def _load(path: str) -> Optional[Any]:
 
 
 def _save(path: str, content: Any) -> None:
-    with write_whole(path, "w") as file:
+    with atomic_write(path, "w") as file:
         json.dump(content, file)

@@ -19,7 +19,7 @@ from quickstart import ROOT
 from student_t import t_interval
 from tabulate import tabulate
 
-from d2kd.utils.atomic_file import write_whole
+from d2kd.utils.atomic_file import atomic_write
 
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 COMMON = ["run", "YAML", "iterations", "seeds"]
@@ -35,7 +35,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.check:
             print(f"{path} is not what the CSV says; write it: python tools/bench_tables.py")
         else:
-            with write_whole(path, "w") as file:
+            with atomic_write(path, "w") as file:
                 file.write(text)
             print(f"Written: {path}")
     if not found:

@@ -28,7 +28,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     node = cfg.DISTILL = CfgNode()
     # False trains the student alone: exactly the run without d2kd. Said in the log.
     node.ENABLED = True
-    # The student's own meta-architecture; MODEL.META_ARCHITECTURE is "Distiller"
+    # The student's own meta-architecture, such as "RetinaNet", "FCOS" or "GeneralizedRCNN";
+    # MODEL.META_ARCHITECTURE is "Distiller"
     node.STUDENT_META_ARCHITECTURE = ""
     # Methods to apply together, such as ["MGD"]; their keys are DISTILL.<NAME>.*
     node.HEADS = []

@@ -1,0 +1,72 @@
+"""The comments with which the code explains config keys."""
+
+import ast
+import inspect
+import re
+import textwrap
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+from d2kd.config.distill_keys import add_distill_config
+from d2kd.data.data_keys import add_data_config
+from d2kd.modeling.model_keys import add_model_config
+from d2kd.schedule import add_schedule_config
+from d2kd.views import RegionSampler
+
+
+def meanings() -> Dict[str, str]:
+    """
+    Key, or node of keys, to its comment. Lines that follow each other without a comment of their
+    own share the one above them. Those of a schedule are DISTILL.<HEAD>.SCHEDULE.*
+    """
+    texts = dict(_of_fields())
+    for add in (add_distill_config, add_data_config, add_model_config):
+        texts.update(_of_assignments(add, ""))
+    texts.update(_of_assignments(add_schedule_config, "DISTILL.<HEAD>."))
+    return texts
+
+
+def _of_fields() -> Iterator[Tuple[str, str]]:
+    """Of RegionSampler's fields, which are keys."""
+    above: List[str] = []
+    text = ""
+    for line in inspect.getsource(RegionSampler).splitlines():
+        field = re.match(r"    (\w+): .* = ", line)
+        if line.startswith("    # "):
+            above.append(line.strip(" #"))
+        elif field:
+            text, above = " ".join(above) or text, []
+            yield f"DISTILL.REGIONS.{field[1].upper()}", text
+
+
+def _of_assignments(add: Callable[[Any], None], prefix: str) -> Iterator[Tuple[str, str]]:
+    """
+    Args:
+        add: assigns to attributes of its argument, and of names for nodes of it
+        prefix: of what is below its argument
+    """
+    source = textwrap.dedent(inspect.getsource(add))
+    lines, nodes = source.splitlines(), {next(iter(inspect.signature(add).parameters)): prefix}
+    shared, last = "", 0
+    for statement in ast.parse(source).body[0].body:
+        if not isinstance(statement, ast.Assign):
+            continue
+        above, beside = _comments(lines, statement.lineno - 1)
+        shared = above or (shared if statement.lineno == last + 1 else "")
+        last = statement.end_lineno
+        target = next(x for x in statement.targets if isinstance(x, ast.Attribute))
+        root, _, path = ast.unparse(target).partition(".")
+        key = nodes[root] + path
+        names = [x.id for x in statement.targets if isinstance(x, ast.Name)]
+        nodes.update(dict.fromkeys(names, f"{key}."))
+        yield key, beside or shared
+        if ast.unparse(statement.value) == "CfgNode()":
+            shared = ""
+
+
+def _comments(lines: List[str], index: int) -> Tuple[str, str]:
+    """Those above a line and the one at its end."""
+    above: List[str] = []
+    while lines[index - 1 - len(above)].lstrip().startswith("# "):
+        above.insert(0, lines[index - 1 - len(above)].strip(" #"))
+    beside = re.search(r"  # (.*)$", lines[index])
+    return " ".join(above), beside[1] if beside else ""

@@ -9,6 +9,8 @@ README = Path(__file__).parent / "README.md"
 # The linters' newest versions ask for Python 3.11; older Pythons can still run everything else.
 LINTERS = ["black==26.10.1", "flake8==7.5.0", "isort==9.0.2"]
 PYTEST = ["pytest>=7"]
+# Builds the site of docs/; its test is skipped without it.
+DOCS = ["mkdocs-material>=9.5"]
 # To prove an exported ONNX graph; without them it is not run.
 ONNX = ["onnx", "onnxruntime"]
 
@@ -44,7 +46,9 @@ setup(
         "conformance": PYTEST,
         "dev": PYTEST
         + ["pytest-xdist>=3"]
+        + DOCS
         + [f"{package}; python_version >= '3.11'" for package in LINTERS + ONNX],
+        "docs": DOCS,
         "onnx": ONNX,
         # Detectron2 draws with cv2, which opencv-python provides as well. The two overwrite each
         # other's files, so ask for this one only where `import cv2` fails; it needs no libGL.

@@ -24,6 +24,8 @@ COMMANDS: Dict[str, str] = {
     "d2kd heads": "d2kd.heads.__main__",
     "d2kd keys": "d2kd.cli.keys",
     "d2kd.data.preview": "d2kd.data.preview",
+    "tools/bench.py": "bench",
+    "tools/bench_tables.py": "bench_tables",
     "tools/benchmark.py": "benchmark",
     "tools/paired_baseline.py": "paired_baseline",
     "tools/shrink_checkpoint.py": "shrink_checkpoint",

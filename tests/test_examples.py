@@ -30,7 +30,8 @@ from commands import ALIASES, COMMANDS, module_of, parse
 from runs import SHAPES_CLASSES, run_config
 from toys import ROOT, write_teacher
 
-DOCUMENTS = ("README.md", "MODEL_ZOO.md", "docs/speed.md", "configs/quickstart/teacher.yaml")
+DOCUMENTS = ["README.md", "MODEL_ZOO.md", "configs/quickstart/teacher.yaml"]
+DOCUMENTS += sorted(str(x.relative_to(ROOT)) for x in Path(ROOT, "docs").glob("*.md"))
 # Not every "d2kd ..." of a sentence that a line begins with.
 OURS = rf"d2kd (?:{'|'.join(d2kd_cli.COMMANDS)})(?![\w-])"
 STARTS = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{OURS}|(?:python|make|tensorboard|pip|dev/\S+) ).*")
@@ -142,6 +143,12 @@ def try_benchmark(words: List[str]) -> None:
     module_of("tools/benchmark.py").build_config(args, "scratch")
 
 
+def try_bench(words: List[str]) -> None:
+    table = module_of("tools/bench.py").read_table(parse("tools/bench.py", words).table)
+    for cell in table.cells:
+        check_anywhere(cell.cfg)
+
+
 def try_make(words: List[str]) -> None:
     target, *rest = words
     assert re.search(rf"^{target}:", Path("Makefile").read_text(), re.MULTILINE)
@@ -184,6 +191,8 @@ TRIED: Dict[str, Callable[[List[str]], Any]] = {
     **{name: partial(try_config, name) for name in COMMANDS},
     **{name: partial(parse, name) for name in PARSED},
     "d2kd quickstart": try_quickstart,
+    "tools/bench.py": try_bench,
+    "tools/bench_tables.py": partial(parse, "tools/bench_tables.py"),
     "tools/benchmark.py": try_benchmark,
     "tools/shrink_checkpoint.py": run_shrink,
     "d2kd doctor": run_doctor,

@@ -1,4 +1,4 @@
-"""The README's table of methods says of each head what the code says."""
+"""The tables of methods, in the README and in docs/methods.md, say what the code says."""
 
 import re
 from pathlib import Path
@@ -21,28 +21,38 @@ PAIRS = {
 }
 
 
-def table() -> Dict[str, List[str]]:
-    """Name of a head to the other cells of its row."""
-    readme = (Path(ROOT) / "README.md").read_text()
+def table(document: str, heading: str) -> Dict[str, List[str]]:
+    """Name of a head to the other cells of its row in the table under a heading."""
+    text = (Path(ROOT) / document).read_text().split(f"\n{heading}\n")[1].split("\n## ")[0]
     rows: Dict[str, List[str]] = {}
-    for line in readme.split("### Methods")[1].split("\n### ")[0].splitlines():
+    for line in text.splitlines():
         cells = [x.strip() for x in line.strip("|").split(" | ")]
         if line.startswith("| `"):
             rows.update({name: cells[1:] for name in re.findall(r"`(\w+)`", cells[0])})
     return rows
 
 
-def test_every_head_has_a_row_and_every_row_a_head() -> None:
-    assert sorted(table()) == head_names()
-    assert len({len(cells) for cells in table().values()}) == 1
+TABLES = {"README.md": "## Methods", "docs/methods.md": "## All methods"}
+
+
+@pytest.mark.parametrize("document, heading", TABLES.items())
+def test_every_head_has_a_row_and_every_row_a_head(document: str, heading: str) -> None:
+    rows = table(document, heading)
+    assert sorted(rows) == head_names()
+    assert {len(cells) for cells in rows.values()} == {4}
 
 
 @pytest.mark.parametrize("name", head_names())
-def test_row_says_what_the_code_says(name: str) -> None:
-    _, _, pairs, status, configs, published, measured = table()[name]
-    assert PAIRS[pairs.split(",")[0]] == getattr(head_class(name), "pairs", ANY_PAIR)
+def test_readme_says_what_the_code_says(name: str) -> None:
+    _, _, pairs, status = table("README.md", "## Methods")[name]
+    assert PAIRS[pairs] == getattr(head_class(name), "pairs", ANY_PAIR)
     reconstructed = "RECONSTRUCTED" in head_class(name).__doc__
-    assert ("reconstructed" in status) == reconstructed != status.startswith("exact")
+    assert status == ("reconstructed" if reconstructed else "exact")
+
+
+@pytest.mark.parametrize("name", head_names())
+def test_methods_page_names_configs_and_figures(name: str) -> None:
+    _, configs, published, measured = table("docs/methods.md", "## All methods")[name]
     for config in re.findall(r"`(\w+)`", configs):
         cfg = load_config(str(Path(ROOT) / "configs" / "quickstart" / f"{config}.yaml"))
         assert name in cfg.DISTILL.HEADS

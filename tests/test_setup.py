@@ -15,7 +15,10 @@ from toys import ROOT
 # Names of imports whose packages are called otherwise.
 PACKAGES = {"cv2": "opencv-python-headless", "PIL": "Pillow", "yaml": "PyYAML"}
 # See the comment in setup.py; and what Detectron2 itself asks for, to draw.
-NOT_NAMED = {"d2kd": {"detectron2", "d2kd_cli"}, "tools": {"detectron2", "d2kd", "matplotlib"}}
+NOT_NAMED = {
+    "d2kd": {"detectron2", "d2kd_cli"},
+    "tools": {"detectron2", "d2kd", "d2kd_cli", "matplotlib"},
+}
 
 
 @pytest.fixture

@@ -1,26 +1,15 @@
-"""Config keys with their defaults and meaning, read from the code that declares them."""
+"""Config keys with their defaults and meaning, for a terminal."""
 
-import inspect
-import re
 import textwrap
 from fnmatch import fnmatchcase
-from typing import Dict, List, Sequence
+from typing import List, Sequence
 
-import detectron2.config.defaults
 from detectron2.config import get_cfg
 
-from ..data.data_keys import add_data_config
 from ..heads.registry import head_names
-from ..modeling.model_keys import add_model_config
-from ..schedule import add_schedule_config
 from ..utils.checks import nearest
-from ..views.region_sampler import RegionSampler
-from . import distill_keys
+from .key_comments import meanings
 from .load import leaves, load_config
-
-_NODE = re.compile(r"node = cfg\.([\w.]+) = CfgNode\(\)")
-_ASSIGNMENT = re.compile(r"(?:(cfg|_C)|node)\.([\w.]+) = ([^#]*)(?:#\s*(.*))?")
-_FIELD = re.compile(r"(\w+): \w+ = [^#]*")
 
 
 def describe(patterns: Sequence[str] = ()) -> str:
@@ -55,16 +44,6 @@ def describe(patterns: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def meanings() -> Dict[str, str]:
-    """Key to the comment that stands above it, or behind it, where it is declared."""
-    found = _comments(inspect.getsource(detectron2.config.defaults), "")
-    for function in (add_data_config, add_model_config, distill_keys.add_distill_config):
-        found.update(_comments(inspect.getsource(function), ""))
-    found.update(_comments(inspect.getsource(add_schedule_config), "DISTILL.<HEAD>."))
-    found.update(_comments(inspect.getsource(RegionSampler), "DISTILL.REGIONS."))
-    return found
-
-
 def _without_head(key: str) -> str:
     """DISTILL.MGD.SCHEDULE.DECAY -> DISTILL.<HEAD>.SCHEDULE.DECAY"""
     parts = key.split(".")
@@ -84,31 +63,4 @@ def _matching(pattern: str, known: List[str]) -> List[str]:
         near = nearest(pattern, [*known, *groups])
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"No config key is {pattern!r}, or below it.{hint}")
-    return found
-
-
-def _comments(source: str, prefix: str) -> Dict[str, str]:
-    """
-    Args:
-        source: of code that declares keys
-        prefix: of keys that it assigns to `node`
-    """
-    found: Dict[str, str] = {}
-    above: List[str] = []
-    for line in map(str.strip, source.splitlines()):
-        node, assignment = _NODE.match(line), _ASSIGNMENT.match(line)
-        field = _FIELD.match(line)
-        if line.startswith("#"):
-            rule = not re.search(r"\w", line)  # above and below the title of a chapter
-            above = [] if rule else [*above, line.lstrip("# ")]
-            continue
-        if node:
-            prefix = f"{node[1]}."
-        elif assignment:
-            root, name, _, behind = assignment.groups()
-            key = name if root else prefix + name
-            found[key] = " ".join([*above, behind or ""]).strip()
-        elif field:
-            found[prefix + field[1].upper()] = " ".join(above)
-        above = []
     return found

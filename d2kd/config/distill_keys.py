@@ -19,13 +19,17 @@ def add_distill_config(cfg: CfgNode) -> None:
     """
     add_data_config(cfg)
     add_model_config(cfg)
+    # "SGD", Detectron2's, or "ADAMW": PyTorch's, with PyTorch's betas. Both read BASE_LR and the
+    # WEIGHT_DECAY keys
+    cfg.SOLVER.OPTIMIZER = "SGD"
     # Metric of Detectron2's evaluator by which model_best.pth is chosen; "": none is kept
     cfg.TEST.BEST_METRIC = "bbox/AP"
 
     node = cfg.DISTILL = CfgNode()
     # False trains the student alone: exactly the run without d2kd. Said in the log.
     node.ENABLED = True
-    # The student's own meta-architecture; MODEL.META_ARCHITECTURE is "Distiller"
+    # The student's own meta-architecture, such as "RetinaNet", "FCOS" or "GeneralizedRCNN";
+    # MODEL.META_ARCHITECTURE is "Distiller"
     node.STUDENT_META_ARCHITECTURE = ""
     # Methods to apply together, such as ["MGD"]; their keys are DISTILL.<NAME>.*
     node.HEADS = []

@@ -107,6 +107,7 @@ READERS = (
     _switch("INPUT.CROP.ENABLED", True, of=("INPUT.CROP.TYPE", "INPUT.CROP.SIZE")),
     _switch(f"{_CLIP}.ENABLED", True, of=(f"{_CLIP}.CLIP_*", f"{_CLIP}.NORM_TYPE")),
     _switch(f"{_CLIP}.CLIP_TYPE", "norm", "full_model", of=(f"{_CLIP}.NORM_TYPE",)),
+    _switch("SOLVER.OPTIMIZER", "SGD", of=("SOLVER.MOMENTUM", "SOLVER.NESTEROV")),
     _switch(_SCHEDULE, _MULTI_STEP, of=("SOLVER.STEPS",)),
     _switch(_SCHEDULE, _MULTI_STEP, _FIXED_GAMMA, of=("SOLVER.GAMMA",)),
     _switch(_SCHEDULE, _FIXED_GAMMA, of=("SOLVER.NUM_DECAYS",)),

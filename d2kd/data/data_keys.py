@@ -12,7 +12,8 @@ def add_data_config(cfg: CfgNode) -> None:
     # IMAGES: a/images}. DATASETS.TRAIN and DATASETS.TEST may then use the name.
     cfg.DATASETS.COCO_FORMAT = []
 
-    # The built-in synthetic sets d2kd_shapes_train and d2kd_shapes_val, drawn on first use.
+    # The built-in synthetic sets, drawn on first use: d2kd_shapes_train; d2kd_shapes_val, on which
+    # weights, settings and best checkpoints are chosen; d2kd_shapes_test, on which nothing is.
     cfg.DATASETS.SHAPES = CfgNode()
     # Folder that receives the sets. Empty: $DETECTRON2_DATASETS, or ./datasets without it
     cfg.DATASETS.SHAPES.ROOT = ""
@@ -21,6 +22,7 @@ def add_data_config(cfg: CfgNode) -> None:
     # Number of images per split
     cfg.DATASETS.SHAPES.NUM_TRAIN = 4000
     cfg.DATASETS.SHAPES.NUM_VAL = 300
+    cfg.DATASETS.SHAPES.NUM_TEST = 1000
     # Width and height of an image, pixels. COCO's "large" starts at 96 x 96
     cfg.DATASETS.SHAPES.IMAGE_SIZE = 144
     # Number of objects per image. Fewer are drawn where no room is left, but at least one

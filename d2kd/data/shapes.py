@@ -27,7 +27,9 @@ from .outlines import CLASSES
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"d2kd_shapes_train": "train", "d2kd_shapes_val": "val"}
+# In this order: an image is drawn from the place of its split here, so new ones go to the end.
+SPLITS = {"d2kd_shapes_train": "train", "d2kd_shapes_val": "val", "d2kd_shapes_test": "test"}
+_NOT_DRAWN = ("ROOT", "NUM_TRAIN", "NUM_VAL", "NUM_TEST")
 FORMAT_VERSION = 1  # raise it whenever the drawing changes, so that old sets are not taken for new
 
 
@@ -37,7 +39,7 @@ def make_shapes(cfg: CfgNode, split: str) -> str:
 
     Args:
         cfg: with the keys of :func:`add_data_config`
-        split: "train" or "val"
+        split: "train", "val" or "test"
 
     Returns:
         the split's folder, with `annotations.json` and the folder `images`
@@ -127,7 +129,7 @@ def read_settings(node: CfgNode, split: str) -> Dict[str, Any]:
     for key, (low, high) in _ranges(node).items():
         if not low <= node[key] <= high:
             raise ValueError(f"DATASETS.SHAPES.{key} is {node[key]}: must be in [{low}, {high}]")
-    settings = {k: v for k, v in node.items() if k not in ("ROOT", "NUM_TRAIN", "NUM_VAL")}
+    settings = {k: v for k, v in node.items() if k not in _NOT_DRAWN}
     return {**settings, "NUM": node[f"NUM_{split.upper()}"], "SPLIT": split, "V": FORMAT_VERSION}
 
 
@@ -137,6 +139,7 @@ def _ranges(node: CfgNode) -> Dict[str, Tuple[float, float]]:
         "SEED": (0, 2**32 - 1),
         "NUM_TRAIN": (1, 999999),
         "NUM_VAL": (1, 999999),
+        "NUM_TEST": (1, 999999),
         "IMAGE_SIZE": (32, 4096),
         "MAX_OBJECTS": (1, 100),
         "MIN_OBJECTS": (1, node.MAX_OBJECTS),

@@ -26,6 +26,8 @@ RULES = (
     Rule(("DISTILL.TEACHER.CONFIG_FILE", "*.TEACHER.WEIGHTS", "*.TEACHER.OPTS"), PASSED_OVER, ""),
     # Compared by what they build: the checkpoint's heads and the student's meta-architecture.
     Rule(("DISTILL.ENABLED", "DISTILL.HEADS", "*.STUDENT_META_ARCHITECTURE"), PASSED_OVER, ""),
+    # Compared by what the checkpoint's optimizer remembers.
+    Rule(("SOLVER.OPTIMIZER",), PASSED_OVER, ""),
     Rule(("MODEL.WEIGHTS", "DISTILL.INHERIT"), UNUSED, "the checkpoint has the weights"),
     Rule(
         ("*.TEACHER.EVAL_IMAGES", "*.TEACHER.MIN_AP", "*.TEACHER.ALLOW_*"),

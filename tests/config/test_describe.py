@@ -5,7 +5,8 @@ import pytest
 from detectron2.config import get_cfg
 
 from d2kd.config import leaves
-from d2kd.config.describe import describe, meanings
+from d2kd.config.describe import describe
+from d2kd.config.key_comments import meanings
 from d2kd.config.load import load_config
 from d2kd.heads.registry import head_names
 
@@ -23,10 +24,9 @@ def test_keys_of_distillation_are_explained() -> None:
     texts = meanings()
     groups = ("DISTILL.TEACHER.", "DISTILL.LIVENESS.", "DISTILL.REGIONS.", "DATASETS.SHAPES.")
     keys = [k for k, _ in leaves(load_config()) if k.startswith(groups)]
-    # Explained together with the key or the group above them.
-    shared = {"LIVENESS.ENABLED", "REGIONS.IOU_THRESHOLD"}
-    shared |= {f"SHAPES.{x}" for x in ("NUM_VAL", "MAX_OBJECTS", "MAX_SIZE")}
-    assert {".".join(k.split(".")[1:]) for k in keys if not texts.get(k)} == shared
+    assert len(keys) > 30
+    # What a group is for stands above it.
+    assert [k for k in keys if not texts.get(k)] == ["DISTILL.LIVENESS.ENABLED"]
 
 
 def test_default_and_meaning_of_a_key() -> None:

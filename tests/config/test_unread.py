@@ -96,6 +96,8 @@ UNREAD = [
     ("MODEL.SWIN.DEPTHS", [1, 1, 1, 1], "with a Swin in MODEL.BACKBONE.NAME"),
     ("MODEL.MASK_ON", True, "by two-stage detectors"),
     ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 35.0, "with SOLVER.CLIP_GRADIENTS.ENABLED"),
+    ("SOLVER.MOMENTUM", 0.8, "with SOLVER.OPTIMIZER SGD"),
+    ("SOLVER.NESTEROV", True, "with SOLVER.OPTIMIZER SGD"),
     ("INPUT.CROP.SIZE", [0.5, 0.5], "with INPUT.CROP.ENABLED"),
     ("DATALOADER.REPEAT_THRESHOLD", 0.1, "SAMPLER_TRAIN RepeatFactorTrainingSampler"),
     ("DATASETS.SHAPES.NOISE", 1.0, "with a built-in set in DATASETS"),
@@ -108,7 +110,7 @@ UNREAD = [
 def test_override_that_nobody_reads_is_refused_with_what_would_read_it(
     key: str, value: Any, who: str
 ) -> None:
-    cfg = distill_config("retinanet", [], ["PKD"])
+    cfg = distill_config("retinanet", [], ["PKD"], SOLVER__OPTIMIZER="ADAMW")
     opts = ["SOLVER.BASE_LR", 0.1, key, value]
     cfg.merge_from_list(opts)
     with pytest.raises(

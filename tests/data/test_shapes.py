@@ -10,9 +10,11 @@ import numpy as np
 
 from detectron2.config import CfgNode, get_cfg
 
+from d2kd import load_config
 from d2kd.data import add_data_config, make_shapes
 from d2kd.data.outlines import CLASSES, area, place
 from d2kd.data.preview import contact_sheet
+from d2kd.data.shapes import draw_one, read_settings
 
 
 def _cfg(root: str, **changes: object) -> CfgNode:
@@ -58,8 +60,22 @@ class TestShapes(unittest.TestCase):
     def test_splits_and_seeds_differ(self):
         train = _bytes(make_shapes(_cfg(self.root, NUM_TRAIN=4), "train"))
         val = _bytes(make_shapes(_cfg(self.root), "val"))
+        test = _bytes(make_shapes(_cfg(self.root, NUM_TEST=4), "test"))
         other = _bytes(make_shapes(_cfg(self.root, SEED=1), "val"))
-        self.assertEqual(len(set(train + val + other)), 12)
+        self.assertEqual(len(set(train + val + test + other)), 16)
+
+    def test_training_and_validation_images_are_those_of_before_the_test_split(self):
+        # Names are made of all that the bytes depend on, so sets drawn earlier are found again.
+        cfg = load_config(opts=["DATASETS.SHAPES.ROOT", self.root])
+        with mock.patch("d2kd.data.shapes._write"):
+            names = [os.path.basename(make_shapes(cfg, x)) for x in ("train", "val")]
+        self.assertEqual(names, ["train_7c00ba2f8aa7", "val_20b8aaa629f7"])
+        for split, seed in {"train": [0, 0, 3], "val": [0, 1, 3], "test": [0, 2, 3]}.items():
+            with mock.patch("d2kd.data.shapes.draw") as draw:
+                draw_one(read_settings(cfg.DATASETS.SHAPES, split), 3)
+            drawn = draw.call_args.args[0].integers(2**60, size=4)
+            expected = np.random.default_rng(seed).integers(2**60, size=4)
+            np.testing.assert_array_equal(drawn, expected)
 
     def test_second_use_draws_nothing(self):
         folder = make_shapes(_cfg(self.root), "val")

@@ -15,7 +15,7 @@ from ...modeling.trainable import check_trainable
 from ...schedule import WeightSchedule
 from ...teacher import resolve_teacher
 from ...utils.checks import check_choice, check_range, nearest
-from ..optimizer import CLIP_TYPES
+from ..optimizer import CLIP_TYPES, OPTIMIZERS
 from ..stages import STAGE_LR, Stage, distils, plan_stages
 from .evaluation_keys import check_evaluation
 
@@ -69,6 +69,7 @@ def _check_run(cfg: CfgNode) -> None:
     check_range("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1, 10**9)
     for key in ("IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
         check_range(f"SOLVER.{key}", cfg.SOLVER[key], 1, math.inf)
+    check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, OPTIMIZERS)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED:
         check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)

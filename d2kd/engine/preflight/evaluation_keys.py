@@ -27,6 +27,14 @@ def check_evaluation(cfg: CfgNode, training: bool = True) -> None:
             "anew cannot be resumed exactly. Set it to False; MODEL.RESNETS.NORM FrozenBN or GN "
             "needs no such statistics."
         )
+    if training and cfg.TEST.BEST_METRIC and cfg.TEST.EVAL_PERIOD > 0:
+        if "d2kd_shapes_test" in cfg.DATASETS.TEST:
+            raise ValueError(
+                f"DATASETS.TEST is {tuple(cfg.DATASETS.TEST)}, of which TEST.BEST_METRIC "
+                f"{cfg.TEST.BEST_METRIC!r} would choose a checkpoint, and on d2kd_shapes_test "
+                "nothing is chosen. Train with d2kd_shapes_val, and evaluate the end with "
+                "--eval-only on the test set."
+            )
     if cfg.TEST.EXPECTED_RESULTS:
         _check_expected_results(cfg)
 

@@ -55,6 +55,7 @@ MISTAKES = [
     ({"SOLVER.MAX_ITER": -1}, "SOLVER.MAX_ITER must be in .*, got -1"),
     ({"SOLVER.IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH must be 1 or more, got 0"),
     ({"SOLVER.CHECKPOINT_PERIOD": 0}, "SOLVER.CHECKPOINT_PERIOD must be 1 or more, got 0"),
+    ({"SOLVER.OPTIMIZER": "Adam"}, "SOLVER.OPTIMIZER must be one of SGD, ADAMW, got 'Adam'"),
     (
         {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "all"},
         "CLIP_TYPE must be one of value, norm, full_model, got 'all'",

@@ -26,6 +26,10 @@ MISTAKES = [
     ({"TEST.EXPECTED_RESULTS": [RESULT[:3]], **ONE}, r"\['bbox', 'AP', 38.5\]; an entry is"),
     ({"TEST.EXPECTED_RESULTS": RESULT, **ONE}, "has 'bbox'; an entry is"),
     ({"TEST.EXPECTED_RESULTS": [["bbox", "AP", "x", 1.0]], **ONE}, "has .*'x'"),
+    (
+        {"TEST.EVAL_PERIOD": 500, "DATASETS.TEST": ("d2kd_shapes_test",)},
+        "BEST_METRIC 'bbox/AP' would choose a checkpoint, and on d2kd_shapes_test nothing is",
+    ),
 ]
 
 
@@ -40,6 +44,12 @@ def test_what_an_evaluation_would_not_do_is_refused(values: Any, message: str) -
 def test_sound_expectation_passes() -> None:
     cfg = detector_config("retinanet", DATASETS__TEST=("a",), TEST__EXPECTED_RESULTS=[RESULT])
     check_config(cfg)
+
+
+def test_run_that_chooses_nothing_may_look_at_the_test_split() -> None:
+    values = {"TEST__EVAL_PERIOD": 500, "DATASETS__TEST": ("d2kd_shapes_test",)}
+    check_config(detector_config("retinanet", TEST__BEST_METRIC="", **values))
+    check_config(detector_config("retinanet", **{**values, "TEST__EVAL_PERIOD": 0}))
 
 
 def test_evaluation_does_not_look_at_what_only_training_reads() -> None:

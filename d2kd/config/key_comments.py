@@ -1,0 +1,88 @@
+"""The comments with which the code explains config keys."""
+
+import ast
+import inspect
+import re
+import textwrap
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import detectron2.config.defaults
+
+from ..data.data_keys import add_data_config
+from ..modeling.model_keys import add_model_config
+from ..schedule import add_schedule_config
+from ..views import RegionSampler
+from .distill_keys import add_distill_config
+
+
+def meanings() -> Dict[str, str]:
+    """
+    Key of d2kd's or Detectron2's, or node of keys, to its comment. Lines that follow each other
+    without a comment of their own share the one above them. Those of a schedule are
+    DISTILL.<HEAD>.SCHEDULE.*
+    """
+    defaults = inspect.getsource(detectron2.config.defaults)
+    texts = dict(_of_assignments(defaults, ast.parse(defaults).body, {"_C": ""}))
+    texts.update(_of_fields())
+    for add in (add_distill_config, add_data_config, add_model_config):
+        texts.update(_of_function(add, ""))
+    texts.update(_of_function(add_schedule_config, "DISTILL.<HEAD>."))
+    return texts
+
+
+def _of_fields() -> Iterator[Tuple[str, str]]:
+    """Of RegionSampler's fields, which are keys."""
+    above: List[str] = []
+    text = ""
+    for line in inspect.getsource(RegionSampler).splitlines():
+        field = re.match(r"    (\w+): .* = ", line)
+        if line.startswith("    # "):
+            above.append(line.strip(" #"))
+        elif field:
+            text, above = " ".join(above) or text, []
+            yield f"DISTILL.REGIONS.{field[1].upper()}", text
+
+
+def _of_function(add: Callable[[Any], None], prefix: str) -> Iterator[Tuple[str, str]]:
+    """
+    Args:
+        add: assigns to attributes of its argument, and of names for nodes of it
+        prefix: of what is below its argument
+    """
+    source = textwrap.dedent(inspect.getsource(add))
+    nodes = {next(iter(inspect.signature(add).parameters)): prefix}
+    return _of_assignments(source, ast.parse(source).body[0].body, nodes)
+
+
+def _of_assignments(
+    source: str, statements: List[ast.stmt], nodes: Dict[str, str]
+) -> Iterator[Tuple[str, str]]:
+    """
+    Args:
+        statements: of `source`
+        nodes: name of a variable that holds a node to the prefix of the keys below it
+    """
+    lines, shared, last = source.splitlines(), "", 0
+    for statement in statements:
+        if not isinstance(statement, ast.Assign) or isinstance(statement.targets[-1], ast.Name):
+            continue
+        above, beside = _comments(lines, statement.lineno - 1)
+        shared = above or (shared if statement.lineno == last + 1 else "")
+        last = statement.end_lineno
+        target = next(x for x in statement.targets if isinstance(x, ast.Attribute))
+        root, _, path = ast.unparse(target).partition(".")
+        key = nodes[root] + path
+        names = [x.id for x in statement.targets if isinstance(x, ast.Name)]
+        nodes.update(dict.fromkeys(names, f"{key}."))
+        yield key, beside or shared
+        if ast.unparse(statement.value) in ("CfgNode()", "CN()"):
+            shared = ""
+
+
+def _comments(lines: List[str], index: int) -> Tuple[str, str]:
+    """Those above a line and the one at its end."""
+    above: List[str] = []
+    while re.match(r"\s*# .*\w", lines[index - 1 - len(above)]):  # a rule has no letter
+        above.insert(0, lines[index - 1 - len(above)].strip(" #"))
+    beside = re.search(r"  # (.*)$", lines[index])
+    return " ".join(above), beside[1] if beside else ""

@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Write the parts of docs/ that follow from the code: python dev/write_docs.py"""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple
+
+from detectron2.config import get_cfg
+
+from d2kd.config.distill_keys import add_distill_config
+from d2kd.config.key_comments import meanings
+from d2kd.config.load import leaves
+from d2kd.heads.__main__ import describe_keys
+from d2kd.heads.registry import head_names
+from d2kd.views import DetectorView
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MARKED = re.compile(r"(<!-- generated: dev/write_docs.py -->\n).*?(<!-- /generated -->)", re.DOTALL)
+SCHEDULE = "DISTILL.<HEAD>.SCHEDULE"
+
+INTRO = """\
+# Keys
+
+<!-- All of this page is written by dev/write_docs.py from the code; edit the comments there. -->
+
+Every key that d2kd adds to Detectron2's config, with its default.
+[Detectron2's own](https://detectron2.readthedocs.io/en/latest/modules/config.html) remain. Those of
+one head, also of one of yours (`--plugin`), are printed by
+
+    python -m d2kd.heads MGD
+
+"""
+
+
+class Key(NamedTuple):
+    name: str
+    default: Any
+    text: str
+
+
+def main() -> None:
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
+
+
+def documents() -> Dict[Path, str]:
+    """Path of each document with generated parts to its whole text."""
+    detector = DOCS / "add_a_detector.md"
+    members = f"\n```text\n{members_of_views()}\n```\n\n"
+    written = MARKED.sub(lambda x: x[1] + members + x[2], detector.read_text(encoding="utf-8"))
+    return {DOCS / "keys.md": keys_page(), detector: written}
+
+
+def members_of_views() -> str:
+    """The list in the docstring of DetectorView."""
+    text = inspect.getdoc(DetectorView)
+    return text[text.index("always  ") : text.index("Attributes:")].strip()
+
+
+def keys_page() -> str:
+    """All keys that d2kd adds: the common ones, those of a schedule, those of each head."""
+    texts, groups = {**meanings(), **head_texts()}, groups_of_keys()
+    texts[SCHEDULE] = "Of every head. Iterations count from the start of the run, or of its stage."
+    heads = [f"DISTILL.{x}" for x in head_names()]
+    # By name: Detectron2's order of nodes is another in each version.
+    in_order = sorted(groups, key=lambda x: (x in heads, x[:7] != "DISTILL", x))
+    sections = []
+    for node in in_order:
+        keys = [Key(name, default, texts.get(name, "")) for name, default in groups[node].items()]
+        title = "Schedule of every head" if node == SCHEDULE else node
+        sections.append(section(title, keys, texts.get(node, "")))
+    return INTRO + "\n".join(sections)
+
+
+def groups_of_keys() -> Dict[str, Dict[str, Any]]:
+    """Node to its keys with defaults: a head's together, its schedule's once for all heads."""
+    theirs, ours = get_cfg(), get_cfg()
+    add_distill_config(ours)
+    known = dict(leaves(theirs))
+    groups: Dict[str, Dict[str, Any]] = {}
+    for key, default in leaves(ours):
+        if key not in known:
+            key = re.sub(r"^DISTILL\.\w+\.SCHEDULE", SCHEDULE, key)
+            parts = key.split(".")
+            node = ".".join(parts[:2] if parts[1] in head_names() else parts[:-1])
+            groups.setdefault(node, {})[key] = default
+    return groups
+
+
+def head_texts() -> Dict[str, str]:
+    """Key of a head to what `python -m d2kd.heads` says of it."""
+    described = "\n".join(map(describe_keys, head_names()))
+    found = re.findall(r"^(DISTILL\S+): .*\n?((?:    .*\n?)*)", described, re.MULTILINE)
+    return {key: " ".join(text.split()) for key, text in found}
+
+
+def section(title: str, keys: List[Key], text: str = "") -> str:
+    lines = [f"## {title}", "", *([escape(text), ""] if text else [])]
+    lines += ["| key | default | meaning |", "|---|---|---|"]
+    lines += [f"| `{x.name}` | `{x.default!r}` | {escape(x.text)} |" for x in keys]
+    return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    """Markdown of plain text: what would be markup, or end a table's cell, is shown as it is."""
+    return re.sub(r"([|*])", r"\\\1", text).replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    main()

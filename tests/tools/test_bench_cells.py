@@ -1,0 +1,149 @@
+"""A table of runs: which runs it asks for, when two are the same, and what is refused in it."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Dict, List
+
+import pytest
+import yaml
+
+from runs import run_config
+from toys import write_teacher
+
+
+@pytest.fixture
+def cells(tool: Callable[[str], ModuleType]) -> ModuleType:
+    return tool("bench_cells")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Writes a table with one row, of a toy student, unless others are given."""
+    cfg = run_config(tmp_path)
+    cfg.DATASETS.TEST = ("d2kd_shapes_val",)
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+
+    def write(**said: Any) -> str:
+        rows = [{"NAME": "alone", "CONFIG": str(tmp_path / "student.yaml")}]
+        path = tmp_path / "table.yaml"
+        path.write_text(yaml.dump({"SEEDS": [1, 2], "ITERATIONS": [4], "ROWS": rows, **said}))
+        return str(path)
+
+    return write
+
+
+def row(tmp_path: Path, name: str = "alone", **said: Any) -> Dict[str, Any]:
+    return {"NAME": name, "CONFIG": str(tmp_path / "student.yaml"), **said}
+
+
+def test_rows_have_the_tables_seeds_and_budgets_or_their_own(
+    cells: ModuleType, write: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [
+        row(tmp_path),
+        row(tmp_path, "other", SEEDS=[7], ITERATIONS=[8, 16], OPTS=["VERSION", 2]),
+    ]
+    table = cells.read_table(write(ROWS=rows, OPTS=["SOLVER.BASE_LR", 0.5]))
+    found = [(x.row, x.iterations, x.seed, x.opts) for x in table.cells]
+    own, both = ("SOLVER.BASE_LR", "0.5"), ("SOLVER.BASE_LR", "0.5", "VERSION", "2")
+    assert found == [
+        ("alone", 4, 1, own),
+        ("alone", 4, 2, own),
+        ("other", 8, 7, both),
+        ("other", 16, 7, both),
+    ]
+    cfg = table.cells[-1].cfg
+    assert (cfg.SOLVER.MAX_ITER, cfg.SEED, cfg.SOLVER.BASE_LR) == (16, 7, 0.5)
+    assert (table.name, table.results) == ("table", "docs/results/table.csv")
+
+
+def test_short_runs_come_first(
+    cells: ModuleType, write: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [row(tmp_path), row(tmp_path, "other", OPTS=["SOLVER.BASE_LR", 0.5])]
+    table = cells.read_table(write(ROWS=rows, ITERATIONS=[8, 4], SEEDS=[1]))
+    found = [(x.iterations, x.row) for x in table.cells]
+    assert found == [(4, "alone"), (4, "other"), (8, "alone"), (8, "other")]
+
+
+def keys_of(cells: ModuleType, path: str) -> List[str]:
+    return [x.key for x in cells.read_table(path).cells]
+
+
+def test_key_is_that_of_all_that_a_run_depends_on(
+    cells: ModuleType, write: Callable[..., str], tmp_path: Path
+) -> None:
+    first = keys_of(cells, write())
+    assert keys_of(cells, write(OPTS=["OUTPUT_DIR", "elsewhere"])) == first
+    assert keys_of(cells, write(ROWS=[row(tmp_path, "renamed")])) == first
+    others = [{"OPTS": ["SOLVER.BASE_LR", 0.5]}, {"ITERATIONS": [8]}, {"SEEDS": [3, 4]}]
+    keys = first + sum([keys_of(cells, write(**x)) for x in others], [])
+    assert len(set(keys)) == 8
+    text = (tmp_path / "student.yaml").read_text()
+    (tmp_path / "student.yaml").write_text(text.replace("WARMUP_ITERS: 2", "WARMUP_ITERS: 1"))
+    assert not set(keys_of(cells, write())) & set(keys)
+
+
+def test_recipe_is_the_same_for_all_seeds(cells: ModuleType, write: Callable[..., str]) -> None:
+    one, two = cells.read_table(write()).cells
+    assert one.recipe == two.recipe and one.key != two.key
+    assert cells.read_table(write(ITERATIONS=[8])).cells[0].recipe != one.recipe
+
+
+def test_run_with_another_teacher_is_another(cells: ModuleType, tmp_path: Path) -> None:
+    opts = write_teacher(tmp_path, "retinanet")
+    (tmp_path / "distilled.yaml").write_text(run_config(tmp_path, opts, ["PKD"]).dump())
+    said = "PKD", str(tmp_path / "distilled.yaml"), (), 1, 4
+    before = cells.Cell(*said)
+    assert before.key == cells.Cell(*said).key
+    with open(before.cfg.DISTILL.TEACHER.WEIGHTS, "ab") as file:
+        file.write(b"0")
+    assert cells.Cell(*said).key != before.key
+
+
+def test_output_of_another_config_is_in_another_folder(
+    cells: ModuleType, write: Callable[..., str]
+) -> None:
+    tables = [cells.read_table(write(**x)) for x in ({}, {"OPTS": ["SOLVER.BASE_LR", 0.5]})]
+    folders = {table.folder(cell) for table in tables for cell in table.cells}
+    assert len(folders) == 4 and all("alone_4_seed_" in x for x in folders)
+
+
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        ({"SEED": [1]}, r"table.yaml has the key SEED .did you mean SEEDS\?"),
+        ({"ROWS": []}, "ROWS must be rows of different NAMEs"),
+        ({"ROWS": ["alone"]}, r"ROWS\[0\] must be keys with values, got 'alone'"),
+        ({"ROWS": [{"NAME": "a", "CONFIGS": "b"}]}, r"ROWS\[0\] has the key CONFIGS"),
+        ({"ROWS": [{"NAME": "a"}]}, r"ROWS\[0\]: CONFIG must be a text, got None"),
+        ({"ITERATIONS": 4}, "ITERATIONS must be a list of different whole numbers from 1 on, .* 4"),
+        ({"SEEDS": [1, 1]}, r"SEEDS must be a list of different .*\[1, 1\]"),
+        ({"SEEDS": [True]}, "SEEDS must be a list of different"),
+        ({"OPTS": ["SEED"]}, "OPTS must be KEY, VALUE"),
+        ({"BASELINE": "lone"}, "BASELINE 'lone' is no row; there are alone"),
+        ({"TEST": "d2kd_shapes_tset"}, "TEST is .*Did you mean d2kd_shapes_test"),
+        ({"OPTS": ["DATASETS.TEST", "()"]}, r"alone, 4 .*DATASETS.TEST must be one set, got \(\)"),
+        ({"OPTS": ["SOLVER.OPTIMIZER", "Adam"]}, "alone, 4 iterations, seed 1 .*SOLVER.OPTIMIZER"),
+    ],
+)
+def test_mistake_is_named_before_anything_is_run(
+    said: Dict[str, Any], message: str, cells: ModuleType, write: Callable[..., str]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        cells.check_table(cells.read_table(write(**said)))
+
+
+def test_same_run_twice_is_refused(
+    cells: ModuleType, write: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [row(tmp_path), row(tmp_path, "again")]
+    with pytest.raises(ValueError, match="again, 4 iterations, seed 1: the same run as alone"):
+        cells.check_table(cells.read_table(write(ROWS=rows)))
+    with pytest.raises(ValueError, match="rows of different NAMEs, got"):
+        cells.read_table(write(ROWS=[row(tmp_path)] * 2))
+
+
+def test_table_that_is_not_there_is_named(cells: ModuleType) -> None:
+    with pytest.raises(FileNotFoundError, match="no table 'gone.yaml'"):
+        cells.read_table("gone.yaml")

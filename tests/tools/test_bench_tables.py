@@ -1,0 +1,113 @@
+"""The documents say what the CSVs say; a figure that was typed or is out of date is found."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Dict, List
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def tables(tool: Callable[[str], ModuleType]) -> ModuleType:
+    return tool("bench_tables")
+
+
+def test_documents_say_what_the_csv_says(tables: ModuleType) -> None:
+    assert tables.main(["--check"]) == 0
+
+
+def result(row: str, seed: int, ap: float, iterations: int = 100, **said: Any) -> Dict[str, Any]:
+    figures = {"val_AP": ap, "val_AP50": 2 * ap, "test_AP": ap - 1, "test_AP50": 2 * ap - 1}
+    place = {"row": row, "config": f"{row}.yaml", "seed": seed, "iterations": iterations}
+    return {**place, **figures, "seconds": 90, "recipe": f"{row}{iterations}", **said}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "configs" / "bench").mkdir(parents=True)
+    rows = [{"NAME": x, "CONFIG": f"{x}.yaml"} for x in ("alone", "mgd", "later")]
+    said = {"TEST": "d2kd_shapes_test", "SEEDS": [1], "ITERATIONS": [100], "BASELINE": "alone"}
+    table = tmp_path / "configs" / "bench" / "pairs.yaml"
+    table.write_text(yaml.dump({**said, "ROWS": rows}))
+    text = "Before.\n\n<!-- bench:pairs -->\n<!-- /bench -->\n\nBehind.\n"
+    (tmp_path / "README.md").write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def add(tool: Callable[[str], ModuleType], folder: Path) -> Callable[[List[Dict[str, Any]]], None]:
+    def add(rows: List[Dict[str, Any]]) -> None:
+        for row in rows:
+            tool("bench_results").append_result(str(folder / "docs/results/pairs.csv"), row)
+
+    return add
+
+
+def cells_of(path: Path) -> List[List[str]]:
+    lines = [x for x in path.read_text().splitlines() if x.startswith("|")]
+    return [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+
+
+def test_table_has_means_intervals_and_paired_gains(
+    tables: ModuleType, folder: Path, add: Callable
+) -> None:
+    add([result("mgd", seed, 30 + seed) for seed in (1, 2, 3)])
+    add([result("alone", seed, 20 + seed) for seed in (3, 2)])
+    add([result("alone", 1, 5.0, iterations=50), result("of another table", 1, 1.0)])
+    assert tables.main(["--root", str(folder)]) == 0
+    head, _, *rows = cells_of(folder / "README.md")
+    assert head[:4] == ["run", "YAML", "iterations", "seeds"]
+    assert head[4:] == ["AP on test", "AP on val", "gain on test", "AP50", "minutes"]
+    # Three seeds: a standard deviation of 1, so 4.303 / sqrt(3); two: 12.706 / 2
+    assert rows == [
+        ["alone", "`alone.yaml`", "50", "1", "4.0", "5.0", "", "9.0", "1.5"],
+        ["alone", "`alone.yaml`", "100", "2", "21.5 ± 6.4", "22.5 ± 6.4", "", "44.0 ± 12.7", "1.5"],
+        ["mgd", "`mgd.yaml`", "100", "3", "31.0 ± 2.5", "32.0 ± 2.5", "+10.0 ± 0.0"]
+        + ["63.0 ± 5.0", "1.5"],
+    ]
+    text = (folder / "README.md").read_text()
+    assert text.startswith("Before.\n") and text.endswith("<!-- /bench -->\n\nBehind.\n")
+
+
+def test_table_without_a_run_says_so(tables: ModuleType, folder: Path) -> None:
+    tables.main(["--root", str(folder)])
+    assert "No run of this table is finished." in (folder / "README.md").read_text()
+
+
+def test_text_that_is_not_the_csvs_is_found_and_put_right(
+    tables: ModuleType, folder: Path, add: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    add([result("alone", 1, 20.0)])
+    words = ["--root", str(folder), "--check"]
+    assert tables.main(words) == 1
+    tables.main(words[:2])
+    assert tables.main(words) == 0
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("19.0", "29.0"))
+    assert tables.main(words) == 1 and "README.md is not what the CSV" in capsys.readouterr().out
+    tables.main(words[:2])
+    add([result("alone", 2, 21.0)])
+    assert tables.main(words) == 1, "a new figure"
+
+
+def test_figures_of_two_recipes_make_no_mean(
+    tables: ModuleType, folder: Path, add: Callable
+) -> None:
+    add([result("alone", seed, 20.0, recipe="old") for seed in (1, 2)])
+    add([result("alone", 1, 30.0, recipe="new")])
+    tables.main(["--root", str(folder)])
+    (row,) = cells_of(folder / "README.md")[2:]
+    assert row[3:5] == ["1", "29.0"]
+
+
+def test_mark_without_an_end_is_refused(tables: ModuleType, folder: Path) -> None:
+    (folder / "README.md").write_text("<!-- bench:pairs -->\n")
+    with pytest.raises(ValueError, match="README.md: a <!-- bench:NAME --> has no <!-- /bench -->"):
+        tables.main(["--root", str(folder)])
+
+
+def test_csv_of_other_columns_is_refused(tool: Callable, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"x.csv has the columns \['a', 'b'\]"):
+        tool("bench_results").read_results(str(tmp_path / "x.csv"))

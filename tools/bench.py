@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""
+Fill a table of runs, and keep the figures: each row of the table is a YAML with overrides, and is
+run with each of its seeds and budgets.
+
+Several runs go side by side, each with one thread. Stop it when you like and start it again: a run
+that was interrupted goes on where it stopped, and one that is finished is not repeated.
+"""
+
+import argparse
+import signal
+import sys
+from typing import Any, Optional, Sequence
+
+from bench_cells import check_table, read_table
+from bench_run import Bench
+
+EPILOG = """
+A table is a YAML:
+
+    RESULTS: "docs/results/mine.csv"       # default: docs/results/<name of the table>.csv
+    OUTPUT_DIR: "output/bench/mine"        # of all runs; default: output/bench/<name>
+    TEST: "d2kd_shapes_test"               # where each end is evaluated, beside DATASETS.TEST
+    SEEDS: [1, 2, 3]                       # of all rows, or of one, as the two that follow
+    ITERATIONS: [2000, 4000]               # SOLVER.MAX_ITER
+    OPTS: ["SOLVER.CHECKPOINT_PERIOD", 1000]
+    BASELINE: "alone"                      # the row that gains are told against
+    ROWS:
+      - {NAME: "alone", CONFIG: "configs/quickstart/student.yaml"}
+      - {NAME: "PKD", CONFIG: "configs/quickstart/pkd.yaml", OPTS: ["DISTILL.PKD.LOSS_WEIGHT", 3]}
+
+A finished run is a row of the CSV: its AP on DATASETS.TEST ("val") and on TEST ("test"), seconds of
+training, commit, versions, hardware, command, and the key by which it is known again. That is made
+of the whole config but its OUTPUT_DIR, and of the weights of its teacher: change what a run depends
+on, and it is another run. Detectron2's defaults count too, so another version of it has other keys.
+Settings are chosen on val. On test nothing is chosen.
+
+The output of each run is in OUTPUT_DIR: val.txt and test.txt are what train_net.py said. Killed
+with -9, the bench leaves its runs alive; started again, it waits for them and takes them over. On a
+GPU runs go one after the other.
+
+examples:
+  what would be run, and what is finished:
+    python tools/bench.py configs/bench/baseline.yaml --list
+  two at a time, on two cores:
+    python tools/bench.py configs/bench/baseline.yaml --jobs 2
+  then write the figures into the documents:
+    python tools/bench_tables.py
+"""
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Returns: the exit code; 1 where a run failed"""
+    args = parse_args(argv)
+    try:
+        table = read_table(args.table)
+        bench = Bench(table, args.jobs, args.every)
+        if args.list:
+            done = bench.finished()
+            for cell in table.cells:
+                print(f"{'finished' if cell in done else 'to run  '}  {cell.key}  {cell}")
+            return 0
+        check_table(table)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    if args.jobs > 1 and any(x.cfg.MODEL.DEVICE != "cpu" for x in table.cells):
+        sys.exit("--jobs: runs on a GPU go one after the other; set MODEL.DEVICE cpu in OPTS.")
+    signal.signal(signal.SIGTERM, _stop)
+    bench.run()
+    for cell in bench.failed:
+        print(f"failed: {cell}")
+    return 1 if bench.failed else 0
+
+
+def _stop(*_: Any) -> None:
+    sys.exit("Stopped; the same command goes on.")
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("table", metavar="TABLE", help="YAML of the table")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time; default %(default)s")
+    add("--list", action="store_true", help="show the cells and run nothing")
+    add("--every", type=float, default=60, metavar="SECONDS", help="between lines of progress")
+    args = parser.parse_args(argv)
+    if args.jobs < 1 or not args.every > 0:
+        parser.error(f"--jobs and --every must be above 0, got {args.jobs} and {args.every}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

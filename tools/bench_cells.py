@@ -1,0 +1,178 @@
+"""The table that tools/bench.py fills: a YAML of rows, seeds and budgets, and the runs in it."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from d2kd import load_config
+from d2kd.data.shapes import SPLITS
+from d2kd.engine.preflight.check_config import check_config
+from d2kd.utils.checks import nearest
+from d2kd.utils.safe_yaml import read_yaml
+
+OF_TABLE = ("RESULTS", "OUTPUT_DIR", "TEST", "ROWS", "BASELINE")
+OF_ROW = ("NAME", "CONFIG")
+OF_BOTH = ("OPTS", "SEEDS", "ITERATIONS")  # a row's own, or else the table's
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a row of the table with a seed and a budget."""
+
+    row: str
+    config: str
+    opts: Tuple[str, ...]  # KEY, VALUE, ... of the row
+    seed: int
+    iterations: int
+
+    @property
+    def words(self) -> List[str]:
+        """All overrides of the YAML."""
+        return [*self.opts, "SOLVER.MAX_ITER", str(self.iterations), "SEED", str(self.seed)]
+
+    @property
+    def cfg(self) -> CfgNode:
+        return load_config(self.config, self.words)
+
+    @cached_property
+    def key(self) -> str:
+        """Tells runs apart that would not give the same figure, wherever their output goes."""
+        return _digest(self.cfg)
+
+    @cached_property
+    def recipe(self) -> str:
+        """As `key`, the same for all seeds."""
+        cfg = self.cfg
+        cfg.SEED = -1
+        return _digest(cfg)
+
+    def __str__(self) -> str:
+        return f"{self.row}, {self.iterations} iterations, seed {self.seed}"
+
+
+class Table(NamedTuple):
+    """`test`: data set on which each finished run is evaluated and nothing is chosen; "": none."""
+
+    name: str
+    results: str
+    output: str
+    test: str
+    rows: Tuple[str, ...]
+    baseline: str
+    cells: Tuple[Cell, ...]
+
+    def folder(self, cell: Cell) -> str:
+        """OUTPUT_DIR of a cell's run; another one when its config is another."""
+        name = re.sub(r"\W+", "_", f"{cell.row}_{cell.iterations}_seed_{cell.seed}").strip("_")
+        return os.path.join(self.output, f"{name}_{cell.key[:8]}")
+
+
+def read_table(path: str) -> Table:
+    """
+    Raises:
+        ValueError: naming the file, the row and the key that are wrong
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no table {path!r}.")
+    said = read_yaml(path)
+    _refuse_unknown(said, (*OF_TABLE, *OF_BOTH), path)
+    rows = said.get("ROWS") or []
+    cells: List[Cell] = []
+    for i, row in enumerate(rows):
+        where = f"{path}: ROWS[{i}]"
+        _refuse_unknown(row, (*OF_ROW, *OF_BOTH), where)
+        cells += _cells_of(row, said, where)
+    names = [row["NAME"] for row in rows]
+    twice = [x for x in names if names.count(x) > 1]
+    if not rows or twice:
+        raise ValueError(f"{path}: ROWS must be rows of different NAMEs, got {twice or 'none'}.")
+    baseline = said.get("BASELINE", "")
+    if baseline and baseline not in names:
+        raise ValueError(f"{path}: BASELINE {baseline!r} is no row; there are {', '.join(names)}.")
+    name = os.path.splitext(os.path.basename(path))[0]
+    return Table(
+        name,
+        said.get("RESULTS", f"docs/results/{name}.csv"),
+        said.get("OUTPUT_DIR", f"output/bench/{name}"),
+        said.get("TEST", ""),
+        tuple(names),
+        baseline,
+        tuple(sorted(cells, key=lambda x: x.iterations)),  # all rows are early in the CSV
+    )
+
+
+def check_table(table: Table) -> None:
+    """
+    Before the first run, all that would stop the last one.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the row
+    """
+    keys: Dict[str, Cell] = {}
+    for cell in table.cells:
+        cfg, key = cell.cfg, cell.key
+        if key in keys:
+            raise ValueError(f"{cell}: the same run as {keys[key]}.")
+        keys[key] = cell
+        try:
+            check_config(cfg)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{cell} ({cell.config}): {error}") from error
+        if len(cfg.DATASETS.TEST) != 1:
+            raise ValueError(f"{cell}: DATASETS.TEST must be one set, got {cfg.DATASETS.TEST}.")
+        known = [*SPLITS, *(x["NAME"] for x in cfg.DATASETS.COCO_FORMAT), *DatasetCatalog.list()]
+        if table.test and table.test not in known:
+            near = "".join(f" Did you mean {x}?" for x in nearest(table.test, known))
+            raise ValueError(f"TEST is {table.test!r}, which {cell} does not know.{near}")
+
+
+def _cells_of(row: Dict[str, Any], table: Dict[str, Any], where: str) -> Iterator[Cell]:
+    for key in OF_ROW:
+        if not isinstance(row.get(key), str) or not row[key]:
+            raise ValueError(f"{where}: {key} must be a text, got {row.get(key)!r}.")
+    opts = [*(table.get("OPTS") or ()), *(row.get("OPTS") or ())]
+    if len(opts) % 2:
+        raise ValueError(f"{where}: OPTS must be KEY, VALUE, ..., got {opts}.")
+    for iterations in _whole_numbers("ITERATIONS", row, table, where, 1):
+        for seed in _whole_numbers("SEEDS", row, table, where, 0):
+            yield Cell(row["NAME"], row["CONFIG"], tuple(map(str, opts)), seed, iterations)
+
+
+def _whole_numbers(
+    key: str, row: Dict[str, Any], table: Dict[str, Any], where: str, low: int
+) -> List[int]:
+    values = row.get(key, table.get(key))
+    wrong = not isinstance(values, list) or not values or len(set(values)) < len(values)
+    if wrong or any(type(x) is not int or x < low for x in values):
+        raise ValueError(
+            f"{where}: {key} must be a list of different whole numbers from {low} on, in the row "
+            f"or for the whole table, got {values!r}."
+        )
+    return values
+
+
+def _refuse_unknown(said: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(said, dict):
+        raise ValueError(f"{where} must be keys with values, got {said!r}.")
+    for key in said:
+        if key not in known:
+            hint = "".join(f" (did you mean {x}?)" for x in nearest(key, known))
+            raise ValueError(f"{where} has the key {key}{hint}; known are {', '.join(known)}.")
+
+
+def _digest(cfg: CfgNode) -> str:
+    """Of a config without its OUTPUT_DIR, and of the weights that it starts from."""
+    cfg.OUTPUT_DIR = ""
+    digest = hashlib.sha256(cfg.dump().encode())
+    stages = [x.get("TEACHER") or {} for x in cfg.DISTILL.STAGES if isinstance(x, dict)]
+    for path in (cfg.MODEL.WEIGHTS, *(x.get("WEIGHTS") for x in (cfg.DISTILL.TEACHER, *stages))):
+        if path and os.path.isfile(path):
+            with open(path, "rb") as file:
+                digest.update(hashlib.sha256(file.read()).digest())
+    return digest.hexdigest()[:16]

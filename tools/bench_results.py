@@ -1,0 +1,93 @@
+"""What tools/bench.py keeps of each finished run: a row of a CSV, and how it came about."""
+
+import csv
+import fcntl
+import io
+import os
+import subprocess
+import time
+from typing import Dict, List
+
+import torch
+from quickstart import METRICS, ROOT
+
+import detectron2
+
+from d2kd import __version__
+
+SCORES = tuple(f"{part}_{x}" for part in ("val", "test") for x in METRICS)
+COLUMNS = ("row", "config", "opts", "seed", "iterations", *SCORES, "seconds")
+COLUMNS += ("commit", "dirty", "d2kd", "detectron2", "torch", "hardware", "date", "command")
+COLUMNS += ("key", "recipe")
+
+Row = Dict[str, str]
+
+
+def read_results(path: str) -> List[Row]:
+    """
+    Raises:
+        ValueError: a file of other columns
+    """
+    if not os.path.isfile(path):
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
+        raise ValueError(f"{path} has the columns {reader.fieldnames}, not {list(COLUMNS)}.")
+    return rows
+
+
+def append_result(path: str, row: Row) -> None:
+    """Add a row, in one piece also where several benches write at a time."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def provenance(device: str, results: str) -> Row:
+    """
+    What a figure depends on beside its config.
+
+    Args:
+        device: MODEL.DEVICE
+        results: the CSV, whose new rows do not make the code another one
+    """
+    commit = _git("rev-parse", "--short=10", "HEAD")
+    ours = os.path.relpath(os.path.abspath(results), ROOT)
+    besides = [] if ours.startswith("..") else [f":(exclude){ours}"]
+    changes = _git("status", "--porcelain", "-uno", "--", ".", *besides)
+    return {
+        "commit": commit or "unknown",
+        "dirty": ("yes" if changes else "no") if commit else "unknown",
+        "d2kd": __version__,
+        "detectron2": detectron2.__version__,
+        "torch": str(torch.__version__),
+        "hardware": _hardware(device),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _git(*words: str) -> str:
+    """Output of git; "" where there is none."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo") as file:
+        names = [x.split(":", 1)[1].strip() for x in file if x.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, 1 thread"

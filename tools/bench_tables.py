@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""
+Write the figures of tools/bench.py into the documents.
+
+Between <!-- bench:NAME --> and <!-- /bench --> stands what configs/bench/NAME.yaml and its CSV
+give.
+"""
+
+import argparse
+import glob
+import os
+import re
+import sys
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from bench_cells import Table, read_table
+from bench_results import Row, read_results
+from quickstart import ROOT
+from student_t import t_interval
+from tabulate import tabulate
+
+from d2kd.utils.atomic_file import atomic_write
+
+MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+COMMON = ["run", "YAML", "iterations", "seeds"]
+
+Group = Dict[int, Row]  # by seed
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Returns: the exit code; 1 where --check finds another text"""
+    args = parse_args(argv)
+    found = differing(documents(args.root), os.path.join(args.root, "configs", "bench"), args.root)
+    for path, text in found.items():
+        if args.check:
+            print(f"{path} is not what the CSV says; write it: python tools/bench_tables.py")
+        else:
+            with atomic_write(path, "w") as file:
+                file.write(text)
+            print(f"Written: {path}")
+    if not found:
+        print("All tables are what the CSVs say.")
+    return 1 if found and args.check else 0
+
+
+def documents(root: str) -> List[str]:
+    return sorted(glob.glob(f"{root}/*.md") + glob.glob(f"{root}/docs/**/*.md", recursive=True))
+
+
+def differing(paths: Sequence[str], tables: str, root: str) -> Dict[str, str]:
+    """
+    Args:
+        tables: folder of the YAMLs
+        root: where the paths in them start
+
+    Returns:
+        documents that hold another text between their marks: path to what it should be
+    """
+    found = {}
+    for path in paths:
+        with open(path) as file:
+            text = file.read()
+        if text.count("<!-- bench:") != len(MARKED.findall(text)):
+            raise ValueError(f"{path}: a <!-- bench:NAME --> has no <!-- /bench --> behind it.")
+        new = MARKED.sub(lambda x: x[1] + block(tables, x[2], root) + x[4], text)
+        if new != text:
+            found[path] = new
+    return found
+
+
+def block(tables: str, name: str, root: str) -> str:
+    """What belongs between the marks of a table."""
+    table = read_table(os.path.join(tables, f"{name}.yaml"))
+    return f"\n{make_table(table, read_results(os.path.join(root, table.results)))}\n\n"
+
+
+def make_table(table: Table, results: Sequence[Row]) -> str:
+    """A Markdown table of mean and, over two seeds or more, its 95 % interval by Student's t."""
+    found = groups(results)
+    parts = ["val", "test"] if table.test else ["val"]
+    lines = []
+    for name in table.rows:
+        for (row, iterations), group in sorted(found.items()):
+            if row == name:
+                base = found.get((table.baseline, iterations), {}) if name != table.baseline else {}
+                lines.append(line_of(group, base, parts, bool(table.baseline)))
+    if not lines:
+        return "No run of this table is finished."
+    gain = [f"gain on {parts[-1]}"] if table.baseline else []
+    header = COMMON + [f"AP on {x}" for x in parts[::-1]] + gain + ["AP50", "minutes"]
+    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
+def line_of(group: Group, base: Group, parts: Sequence[str], gains: bool) -> List[str]:
+    """
+    Args:
+        base: the baseline's runs with as many iterations
+    """
+    rows, last = list(group.values()), parts[-1]
+    cells = [rows[0]["row"], f"`{rows[0]['config']}`", rows[0]["iterations"], str(len(rows))]
+    cells += [mean_of([float(x[f"{part}_AP"]) for x in rows]) for part in parts[::-1]]
+    if gains:
+        both = [(group[seed], base[seed]) for seed in group if seed in base]
+        values = [float(a[f"{last}_AP"]) - float(b[f"{last}_AP"]) for a, b in both]
+        cells.append(mean_of(values, "+") if values else "")
+    minutes = sum(float(x["seconds"]) for x in rows) / len(rows) / 60
+    return [*cells, mean_of([float(x[f"{last}_AP50"]) for x in rows]), f"{minutes:.1f}"]
+
+
+def mean_of(values: Sequence[float], sign: str = "") -> str:
+    mean, half = t_interval(values)
+    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+
+
+def groups(results: Sequence[Row]) -> Dict[Tuple[str, int], Group]:
+    """
+    Seeds of one row and budget. Where a row was run again with another config, the last one counts:
+    figures of two recipes make no mean.
+    """
+    found: Dict[Tuple[str, int], Group] = {}
+    for x in results:
+        place = (x["row"], int(x["iterations"]))
+        if any(other["recipe"] != x["recipe"] for other in found.get(place, {}).values()):
+            found[place] = {}
+        found.setdefault(place, {})[int(x["seed"])] = x
+    return found
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example: python tools/bench_tables.py --check",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where one differs"
+    )
+    parser.add_argument("--root", default=ROOT, metavar="FOLDER", help="of the documents")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

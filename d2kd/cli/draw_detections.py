@@ -36,6 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     import_plugins(args)
     draw_detections(args.detector, args.opts, args.rows, args.threshold, args.path)
+    print(f"Wrote {args.path}")
 
 
 def draw_detections(

@@ -6,7 +6,6 @@ import pytest
 
 from detectron2.engine import HookBase
 
-from d2kd.engine import launch
 from d2kd.utils.checks import check_choice
 from d2kd.utils.user_mistakes import is_users_mistake, one_line, run_command
 
@@ -81,8 +80,3 @@ def test_lists_in_messages_become_one_line() -> None:
         "Keys that nobody reads: A.B (x); C"
     )
     assert one_line(ValueError("It differs.\n  Take another.")) == "It differs. Take another."
-
-
-def test_mistake_in_several_processes_is_told_as_in_one() -> None:
-    error = caught(lambda: launch(check_choice, 2, device="cpu", args=WRONG))
-    assert type(error) is ValueError and str(error) == TOLD and is_users_mistake(error)

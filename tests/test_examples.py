@@ -29,7 +29,7 @@ from commands import COMMANDS, module_of, parse
 from runs import SHAPES_CLASSES, run_config
 from toys import ROOT, write_teacher
 
-DOCUMENTS = ["README.md", "MODEL_ZOO.md", "configs/quickstart/teacher.yaml"]
+DOCUMENTS = ["README.md", "MODEL_ZOO.md", "CONTRIBUTING.md", "configs/quickstart/teacher.yaml"]
 DOCUMENTS += sorted(str(x.relative_to(ROOT)) for x in Path(ROOT, "docs").glob("*.md"))
 STARTS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|make|tensorboard|pip|dev/\S+) .*")
 

@@ -1,4 +1,4 @@
-"""For MkDocs: README.md, MODEL_ZOO.md and CHANGELOG.md are pages of the site, and links fit."""
+"""For MkDocs: the Markdown files of the repository's root are pages of the site, and links fit."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"README.md": "index.md", "MODEL_ZOO.md": "model_zoo.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "MODEL_ZOO.md": "model_zoo.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -327,6 +327,10 @@ class CellView(FeatureView):
         super().__init__(logits, sizes)
         self.logits, self.decoded, self.labels = logits, boxes, labels
 
+    @property
+    def num_anchors(self) -> int:
+        return next(iter(self.decoded.values())).shape[1] // 4
+
     def _predictions(self, logits: List[Tensor], boxes: List[Tensor]) -> DensePredictions:
         return DensePredictions(list(self.logits), logits, boxes, [])
 

@@ -17,7 +17,12 @@ from d2kd.config.load import leaves
 from toys import ROOT
 
 README = Path(ROOT, "README.md")
-DOCUMENTS = [README, Path(ROOT, "MODEL_ZOO.md"), Path(ROOT, "CHANGELOG.md")]
+DOCUMENTS = [
+    README,
+    Path(ROOT, "CONTRIBUTING.md"),
+    Path(ROOT, "MODEL_ZOO.md"),
+    Path(ROOT, "CHANGELOG.md"),
+]
 DOCUMENTS += sorted(Path(ROOT, "docs").glob("*.md"))
 NAMES = [str(x.relative_to(ROOT)) for x in DOCUMENTS]
 

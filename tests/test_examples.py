@@ -30,7 +30,7 @@ from commands import ALIASES, COMMANDS, module_of, parse
 from runs import SHAPES_CLASSES, run_config
 from toys import ROOT, write_teacher
 
-DOCUMENTS = ["README.md", "MODEL_ZOO.md", "configs/quickstart/teacher.yaml"]
+DOCUMENTS = ["README.md", "MODEL_ZOO.md", "CONTRIBUTING.md", "configs/quickstart/teacher.yaml"]
 DOCUMENTS += sorted(str(x.relative_to(ROOT)) for x in Path(ROOT, "docs").glob("*.md"))
 # Not every "d2kd ..." of a sentence that a line begins with.
 OURS = rf"d2kd (?:{'|'.join(d2kd_cli.COMMANDS)})(?![\w-])"

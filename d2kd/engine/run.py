@@ -1,4 +1,4 @@
-"""One run from a config: train, resume or evaluate. Called by train_net.py in every process."""
+"""One run from a config: train, resume or evaluate. Called by `d2kd train` in every process."""
 
 import gc
 import logging

@@ -17,7 +17,7 @@ A head is an nn.Module with
 * `__init__`, of keyword arguments. One with a default is a key: `mask_ratio: float = 0.65` is
   DISTILL.MGD.MASK_RATIO, and one whose default is a dataclass is a node of keys. The constructor
   checks it: a ValueError that begins with its name, "mask_ratio must be in [0, 1)", is shown with
-  the key in its place. What stands under `Args:` explains it (`python -m d2kd.heads MGD`). One
+  the key in its place. What stands under `Args:` explains it (`d2kd heads MGD`). One
   without a default is a fact about the detectors: `levels`, the :class:`LevelPair` of the run, or
   `sampler`, a :class:`RegionSampler`;
 * `loss_weight`, the default of LOSS_WEIGHT (1.0). `sums_over_cells = True` says that the loss grows

@@ -201,7 +201,7 @@ TRIED: Dict[str, Callable[[List[str]], Any]] = {
     "pip": try_pip,
 }
 # Of others, words that are right.
-OTHERS = {"pytest": [], "tensorboard": ["--logdir", "output"]}
+OTHERS = {"pytest": [], "tensorboard": ["--logdir", "output"], "dev/write_docs.py": []}
 
 
 def split(line: str) -> Tuple[str, List[str]]:

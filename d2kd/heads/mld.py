@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from detectron2.config import CfgNode
 
-from ..layers import class_divergence
+from ..layers import class_divergence, zero_outside
 from ..pairing.levels import LevelPair, match_level
 from ..pairing.pair import SAME_KIND, DistillPair
 from ..utils.checks import check_choice, check_temperature
@@ -151,4 +151,4 @@ def _soft_positives(logits: Tensor, num_anchors: int, inside: Optional[Tensor]) 
     """Sum over the anchors inside the images of the largest class probability."""
     images, _, height, width = logits.shape
     best = logits.view(images, num_anchors, -1, height, width).amax(dim=2).sigmoid()
-    return best.sum() if inside is None else (best * inside).sum()
+    return zero_outside(best, inside).sum()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..utils.checks import check_choice
+from .inside import zero_outside
 
 RULES = ("ratio", "threshold")
 HIDE = ("sampled", "most", "least", "random")
@@ -61,7 +62,7 @@ class MaskRule:
         if self.rule == "threshold":
             most = attention >= self.threshold
             visible = ~most if self.hide == "most" else most
-            return visible if inside is None else visible & inside
+            return zero_outside(visible, inside)
         scores = {
             "most": lambda: attention,
             "least": lambda: -attention,

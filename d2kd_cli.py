@@ -22,6 +22,7 @@ COMMANDS: Dict[str, Command] = {
     "train": Command("d2kd.cli.train", "train a student, alone or with a teacher"),
     "eval": Command("d2kd.cli.eval", "evaluate a student; the teacher is not needed"),
     "compare": Command("d2kd.cli.compare", "train with and without the teacher: is there a gain?"),
+    "bench": Command("d2kd.cli.bench", "fill a table of runs, and keep the figures"),
     "export": Command("d2kd.export.__main__", "write the student for machines without d2kd"),
     "draw": Command("d2kd.cli.draw", "draw what a student learns from its teacher"),
     "draw-detections": Command("d2kd.cli.draw_detections", "draw what detectors detect"),

@@ -37,6 +37,7 @@ ALIASES: Dict[str, str] = {
     "d2kd.export": "d2kd export",
     "d2kd.conformance": "d2kd check",
     "d2kd.heads": "d2kd heads",
+    "d2kd bench": "tools/bench.py",
     "d2kd compare": "tools/paired_baseline.py",
     "tools/draw_detections.py": "d2kd draw-detections",
     "tools/draw_distillation.py": "d2kd draw",

@@ -41,16 +41,19 @@ GPU runs go one after the other.
 
 examples:
   what would be run, and what is finished:
-    python tools/bench.py configs/bench/baseline.yaml --list
+    d2kd bench configs/bench/baseline.yaml --list
   two at a time, on two cores:
-    python tools/bench.py configs/bench/baseline.yaml --jobs 2
+    d2kd bench configs/bench/baseline.yaml --jobs 2
   then write the figures into the documents:
     python tools/bench_tables.py
 """
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns: the exit code; 1 where a run failed"""
+    """
+    Returns:
+        the exit code: 1 where a run failed, 2 where the table is wrong
+    """
     args = parse_args(argv)
     try:
         table = read_table(args.table)
@@ -62,14 +65,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return 0
         check_table(table)
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        return _refuse(str(error))
     if args.jobs > 1 and any(x.cfg.MODEL.DEVICE != "cpu" for x in table.cells):
-        sys.exit("--jobs: runs on a GPU go one after the other; set MODEL.DEVICE cpu in OPTS.")
+        return _refuse(
+            "--jobs: runs on a GPU go one after the other; set MODEL.DEVICE cpu in OPTS."
+        )
     signal.signal(signal.SIGTERM, _stop)
     bench.run()
     for cell in bench.failed:
         print(f"failed: {cell}")
     return 1 if bench.failed else 0
+
+
+def _refuse(text: str) -> int:
+    print(f"bench: error: {text}", file=sys.stderr)
+    return 2
 
 
 def _stop(*_: Any) -> None:
@@ -78,7 +88,10 @@ def _stop(*_: Any) -> None:
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="d2kd bench",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("table", metavar="TABLE", help="YAML of the table")

@@ -2,7 +2,7 @@
 
 import textwrap
 from fnmatch import fnmatchcase
-from typing import List, Sequence
+from typing import Any, List, Mapping, Sequence
 
 from detectron2.config import get_cfg
 
@@ -32,14 +32,33 @@ def describe(patterns: Sequence[str] = ()) -> str:
         theirs = dict(leaves(get_cfg()))
         heads = tuple(f"DISTILL.{name}." for name in head_names())
         chosen = [x for x in known if x not in theirs and not x.startswith(heads)]
-    texts, lines = meanings(), []
-    for key in dict.fromkeys(chosen):
-        lines.append(f"{key}: {values[key]!r}")
-        # What a group of keys is for stands before its first one.
-        parent = texts.pop(key.rpartition(".")[0], "")
-        text = "; ".join(filter(None, (parent, texts.get(_without_head(key), ""))))
+    known_texts = meanings()
+    texts = {key: known_texts.get(_without_head(key), "") for key in chosen}
+    return explained({key: values[key] for key in chosen}, {**known_texts, **texts})
+
+
+def explained(values: Mapping[str, Any], texts: Mapping[str, str]) -> str:
+    """
+    Args:
+        values: key to default
+        texts: key, or group of keys, to its meaning
+
+    Returns:
+        a line for each key with its default, and below it its meaning; that of a group stands
+        before that of its first key
+    """
+    lines, groups = [], set()
+    for key, value in values.items():
+        group = key.rpartition(".")[0]
+        parts = [texts.get(key, "")] if group in groups else [texts.get(group, ""), texts.get(key)]
+        groups.add(group)
+        lines.append(f"{key}: {value!r}")
         lines += textwrap.wrap(
-            text, 96, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+            "; ".join(filter(None, parts)),
+            96,
+            initial_indent="    ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
         )
     return "\n".join(lines)
 

@@ -4,12 +4,13 @@ import argparse
 import inspect
 import re
 import sys
-import textwrap
 from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 
 from ..cli.common import add_plugin_option, command_parser, import_plugins
+from ..config.describe import explained
+from ..config.load import leaves
 from ..utils.user_mistakes import run_command
 from .keys import add_head_keys, key_of, knobs
 from .registry import head_class, head_names
@@ -61,25 +62,10 @@ def describe_keys(name: str) -> str:
     for argument, default in knobs(head).items():
         nested = _entries(type(default)).items()
         texts.update({f"{argument.upper()}.{field}": text for field, text in nested})
-    lines = []
-    for key, default in _leaves(node).items():
-        lines.append(f"{key_of(head)}.{key}: {default!r}")
-        # What a node of keys is for stands before its first one.
-        parent = texts.pop(key.rpartition(".")[0], "")
-        text = "; ".join(x for x in (parent, texts.get(key, "")) if x)
-        lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join(lines)
-
-
-def _leaves(node: CfgNode) -> Dict[str, object]:
-    """Dotted key to default, in order."""
-    leaves: Dict[str, object] = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            leaves.update({f"{key}.{k}": v for k, v in value.items()})
-        else:
-            leaves[key] = value
-    return leaves
+    values, texts = (
+        {f"{key_of(head)}.{k}": v for k, v in x.items()} for x in (dict(leaves(node)), texts)
+    )
+    return explained(values, texts)
 
 
 def _entries(cls: type) -> Dict[str, str]:

@@ -113,7 +113,7 @@ class MLDHead(nn.Module):
             level = pair.student
             x, target = (v.float() for v in match_level(pair, logits, targets))
             target, inside = target.detach(), student.inside_image(level, like=x)
-            weight = self.guide.of_cells(pair, student, teacher, x, target)  # (N, 1, Hi, Wi)
+            weight = self.guide.of_cells(pair, student, teacher)  # (N, 1, Hi, Wi)
             losses[level] = binary_divergence(x, target, weight)
             positives = positives + _soft_positives(target, student.num_anchors, inside)
             self.maps["weight"][level] = weight

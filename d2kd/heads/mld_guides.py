@@ -22,22 +22,11 @@ class FeatureGuide:
         self.temperature = mask_temperature
         self.class_temperature = class_temperature
 
-    def of_cells(
-        self,
-        pair: LevelPair,
-        student: DetectorView,
-        teacher: DetectorView,
-        x: Tensor,
-        target: Tensor,
-    ) -> Tensor:
-        """
-        Args:
-            x, target: logits of the level, (N, A*K, Hi, Wi)
-
-        Returns:
-            weights of the cells, (N, 1, Hi, Wi), without gradient
-        """
-        return self._map(pair, student, teacher)
+    def of_cells(self, pair: LevelPair, student: DetectorView, teacher: DetectorView) -> Tensor:
+        """Weights of the cells of a level, (N, 1, Hi, Wi), without gradient."""
+        difference = _distance(*match_level(pair, student.features, teacher.features))
+        inside = student.inside_image(pair.student, like=difference)
+        return _above_average(difference, self.temperature, inside)
 
     def of_regions(
         self, student: DetectorView, teacher: DetectorView, regions: Regions
@@ -46,27 +35,17 @@ class FeatureGuide:
         Returns:
             weights of the regions, (R,), and maps of weights by level, if there are any
         """
-        maps = {p.student: self._map(p, student, teacher) for p in self.levels}
+        maps = {p.student: self.of_cells(p, student, teacher) for p in self.levels}
         return student.mean_in_boxes(maps, regions.boxes)[:, 0], maps
-
-    def _map(self, pair: LevelPair, student: DetectorView, teacher: DetectorView) -> Tensor:
-        difference = _distance(*match_level(pair, student.features, teacher.features))
-        inside = student.inside_image(pair.student, like=difference)
-        return _above_average(difference, self.temperature, inside)
 
 
 class LogitGuide(FeatureGuide):
     """Version 1: D is how far the class probabilities are from each other, a mean over classes."""
 
-    def of_cells(
-        self,
-        pair: LevelPair,
-        student: DetectorView,
-        teacher: DetectorView,
-        x: Tensor,
-        target: Tensor,
-    ) -> Tensor:
-        difference = _distance(x.sigmoid(), target.sigmoid())
+    def of_cells(self, pair: LevelPair, student: DetectorView, teacher: DetectorView) -> Tensor:
+        sides = (view.dense() for view in (student, teacher))
+        x, target = match_level(pair, *(x.by_level(x.logits) for x in sides))
+        difference = _distance(*(v.detach().float().sigmoid() for v in (x, target)))
         inside = student.inside_image(pair.student, like=x)
         return _above_average(difference, self.temperature, inside)
 

@@ -192,6 +192,7 @@ TRIED: Dict[str, Callable[[List[str]], Any]] = {
     **{name: partial(parse, name) for name in PARSED},
     "d2kd quickstart": try_quickstart,
     "tools/bench.py": try_bench,
+    "tools/bench_curves.py": partial(parse, "tools/bench_curves.py"),
     "tools/bench_tables.py": partial(parse, "tools/bench_tables.py"),
     "tools/benchmark.py": try_benchmark,
     "tools/shrink_checkpoint.py": run_shrink,

@@ -104,7 +104,7 @@ def _differences(cfg: CfgNode, defaults: CfgNode) -> Dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """YAML without Python's own types: tuples as lists."""
+    """A value for plain YAML: tuples become lists."""
     if isinstance(value, (list, tuple)):
         return [plain(x) for x in value]
     return value
@@ -120,13 +120,13 @@ def find_weights(cfg: CfgNode) -> str:
     path = last_whole_checkpoint(cfg.OUTPUT_DIR)
     if not path:
         raise ValueError(
-            f"There is no checkpoint in {cfg.OUTPUT_DIR!r} (OUTPUT_DIR): name one with --weights."
+            f"There is no checkpoint in {cfg.OUTPUT_DIR!r} (OUTPUT_DIR): give one with --weights."
         )
     return path
 
 
 def fixed_images(cfg: CfgNode, count: int = 2) -> List[Dict[str, Any]]:
-    """Detectron2's inference input: images of smooth noise, the same each time, at test size."""
+    """Detectron2's inference input: fixed images of smooth noise at test size."""
     height = cfg.INPUT.MIN_SIZE_TEST or 320
     generator, inputs = torch.Generator().manual_seed(0), []
     for i in range(count):

@@ -54,7 +54,7 @@ def verify(cfg: CfgNode, weights: str, folder: str) -> Dict[str, Any]:
 
 
 def _in_fresh_process(folder: str, inputs: List[Dict[str, Any]]) -> Any:
-    """What fresh_process.py found; what it said, a string, if it failed."""
+    """The result of fresh_process.py; its error output, a string, if it failed."""
     with TemporaryDirectory() as scratch:
         images, result = os.path.join(scratch, "images.pth"), os.path.join(scratch, "result.pth")
         given = {"inputs": inputs, "score_keys": SCORE_KEYS, "threads": torch.get_num_threads()}
@@ -93,7 +93,7 @@ def _other_values(found: Dict[str, Any], expected: Dict[str, Any], prefix: str =
         if isinstance(value, dict):
             names += _other_values(value, expected[key], f"{name}.")
         elif name == "MODEL.WEIGHTS":
-            names += [name] if value != WEIGHTS else []  # or what was compared is another file
+            names += [name] if value != WEIGHTS else []  # else the wrong file was compared
         elif value != plain(expected[key]) and name != "MODEL.DEVICE":
             names.append(name)
     return names

@@ -150,7 +150,7 @@ def test_images_in_training_and_test_sets_are_counted(
     write_set(tmp_path, "b", lambda said: said["images"].pop() and drop_orphans(said))
     cfg = config_of(tmp_path, ["a"], ["b"])
     register_datasets(cfg)
-    assert "DATASETS.TRAIN too" not in caplog.text
+    assert "also in DATASETS.TRAIN" not in caplog.text
     (tmp_path / "link").symlink_to(tmp_path / "a")
     cfg.DATASETS.COCO_FORMAT[1].update(NAME="c", IMAGES=str(tmp_path / "link"))
     cfg.DATASETS.TEST = ("c",)

@@ -179,7 +179,7 @@ YAMLS = {
     "_BASE_: 3": "odd.yaml: _BASE_ must name a YAML or a list of them, got 3",
     "_BASE_: [[]]": r"odd.yaml: _BASE_ must name a YAML or a list of them, got \[\]",
     "_BASE_: list.yaml": "list.yaml holds list",
-    "_BASE_: run.yaml\nVERSION: {A: 1}": "odd.yaml: VERSION is a mapping, but in its _BASE_ it is 2",
+    "_BASE_: run.yaml\nVERSION: {A: 1}": "VERSION is a mapping, but in its _BASE_ it is 2",
 }
 
 

@@ -40,10 +40,10 @@ def add_distill_config(cfg: CfgNode) -> None:
     node.INHERIT = []
     # Several teachers in sequence; the student is kept, heads and optimizer start anew. []: one
     # stage. Each stage is a mapping with ITERATIONS (which must add up to SOLVER.MAX_ITER) and,
-    # where it differs from the run, TEACHER (one with its own CONFIG_FILE takes none of the run's
-    # TEACHER keys), HEADS, INHERIT (default from the second stage on: nothing), and OPTS, as on
-    # the command line: keys of heads, DISTILL.LEVELS, DISTILL.REGIONS and SOLVER's learning rate
-    # keys. DISTILL.ENABLED False ignores stages
+    # where it differs from the run, TEACHER (one with its own CONFIG_FILE takes neither the run's
+    # WEIGHTS nor its OPTS, CLASSES and ALIASES), HEADS, INHERIT (default from the second stage on:
+    # nothing), and OPTS, as on the command line: keys of heads, DISTILL.LEVELS, DISTILL.REGIONS
+    # and SOLVER's learning rate keys. DISTILL.ENABLED False ignores stages
     node.STAGES = []
     # "restart": SOLVER's schedule in each stage, with warm-up, and STEPS at the same fractions of
     # the stage as of the run. "continue": one schedule over the whole run

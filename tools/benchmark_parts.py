@@ -26,7 +26,7 @@ from d2kd.engine.monitor.loss_gradients import LossGradients
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.heads.fit import requires_of
-from d2kd.views import Regions, describe_detector, find_view
+from d2kd.views import LazyLevels, Regions, describe_detector, find_view
 
 Step = Callable[[], None]
 Batch = List[Dict[str, Any]]
@@ -262,6 +262,8 @@ def _map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
     if isinstance(x, Regions):
         # Without gradient. The very same list of boxes, by which a view finds their RoI features.
         return Regions(x.boxes, x.source)
+    if isinstance(x, LazyLevels):
+        return x.map(function)
     if isinstance(x, dict):
         return {k: _map_tensors(function, v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):

@@ -70,6 +70,17 @@ def add_distill_config(cfg: CfgNode) -> None:
     node.TEACHER.EVAL_IMAGES = 100
     # COCO's box AP in percent below which the run is refused then
     node.TEACHER.MIN_AP = 1.0
+    # Fold frozen norms into the convolutions before them. With this and the next three, what the
+    # teacher says is compared before the first step with what it says as it is
+    node.TEACHER.FOLD_NORMS = False
+    # Keep its weights and maps with the channels last in memory
+    node.TEACHER.CHANNELS_LAST = False
+    # "float32", "bfloat16" or "float16", also under the student's SOLVER.AMP; "": as the student
+    node.TEACHER.PRECISION = ""
+    # Compile its bottom-up network with torch.compile, which takes minutes
+    node.TEACHER.COMPILE = False
+    # Where it runs, such as "cuda:1" or "cpu"; "": where the student does
+    node.TEACHER.DEVICE = ""
     # Only for tests and benchmarks: go on with a teacher that knows nothing
     node.TEACHER.ALLOW_RANDOM_WEIGHTS = False
 

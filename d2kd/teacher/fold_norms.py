@@ -26,8 +26,8 @@ def fold_norms(model: nn.Module) -> int:
 
 
 def _fold_neighbours(sequence: nn.Sequential) -> int:
-    folded = 0
-    for i, (layer, norm) in enumerate(zip(sequence[:-1], sequence[1:]), start=1):
+    folded, layers = 0, list(sequence)
+    for i, (layer, norm) in enumerate(zip(layers, layers[1:]), start=1):
         alone = getattr(layer, "norm", None) is None and getattr(layer, "activation", None) is None
         if isinstance(layer, nn.Conv2d) and alone and _is_fixed(norm):
             _fold(layer, norm)

@@ -237,8 +237,8 @@ class Distiller(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], **kwargs: bool) -> "Distiller":
-        # PyTorch's `recurse`, since 2.1, says whether children take part; the teacher is one, unless
-        # it has a device of its own.
+        # PyTorch's `recurse`, since 2.1, says whether children take part; the teacher is one,
+        # unless it has a device of its own.
         takes_part = self.teacher is not None and not self.teacher.options.device
         if takes_part and kwargs.get("recurse", True):
             self.teacher.model._apply(fn, **kwargs)

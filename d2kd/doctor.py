@@ -3,7 +3,8 @@ Look at a distillation before it is run: d2kd doctor --config-file run.yaml
 
 Builds student, teacher and heads, takes a few steps on two images of noise, and prints what was
 built, which heads fit this pair and why the others do not, what each loss does, what a run will
-cost, and the teacher's part of that with other options; at last, whether the data sets are there. Nothing is written.
+cost, and what the teacher would with other options; at last, whether the data sets are there.
+Nothing is written.
 """
 
 import argparse

@@ -260,7 +260,14 @@ def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
     add("--cpu-seconds", action="store_true", help="of this process, in place of the wall clock's")
     add("--memory", action="store_true", help="also measure peak memory")
     add("--look", action="store_true", help="also measure a look of DISTILL.LIVENESS")
-    add("--teacher", nargs="+", type=_options, metavar="WORDS", default=[], help="such as FOLD_NORMS+bfloat16")
+    add(
+        "--teacher",
+        nargs="+",
+        type=_options,
+        metavar="WORDS",
+        default=[],
+        help="such as FOLD_NORMS+bfloat16",
+    )
     add("--json", metavar="FILE", help="write all numbers here")
     add_overrides(parser)
     return parse_command_line(parser, argv)

@@ -155,7 +155,7 @@ def fill_queue(head: nn.Module) -> None:
 def with_heads(
     cfg: CfgNode, whole: Distiller, names: Sequence[str], teacher: Optional[Teacher] = None
 ) -> Distiller:
-    """A Distiller of the same student and teacher, or one of other options, with some of the heads."""
+    """A Distiller of the same student, and teacher unless another is given, with some heads."""
     return Distiller(
         student=whole.student,
         teacher=teacher or whole.teacher,
@@ -196,6 +196,7 @@ def reads_dense(distiller: Distiller) -> bool:
 
 def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
     """The parts of a teacher's view that are computed once per batch."""
+
     def step() -> None:
         with autocast(cfg):
             view = distiller.view_of_teacher(batch)

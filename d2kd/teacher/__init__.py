@@ -1,4 +1,4 @@
-"""The frozen teacher: built from its config and weights, and run as cheaply as its options allow."""
+"""The frozen teacher: built from its config and weights, and run as its options say."""
 
 from .build import Teacher, build_teacher, resolve_teacher
 from .options import TeacherOptions

@@ -50,21 +50,23 @@ def handed_on(name: str, to: str = "cpu", half: bool = True) -> HandedOnView:
 
 
 @pytest.mark.parametrize("name, ask", ASKED.values(), ids=ASKED)
-def test_answers_are_contiguous_float32_and_nearly_those_of_the_plain_teacher(
+def test_answers_are_contiguous_and_those_of_the_plain_teacher(
     name: str, ask: Callable[[DetectorView], Any]
 ) -> None:
-    view = handed_on(name)
-    found, expected = (list(tensors(ask(x))) for x in (view, view_of_teacher(build_teacher(name), batch())))
+    plain = view_of_teacher(build_teacher(name), batch())
+    found, expected = (list(tensors(ask(x))) for x in (handed_on(name, half=False), plain))
     assert len(found) == len(expected) > 0
     for x, y in zip(found, expected):
-        assert x.dtype == torch.float32 and x.is_contiguous() and not x.requires_grad
-        assert (x - y).norm() <= 0.15 * y.norm()  # of a random detector
+        assert x.is_contiguous() and not x.requires_grad
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name, ask", [ASKED[x] for x in ("features", "dense", "towers", "vectors")])
-def test_answers_are_on_the_student_s_device(name: str, ask: Callable) -> None:
+@pytest.mark.parametrize(
+    "name, ask", [ASKED[x] for x in ("features", "dense", "towers", "vectors")]
+)
+def test_answers_are_float32_on_the_student_s_device(name: str, ask: Callable) -> None:
     found = list(tensors(ask(handed_on(name, to="meta"))))
-    assert found and all(x.device.type == "meta" for x in found)
+    assert found and all(x.device.type == "meta" and x.dtype == torch.float32 for x in found)
 
 
 def test_answers_are_given_once() -> None:

@@ -1,15 +1,14 @@
-"""Of a teacher's pyramid only what is read is computed, once, and it is what Detectron2 computes."""
+"""Of a teacher's pyramid only what is read is computed, once, and as Detectron2 computes it."""
 
 from typing import Any, Dict, List
 
 import pytest
 import torch
+from test_views import count_calls
 from torch import nn
 
 from toys import batch
 from view_toys import build, build_teacher, c4_detector, needs_fcos, view_of_teacher
-
-from test_views import count_calls
 
 
 def parts_of(fpn: nn.Module) -> Dict[str, nn.Module]:

@@ -19,15 +19,16 @@ from .inherit import inherit
 from .modeling.build import build_detector
 from .modeling.trainable import check_trainable
 from .pairing.classes import common_classes
-from .pairing.levels import pair_levels
+from .pairing.levels import LevelPair, pair_levels
 from .pairing.pair import DENSE, DistillPair
 from .schedule import WeightSchedule, pixel_factor
 from .step import Step
-from .teacher import Teacher, build_teacher
+from .teacher import Teacher, TeacherOptions, build_teacher
 from .utils.compat import current_iteration
 from .views import (
     CommonClassesView,
     DetectorView,
+    HandedOnView,
     MergeClasses,
     ReorderedAnchorsView,
     describe_detector,
@@ -146,12 +147,13 @@ class Distiller(nn.Module):
         iteration = current_iteration() - self.start_iter
         weights = {name: self.schedules[name](iteration) for name in self.heads}
         student = self.student_view(self.student, batched_inputs)
-        teacher_batch = self.teacher.batch(batched_inputs, self.image_format)
-        teacher = self.teacher_view(self.teacher.model, teacher_batch, self.requires)
+        teacher = self.view_of_teacher(batched_inputs)
         if any(weights.values()):
             # Before the student: what its forward passes through is freed again, while what the
             # student's passes through stays for the backward. Together they would be the peak.
-            teacher.features
+            features = teacher.features
+            for level in self.read_levels:
+                features[level]
         # Already here: a student may stop in its forward, and be explained by its features.
         self.last_step = Step(student, teacher)
         with student.record(self.requires):
@@ -163,6 +165,28 @@ class Distiller(nn.Module):
                 assert key not in losses, f"{name} returns {key!r}, a name that is taken"
                 losses[key] = loss
         return losses
+
+    @property
+    def read_levels(self) -> List[str]:
+        """The teacher's levels of which heads say that they compare features."""
+        read = [pair for head in self.heads.values() for pair in getattr(head, "levels", ())]
+        return list(dict.fromkeys(x.teacher for x in read if isinstance(x, LevelPair)))
+
+    def view_of_teacher(
+        self, batched_inputs: List[Dict[str, Any]], teacher: Optional[Teacher] = None
+    ) -> DetectorView:
+        """
+        Args:
+            batched_inputs: as of :meth:`forward`
+            teacher: the same detector with other options; None: its own
+        """
+        teacher = teacher or self.teacher
+        batch = teacher.batch(batched_inputs, self.image_format)
+        view = self.teacher_view(teacher.model, batch, self.requires)
+        if teacher.options == TeacherOptions():
+            return view
+        dtype = None if teacher.dtype is None else torch.float32
+        return HandedOnView(view, self.device, dtype, teacher.autocast)
 
     def _comparable(
         self, student: DetectorView, teacher: DetectorView
@@ -213,8 +237,10 @@ class Distiller(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], **kwargs: bool) -> "Distiller":
-        # PyTorch's `recurse`, since 2.1, says whether children take part; the teacher is one.
-        if self.teacher is not None and kwargs.get("recurse", True):
+        # PyTorch's `recurse`, since 2.1, says whether children take part; the teacher is one,
+        # unless it has a device of its own.
+        takes_part = self.teacher is not None and not self.teacher.options.device
+        if takes_part and kwargs.get("recurse", True):
             self.teacher.model._apply(fn, **kwargs)
         return super()._apply(fn, **kwargs)
 

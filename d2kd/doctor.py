@@ -2,8 +2,9 @@
 Look at a distillation before it is run: d2kd doctor --config-file run.yaml
 
 Builds student, teacher and heads, takes a few steps on two images of noise, and prints what was
-built, which heads fit this pair and why the others do not, what each loss does, and what a run will
-cost; at last, whether the data sets are there. Nothing is written.
+built, which heads fit this pair and why the others do not, what each loss does, what a run will
+cost, and what the teacher would with other options; at last, whether the data sets are there.
+Nothing is written.
 """
 
 import argparse
@@ -32,8 +33,10 @@ from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, 
 from .engine.optimizer import build_optimizer
 from .engine.preflight.check_config import check_config
 from .engine.preflight.summary import summary
+from .engine.preflight.teacher_savings import plain_copy, teacher_savings
 from .heads.fit import misfit
 from .heads.registry import head_names
+from .teacher.speed_up import speed_up
 from .utils.command_line import parse_command_line
 from .utils.user_mistakes import run_command
 from .views import describe_detector
@@ -104,11 +107,17 @@ def examine(cfg: CfgNode, num_images: int) -> None:
     distiller.inherit_from_teacher()
     print("\n" + summary(distiller))
     print("\nHeads for this pair:\n" + _fits(cfg, distiller.pair))
+    plain = plain_copy(distiller.teacher)
+    for option in distiller.teacher.options.steps:
+        speed_up(distiller.teacher, option)
     found, cost = try_out(cfg, distiller, num_images)
     weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
     print("\nLosses on noise, in the first step:\n" + describe(found))
     print(suggest_weights(found, weights, cfg.DISTILL.LIVENESS.WANTED_SHARE))
     print("\n" + _estimate(cfg, cost))
+    batch = noise_batch(cost.images, *cost.size, 4, distiller.pair.student.num_classes)
+    amp = cfg.SOLVER.AMP.ENABLED
+    print("\n" + teacher_savings(distiller, plain, batch, cost.seconds, amp))
 
 
 def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:

@@ -48,6 +48,8 @@ def test_run_that_works_is_described(
         assert words in text
     assert re.search(r"DISTILL\.PKD\.LOSS_WEIGHT [\d.e+-]+ \(now 6\)", text)
     assert re.search(r"[\d.]+ s a step of 2 images of 64x85 on cpu", text)
+    assert re.search(r"The teacher takes [\d.]+ s of it, \d+%", text)
+    assert re.search(r"\nFOLD_NORMS and CHANNELS_LAST +[\d.]+ s +[+-]\d+% of the step saved", text)
     assert sorted(x.name for x in tmp_path.iterdir()) == before, "nothing is written"
 
 

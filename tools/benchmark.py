@@ -26,7 +26,7 @@ from detectron2.utils.events import EventStorage
 from d2kd.utils.command_line import add_overrides, parse_command_line
 
 from benchmark_costs import head_costs
-from benchmark_parts import PAIRS, Step, build_arms, build_config
+from benchmark_parts import PAIRS, Step, build_arms, build_config, options_in
 
 Seconds = Dict[str, List[float]]
 Spread = List[float]  # [median, min, max] over rounds
@@ -40,6 +40,8 @@ Every round runs each arm once, on the same batch, odd rounds in reverse order:
               recorded features                                                  (h)
   with NAME   the whole distillation step, as training runs it                   (c)
   look NAME   --look: the same step when DISTILL.LIVENESS looks at gradients     (l)
+  ..., WORDS  --teacher: the teacher and the whole step, with these options of
+              DISTILL.TEACHER                                                    (o)
 A ratio is the median over rounds of the ratio within a round, then [min, max]. c/(a+b+h) - 1 is
 what d2kd itself costs, c/(a+b) - 1 what d2kd and the method cost. RoI features and predictions that
 a head asks of a teacher count as the head's, and so does drawing a dense student's regions. A queue
@@ -66,6 +68,7 @@ examples:
   python tools/benchmark.py --config-file configs/quickstart/pkd.yaml --json cost.json
   python tools/benchmark.py --pair faster_rcnn_R_101-R_18 --heads DKD ReviewKD ReviewKD+DKD
   python tools/benchmark.py --config-file configs/quickstart/cwd.yaml --size 96x96 --images 8 --look
+  python tools/benchmark.py --heads PKD --teacher FOLD_NORMS CHANNELS_LAST FOLD_NORMS+CHANNELS_LAST
   python tools/benchmark.py --heads MGD DISTILL.MGD.MASK_RATIO 0.45
 """
 
@@ -168,6 +171,10 @@ def ratios_of(measured: Measured) -> Dict[str, Dict[str, Spread]]:
         if f"look {name}" in seconds:
             watched = zip(seconds[f"look {name}"], arms[-1])
             ratios[name]["l/c"] = _spread([look / c for look, c in watched])
+        prefix = f"with {name}, "
+        for arm in (x for x in seconds if x.startswith(prefix)):
+            pairs = zip(seconds[arm], arms[-1])
+            ratios[name][f"o/c {arm[len(prefix):]}"] = _spread([o / c for o, c in pairs])
     return ratios
 
 
@@ -253,6 +260,14 @@ def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
     add("--cpu-seconds", action="store_true", help="of this process, in place of the wall clock's")
     add("--memory", action="store_true", help="also measure peak memory")
     add("--look", action="store_true", help="also measure a look of DISTILL.LIVENESS")
+    add(
+        "--teacher",
+        nargs="+",
+        type=_options,
+        metavar="WORDS",
+        default=[],
+        help="such as FOLD_NORMS+bfloat16",
+    )
     add("--json", metavar="FILE", help="write all numbers here")
     add_overrides(parser)
     return parse_command_line(parser, argv)
@@ -263,6 +278,11 @@ def _size(text: str) -> Tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in pixels, as 800x1344")
     height, width = text.split("x")
     return int(height), int(width)
+
+
+def _options(text: str) -> str:
+    options_in(text)  # argparse tells what is none
+    return text
 
 
 def _positive(text: str) -> int:

@@ -8,7 +8,7 @@ import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, FrozenSet, List, Sequence
+from typing import Any, Callable, ContextManager, Dict, FrozenSet, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from d2kd.engine.monitor.loss_gradients import LossGradients
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.heads.fit import requires_of
-from d2kd.views import Regions, describe_detector, find_view
+from d2kd.teacher import Teacher, TeacherOptions
+from d2kd.teacher.options import PRECISIONS
+from d2kd.teacher.speed_up import with_options
+from d2kd.views import LazyLevels, Regions, describe_detector, find_view
 
 Step = Callable[[], None]
 Batch = List[Dict[str, Any]]
@@ -110,6 +113,8 @@ def build_arms(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Callable[[],
         (AMPTrainer, FiniteAMPTrainer) if args.amp else (SimpleTrainer, FiniteSimpleTrainer)
     )
     arms = {"student": partial(training_step, cfg, whole.student, batch, stock)}
+    plain = whole.teacher
+    others = {x: with_options(plain, options_in(x)) for x in args.teacher if whole.heads}
     for name in (args.heads or cfg.DISTILL.HEADS) if whole.heads else []:
         distiller = with_heads(cfg, whole, name.split("+"))
         arms.setdefault(teacher_arm(distiller), partial(teacher_step, cfg, distiller, batch))
@@ -119,7 +124,19 @@ def build_arms(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Callable[[],
             watched = with_heads(cfg, whole, name.split("+"))
             watched.register_forward_hook(look)
             arms[f"look {name}"] = partial(training_step, cfg, watched, batch, ours)
+        for options, teacher in others.items():
+            other = with_heads(cfg, whole, name.split("+"), teacher)
+            alone = teacher_arm(other)
+            arms.setdefault(f"{alone}, {options}", partial(teacher_step, cfg, other, batch))
+            arms[f"with {name}, {options}"] = partial(training_step, cfg, other, batch, ours)
     return arms
+
+
+def options_in(text: str) -> TeacherOptions:
+    """FOLD_NORMS+bfloat16 -> TeacherOptions(fold_norms=True, precision="bfloat16")"""
+    words = text.split("+")
+    precision = {"precision": x for x in words if x in PRECISIONS}
+    return TeacherOptions(**precision, **{x.lower(): True for x in words if x not in PRECISIONS})
 
 
 def fill_queue(head: nn.Module) -> None:
@@ -135,11 +152,13 @@ def fill_queue(head: nn.Module) -> None:
         )
 
 
-def with_heads(cfg: CfgNode, whole: Distiller, names: Sequence[str]) -> Distiller:
-    """A Distiller of the same student and teacher, with some of the heads."""
+def with_heads(
+    cfg: CfgNode, whole: Distiller, names: Sequence[str], teacher: Optional[Teacher] = None
+) -> Distiller:
+    """A Distiller of the same student, and teacher unless another is given, with some heads."""
     return Distiller(
         student=whole.student,
-        teacher=whole.teacher,
+        teacher=teacher or whole.teacher,
         heads={name: whole.heads[name] for name in names},
         schedules=whole.schedules,
         image_format=whole.image_format,
@@ -177,13 +196,12 @@ def reads_dense(distiller: Distiller) -> bool:
 
 def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
     """The parts of a teacher's view that are computed once per batch."""
-    teacher = distiller.teacher
-    view_class = find_view(teacher.model, "teacher")
 
     def step() -> None:
         with autocast(cfg):
-            view = view_class(teacher.model, teacher.batch(batch, distiller.image_format))
-            view.features
+            view = distiller.view_of_teacher(batch)
+            for level in distiller.read_levels or view.features:
+                view.features[level]
             if reads_dense(distiller):
                 view.dense()
 
@@ -262,6 +280,8 @@ def _map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
     if isinstance(x, Regions):
         # Without gradient. The very same list of boxes, by which a view finds their RoI features.
         return Regions(x.boxes, x.source)
+    if isinstance(x, LazyLevels):
+        return x.map(function)
     if isinstance(x, dict):
         return {k: _map_tensors(function, v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):

@@ -70,6 +70,17 @@ def add_distill_config(cfg: CfgNode) -> None:
     node.TEACHER.EVAL_IMAGES = 100
     # Smallest box AP (COCO, percent) of this evaluation with which training starts
     node.TEACHER.MIN_AP = 1.0
+    # Fold frozen norms into the preceding convolutions. With any of the first four of these keys,
+    # the teacher is compared with the unchanged float32 one before training
+    node.TEACHER.FOLD_NORMS = False
+    # Store weights and feature maps in channels-last memory format
+    node.TEACHER.CHANNELS_LAST = False
+    # "float32", "bfloat16" or "float16", independent of SOLVER.AMP; "": as the student
+    node.TEACHER.PRECISION = ""
+    # Compile the bottom-up network with torch.compile, which takes minutes
+    node.TEACHER.COMPILE = False
+    # Device of the teacher, such as "cuda:1" or "cpu"; "": the student's
+    node.TEACHER.DEVICE = ""
     # Only for tests and benchmarks: allow a teacher with random weights
     node.TEACHER.ALLOW_RANDOM_WEIGHTS = False
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..distiller import Distiller
 from ..heads.registry import compares_logits
-from ..views import DensePredictions, DetectorView, Regions, RoIPredictions, Towers
+from ..views import DensePredictions, DetectorView, LazyLevels, Regions, RoIPredictions, Towers
 from .case import Case, seed_all
 from .cuda_autocast import cuda_autocast
 
@@ -157,6 +157,8 @@ def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply `change` to the float tensors in nested containers; keep others, such as boxes."""
     if isinstance(x, Tensor):
         return change(x) if x.is_floating_point() else x
+    if isinstance(x, LazyLevels):
+        return x.map(change)
     if isinstance(x, dict):
         return {k: _map(v, change) for k, v in x.items()}
     if isinstance(x, (list, tuple)):

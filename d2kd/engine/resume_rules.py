@@ -3,6 +3,8 @@
 from fnmatch import fnmatchcase
 from typing import NamedTuple, Tuple
 
+from ..teacher import TeacherOptions
+
 REFUSED = "refused"  # the run would be neither the old one nor a new one
 TAKEN = "taken"  # this run's value counts from here on
 UNUSED = "no effect"  # is read before the first step only, which is over
@@ -37,6 +39,12 @@ RULES = (
     Rule(("DATASETS.TEST", "DATASETS.*_TEST", "DATASETS.SHAPES.NUM_VAL"), TAKEN, ""),
     Rule(("MODEL.*_TEST",), TAKEN, ""),
     Rule(("MODEL.DEVICE",), TAKEN, "other devices round otherwise"),
+    # Refused before the first step where more than rounding would change.
+    Rule(
+        tuple(f"*.TEACHER.{x.upper()}" for x in TeacherOptions._fields),
+        TAKEN,
+        "the same teacher, rounded otherwise",
+    ),
     Rule(("DATASETS.PROPOSAL_FILES_TRAIN",), TAKEN, "not compared, so they must be the same"),
     # A changed seed or batch size could be taken, but a pass over the images would then have some
     # twice and others never, and no config would give the same run again.

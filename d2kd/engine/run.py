@@ -17,6 +17,7 @@ from ..weights.trained_config import check_same_detector
 from .plan import RunPlan
 from .preflight.check_config import check_config
 from .preflight.teacher_check import check_teacher
+from .preflight.teacher_options import apply_options
 from .resume_point import ResumePoint
 from .stages import Stage
 from .trainer import Trainer
@@ -102,6 +103,7 @@ def preflight_stage(stage: Stage) -> None:
     with stage.in_errors():
         distiller = build_model(stage.cfg)
         distiller.inherit_from_teacher()
+        apply_options(stage.cfg, distiller)
         check_teacher(stage.cfg, distiller.teacher, distiller.pair)
 
 

@@ -30,6 +30,7 @@ from .monitor.show_panel import ShowPanel
 from .optimizer import build_optimizer, parameter_names, placed_state, schedule_in_errors
 from .parallel import data_parallel
 from .preflight.summary import summary, summary_facts
+from .preflight.teacher_options import apply_options
 from .resume import RunRecord
 from .resume_point import ResumePoint
 from .stages import LogStage, Stage, move_to, only_stage
@@ -165,6 +166,9 @@ class Trainer(DefaultTrainer):
             self.begin_stage(point.path)
         else:
             self._resume(point.path)
+        if self.teacher:  # after DISTILL.INHERIT, which copies its weights as they were loaded
+            with self.stage.in_errors():
+                apply_options(self.cfg, self._module)
 
     def _resume(self, path: str) -> None:
         self.checkpointer.load(path)

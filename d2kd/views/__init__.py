@@ -5,6 +5,8 @@ from .build import DETECTOR_VIEW_REGISTRY, describe_detector, find_view
 from .common_classes import CommonClassesView, MergeClasses
 from .dense import DenseView
 from .detector_info import DetectorInfo
+from .handed_on import HandedOnView
+from .lazy_levels import LazyLevels
 from .predictions import DensePredictions, RoIPredictions
 from .rcnn import RCNNView
 from .region_sampler import RegionSampler

@@ -132,8 +132,11 @@ class DetectorView(Recording):
         )
 
     @property
-    def features(self) -> Dict[str, Tensor]:
-        """Level name to (N, C, Hi, Wi): the output of the backbone with its pyramid."""
+    def features(self) -> Mapping[str, Tensor]:
+        """
+        Level name to (N, C, Hi, Wi): the output of the backbone with its pyramid. A teacher's level
+        is computed when it is first read.
+        """
         return self._part("backbone")[1]
 
     def inside_image(self, level: str, like: Optional[Tensor] = None) -> Optional[Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from detectron2.structures import Boxes
 
+from .lazy_levels import LazyLevels, lazy_levels
 from .predictions import DensePredictions
 
 
@@ -110,9 +111,9 @@ class Recording:
     def _on_backbone(self, module: nn.Module, inputs: Tuple[Tensor], output: Dict[str, Tensor]):
         self._keep("backbone", (tuple(inputs[0].shape[-2:]), dict(output)), list(output.values()))
 
-    def _compute_backbone(self) -> Tuple[Tuple[int, int], Dict[str, Tensor]]:
+    def _compute_backbone(self) -> Tuple[Tuple[int, int], LazyLevels]:
         images = self.detector.preprocess_image(self.batched_inputs)
-        return tuple(images.tensor.shape[-2:]), self.detector.backbone(images.tensor)
+        return tuple(images.tensor.shape[-2:]), lazy_levels(self.detector.backbone, images.tensor)
 
     def _hook_dense(self) -> List[Any]:
         """Collect the tower's output, once per level, then the head's predictions."""

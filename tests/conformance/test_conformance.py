@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, configurable
 
 from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.conformance import conformance
-from d2kd.conformance.case import PAIRS, Case, check_refusal, find_case
+from d2kd.conformance.case import PAIRS, Case, Pair, check_refusal, find_case
 from d2kd.conformance.gradients import check_gradients, check_without_boxes
 from d2kd.conformance.half_precision import check_mixed_precision, runs_in_float16
 from d2kd.conformance.numerics import check_extreme_logits
@@ -266,3 +266,50 @@ def test_command_teaches_and_refuses_a_file_without_heads(tmp_path: Path) -> Non
     done = command(str(tmp_path / "empty.py"))
     assert done.returncode == 2
     assert "registers no head" in done.stderr
+
+
+# What a head makes the teacher do -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAIRS[:4], ids=str)
+@pytest.mark.parametrize("name", head_names())
+def test_teacher_computes_what_the_head_reads_and_nothing_twice(name: str, pair: Pair) -> None:
+    case = find_case(name, pair)
+    if case.refusal:
+        pytest.skip("does not fit")
+    distiller = case.fresh(own_teacher=True)
+    detector, requires = distiller.teacher.model, distiller.requires
+    calls = count_calls(dict(detector.named_modules()))
+    case.losses(distiller)
+    levels = {int(x[1:]) for x in distiller.read_levels}
+    of_regions = {"roi_features", "regions", "roi_predictions"}
+    of_cells = {"dense", "region_vectors"} | {x for x in requires if x.startswith("tower_")}
+    two_stage = hasattr(detector, "roi_heads")
+    if requires & (of_regions | of_cells):
+        info = distiller.pair.teacher
+        levels |= {int(x[1:]) for x in (*info.dense_levels, *info.shapes)}
+    backbone = {k: n for k, n in calls.items() if re.match(r"backbone\.(bottom_up|fpn|top)", k)}
+    assert max(backbone.values()) == backbone["backbone.bottom_up"] == 1
+    outputs = {k: n for k, n in calls.items() if re.fullmatch(r"backbone\.fpn_output\d", k)}
+    assert {int(k[-1]) for k, n in outputs.items() if n} <= levels | {5}  # P6 is made of P5
+    asks_cells = bool(requires & (of_cells - ({"region_vectors"} if two_stage else set())))
+    head = "proposal_generator.rpn_head" if two_stage else "head"
+    assert calls[head] <= asks_cells
+    if two_stage:
+        asks_boxes = bool(requires & {"roi_predictions", "region_vectors"})
+        assert calls["roi_heads"] == 0 and calls["roi_heads.box_head"] <= asks_boxes
+
+
+def count_calls(modules: Dict[str, nn.Module]) -> Dict[str, int]:
+    """How often each runs from now on."""
+    calls = {name: 0 for name in modules}
+
+    def count(name: str) -> Callable[..., None]:
+        def on_forward(*_: Any) -> None:
+            calls[name] += 1
+
+        return on_forward
+
+    for name, module in modules.items():
+        module.register_forward_hook(count(name))
+    return calls

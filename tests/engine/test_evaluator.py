@@ -8,9 +8,10 @@ import pycocotools.mask
 import pytest
 import torch
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from detectron2.data import DatasetCatalog
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.structures import Boxes, Instances
 
 from d2kd.data import register_datasets
@@ -60,6 +61,33 @@ def test_ids_from_0_give_the_ap_of_ids_from_1(
     expected, found = (ap_of_truth(tmp_path, *x, shift=shift) for x in ([], [from_zero]))
     assert found == pytest.approx(expected, nan_ok=True)
     assert shift or expected["AP"] == pytest.approx(100)
+
+
+@pytest.mark.skipif(
+    coco_evaluation.COCOeval_opt is COCOeval, reason="this Detectron2 has no compiled COCOeval"
+)
+@pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
+def test_compiled_evaluation_gives_the_numbers_of_pycocotools(
+    shift: float, tmp_path: Path, forget_sets: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ap_of_truth(tmp_path, from_zero, shift=shift)
+    monkeypatch.setattr(coco_evaluation, "COCOeval_opt", COCOeval)
+    assert found == pytest.approx(ap_of_truth(tmp_path, from_zero, shift=shift), nan_ok=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_evaluation_is_taken_where_it_is_installed(
+    compiled: bool, tmp_path: Path, forget_sets: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Compiled(COCOeval):
+        pass
+
+    monkeypatch.setattr(coco_evaluation, "COCOeval_opt", Compiled if compiled else COCOeval)
+    write_set(tmp_path, "some_set", lambda said: None)
+    cfg = config_of(tmp_path, [], ["some_set"])
+    cfg.OUTPUT_DIR = str(tmp_path)
+    register_datasets(cfg, parts=("TEST",))
+    assert build_evaluator(cfg, "some_set")._use_fast_impl == compiled
 
 
 def as_floats(said: Content) -> None:

@@ -13,7 +13,7 @@ from ...heads import head_class
 from ...inherit import PARTS
 from ...modeling.trainable import check_trainable
 from ...schedule import WeightSchedule
-from ...teacher import resolve_teacher
+from ...teacher import TeacherOptions, resolve_teacher
 from ...utils.checks import check_choice, check_range, nearest
 from ..optimizer import CLIP_TYPES, OPTIMIZERS
 from ..stages import STAGE_LR, Stage, distils, plan_stages
@@ -113,6 +113,7 @@ def _check_distillation(cfg: CfgNode) -> None:
             raise ValueError(f"DISTILL.INHERIT has {part!r}; it may list {', '.join(PARTS)}.")
     check_range("DISTILL.TEACHER.EVAL_IMAGES", cfg.DISTILL.TEACHER.EVAL_IMAGES, 0, math.inf)
     check_range("DISTILL.TEACHER.MIN_AP", cfg.DISTILL.TEACHER.MIN_AP, 0, 100, "percent")
+    TeacherOptions.from_config(cfg)
     _check_liveness(cfg.DISTILL.LIVENESS)
     resolve_teacher(cfg)
 

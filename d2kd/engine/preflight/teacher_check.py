@@ -143,7 +143,8 @@ def _evaluate(
     evaluator.reset()
     for image in images:
         inputs = [mapper(image)]
-        outputs = teacher.model(teacher.batch(inputs, cfg.INPUT.FORMAT))
+        with teacher.autocast():
+            outputs = teacher.model(teacher.batch(inputs, cfg.INPUT.FORMAT))
         if classes:
             outputs = [
                 {"instances": _remap_classes(x["instances"], _class_map(classes))} for x in outputs

@@ -4,21 +4,25 @@ import hashlib
 import logging
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, ContextManager, Dict, List, Optional, Set, Tuple
 
+import torch
 from omegaconf import OmegaConf
 from torch import nn
 
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.utils.file_io import PathManager
 
-from .checkpoint import check_is_file, load_whole_detector
-from .data.class_names import class_names, names_in_sets
-from .modeling.build import build_detector
-from .modeling.trainable import check_teaches
-from .utils.packaged import find_file
-from .weights.trained_config import check_same_detector
+from ..checkpoint import check_is_file, load_whole_detector
+from ..data.class_names import class_names, names_in_sets
+from ..modeling.build import build_detector
+from ..modeling.trainable import check_teaches
+from ..utils.packaged import find_file
+from ..weights.trained_config import check_same_detector
+from .compiled import CompiledBackbone
+from .options import TeacherOptions
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +37,18 @@ class Teacher:
 
     `image_format`: channel order of its input, "BGR" or "RGB"; `manifest`: its config as text and
     the sha256 of its weights, saved with every checkpoint of the student; `class_names`: those that
-    its config tells, () where it does not.
+    its config tells, () where it does not; `options`: how it is to be run (see speed_up). Then
+    `dtype` is what it runs in, None for what the student runs in, and `compiled` its compiled
+    backbone.
     """
 
     model: nn.Module
     image_format: str
     manifest: Dict[str, str]
     class_names: Tuple[str, ...] = ()
+    options: TeacherOptions = TeacherOptions()
+    dtype: Optional[torch.dtype] = None
+    compiled: Optional[CompiledBackbone] = None
 
     def batch(self, batched_inputs: List[Dict[str, Any]], image_format: str) -> List[Dict]:
         """
@@ -55,6 +64,14 @@ class Teacher:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
 
+    def autocast(self) -> ContextManager:
+        """What its modules are called in, whatever the student's mixed precision is."""
+        if self.dtype is None:
+            return nullcontext()
+        if self.dtype == torch.float32:
+            return torch.autocast(self.model.device.type, enabled=False)
+        return torch.autocast(self.model.device.type, dtype=self.dtype)
+
 
 def build_teacher(cfg: CfgNode) -> Teacher:
     """
@@ -67,9 +84,10 @@ def build_teacher(cfg: CfgNode) -> Teacher:
             every parameter and buffer of the teacher
     """
     config_file, weights = resolve_teacher(cfg)
-    opts = list(cfg.DISTILL.TEACHER.OPTS)
+    opts, options = list(cfg.DISTILL.TEACHER.OPTS), TeacherOptions.from_config(cfg)
     build = _from_lazy_config if config_file.endswith(".py") else _from_yaml
-    model, image_format, text, names, own_cfg = build(config_file, opts, cfg.MODEL.DEVICE)
+    device = options.device or cfg.MODEL.DEVICE
+    model, image_format, text, names, own_cfg = build(config_file, opts, device)
     _check_format(image_format, cfg.INPUT.FORMAT)
     if weights:
         found = load_whole_detector(model, weights, "DISTILL.TEACHER.WEIGHTS")
@@ -79,7 +97,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
         logger.warning("DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS: this teacher knows nothing.")
     model.eval().requires_grad_(False)
     manifest = {"config": text, "weights_sha256": _sha256(weights)}
-    return Teacher(model, image_format, manifest, names)
+    return Teacher(model, image_format, manifest, names, options)
 
 
 def resolve_teacher(cfg: CfgNode) -> Tuple[str, str]:
@@ -133,8 +151,8 @@ def _from_model_zoo(name: str) -> Tuple[str, str]:
 
 
 def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
-    from .config import load_config, merge_opts
-    from .config.unread import refuse_unread_by_teacher
+    from ..config import load_config, merge_opts
+    from ..config.unread import refuse_unread_by_teacher
 
     cfg = load_config(path)
     merge_opts(cfg, opts, "DISTILL.TEACHER.OPTS")

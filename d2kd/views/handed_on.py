@@ -1,0 +1,122 @@
+"""A teacher that runs on another device, or in another format, than the student."""
+
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, Callable, ContextManager, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from detectron2.structures import Boxes, Instances
+
+from .base import DetectorView
+from .lazy_levels import Later, LazyLevels
+from .predictions import DensePredictions, RoIPredictions
+from .regions import Regions, Source
+from .towers import Towers
+from .wrapped import WrappedView
+
+
+class HandedOnView(WrappedView):
+    """
+    A teacher's view whose answers are on the student's device and contiguous, and float32 where the
+    teacher has a precision of its own. What it is asked about is handed to the teacher likewise.
+    """
+
+    def __init__(
+        self,
+        view: DetectorView,
+        device: torch.device,
+        dtype: Optional[torch.dtype],
+        autocast: Callable[[], ContextManager],
+    ):
+        """
+        Args:
+            device: the student's
+            dtype: of answers and of what is asked about; None: as they are
+            autocast: what the teacher runs under
+        """
+        super().__init__(view)
+        self._device, self._dtype = device, dtype
+        self._autocast = autocast
+
+    @property
+    def image_size(self) -> Tuple[int, int]:
+        with self._autocast():
+            return self._view.image_size
+
+    @property
+    def features(self) -> Mapping[str, Tensor]:
+        return self._view._once("features handed on", self._features)
+
+    @property
+    def gt_instances(self) -> List[Instances]:
+        return [x.to(self._device) for x in self._view.gt_instances]
+
+    def inside_image(self, level: str, like: Optional[Tensor] = None) -> Optional[Tensor]:
+        return self._view.inside_image(level, self.features[level] if like is None else like)
+
+    def dense(self) -> DensePredictions:
+        return self._view._once("dense handed on", partial(self._ask, self._view.dense))
+
+    def boxes(self, deltas: Sequence[Tensor]) -> List[Tensor]:
+        return self._ask(self._view.boxes, self._given(deltas))
+
+    def towers(self, depth: int) -> Towers:
+        ask = partial(self._ask, self._view.towers, depth)
+        return self._view._once(f"tower_{depth} handed on", ask)
+
+    def predict_from(self, depth: int, towers: Towers) -> DensePredictions:
+        given = Towers(self._given(towers.classes), self._given(towers.boxes))
+        return self._ask(self._view.predict_from, depth, given)
+
+    def roi_features(self, boxes: List[Boxes], levels: str = "assigned") -> Tensor:
+        ask = partial(self._view.roi_features, levels=levels)
+        return self._ask_of_boxes(f"roi_features, {levels}", boxes, ask)
+
+    def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
+        return self._ask_of_boxes("roi_predictions", boxes, self._view.roi_predictions)
+
+    def region_vectors(self, regions: Regions) -> Tensor:
+        def ask(boxes: List[Boxes]) -> Tensor:
+            found = regions.source
+            source = found and Source(*self._given([found.stride, found.y, found.x, found.anchor]))
+            return self._view.region_vectors(Regions(boxes, source))
+
+        return self._ask_of_boxes("region_vectors", regions.boxes, ask)
+
+    def _features(self) -> LazyLevels:
+        with self._autocast():
+            levels = self._view.features
+        return LazyLevels({k: Later(partial(self._ask, levels.__getitem__, k)) for k in levels})
+
+    def _ask_of_boxes(
+        self, name: str, boxes: List[Boxes], ask: Callable[[List[Boxes]], Any]
+    ) -> Any:
+        once = self._view._of_boxes
+        own = once("given boxes", boxes, lambda: list(map(Boxes, self._given(_tensors(boxes)))))
+        return once(f"{name} handed on", boxes, lambda: self._ask(ask, own))
+
+    def _ask(self, ask: Callable[..., Any], *args: Any) -> Any:
+        with self._autocast():
+            answer = ask(*args)
+        return self._handed_on(answer)
+
+    def _handed_on(self, x: Any) -> Any:
+        """All tensors of an answer, with gradient."""
+        if isinstance(x, Tensor):
+            return x.to(self._device, self._dtype).contiguous()
+        if isinstance(x, list):
+            return [self._handed_on(y) for y in x]
+        if isinstance(x, (DensePredictions, RoIPredictions, Towers)):
+            return replace(x, **{f.name: self._handed_on(getattr(x, f.name)) for f in fields(x)})
+        return x
+
+    def _given(self, tensors: Sequence[Tensor]) -> List[Tensor]:
+        """As the teacher takes them, with gradient; integers stay integers."""
+        device = next(self._view.detector.parameters()).device
+        return [x.to(device, self._dtype if x.is_floating_point() else None) for x in tensors]
+
+
+def _tensors(boxes: Sequence[Boxes]) -> List[Tensor]:
+    return [x.tensor for x in boxes]

@@ -1,0 +1,87 @@
+"""The levels of a pyramid, of which only those that are read are computed."""
+
+import copy
+from functools import partial
+from typing import Callable, Iterator, List, Mapping, Optional, Union
+
+from torch import Tensor, nn
+
+from detectron2.modeling.backbone import FPN
+
+
+class Later:
+    """A map that is computed when it is first asked for, and kept."""
+
+    def __init__(self, compute: Callable[[], Tensor]):
+        self._compute = compute
+        self._map: Optional[Tensor] = None
+
+    def __call__(self) -> Tensor:
+        if self._map is None:
+            self._map = self._compute()
+            self._compute = None  # what it was computed from is freed
+        return self._map
+
+
+class LazyLevels(Mapping[str, Tensor]):
+    """Level name to (N, C, Hi, Wi), computed when it is first read."""
+
+    def __init__(self, levels: Mapping[str, Later]):
+        self._levels = levels
+
+    def __getitem__(self, level: str) -> Tensor:
+        return self._levels[level]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._levels)
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LazyLevels":
+        """The same levels after a function, which is called when they are read."""
+        return LazyLevels({k: Later(lambda x=x: function(x())) for k, x in self._levels.items()})
+
+
+def lazy_levels(backbone: nn.Module, images: Tensor) -> LazyLevels:
+    """
+    Run a backbone, and of an FPN what all levels need: the last convolution of each level, and the
+    levels of its top block, are put off until they are read.
+
+    Args:
+        images: (N, 3, H, W), as the backbone wants them
+    """
+    if getattr(backbone.forward, "__func__", None) is not FPN.forward:
+        return LazyLevels({k: Later(lambda x=x: x) for k, x in backbone(images).items()})
+    # A copy, as those of nn.DataParallel: the detector itself is left as it is.
+    pyramid = copy.copy(backbone)
+    pyramid._modules = dict(backbone._modules)
+    pyramid.output_convs = [partial(_put_off, x) for x in backbone.output_convs]
+    if backbone.top_block is not None:
+        pyramid.top_block = _TopBlock(backbone.top_block)
+    return LazyLevels(pyramid(images))
+
+
+def _put_off(convolution: nn.Module, x: Tensor) -> Later:
+    return Later(lambda: convolution(x))
+
+
+class _TopBlock(nn.Module):
+    """An FPN's top block, which is called when the first of its levels is read."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+        self.in_feature = block.in_feature
+        self.num_levels = block.num_levels
+
+    def forward(self, x: Union[Tensor, Later]) -> List[Later]:
+        levels: List[Tensor] = []
+
+        def level(index: int) -> Tensor:
+            if not levels:
+                # Its input may be a level of the pyramid, which has been put off too.
+                levels.extend(self.block(x() if isinstance(x, Later) else x))
+            return levels[index]
+
+        return [Later(partial(level, i)) for i in range(self.num_levels)]

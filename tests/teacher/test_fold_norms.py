@@ -1,0 +1,77 @@
+"""A convolution into which a norm was folded says what both said, and nothing else is folded."""
+
+from typing import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+
+from d2kd.teacher.fold_norms import fold_norms
+
+NORMS = {"FrozenBN": FrozenBatchNorm2d, "BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
+
+
+def with_statistics(norm: nn.Module) -> nn.Module:
+    """The norm in eval mode, with random numbers in all that it has."""
+    for value in norm.state_dict().values():
+        if value.is_floating_point():
+            value.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return norm.eval().requires_grad_(False)
+
+
+def expected(conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """gamma (w * x + b - mean) / sqrt(var + eps) + beta"""
+    mean, var, gamma, beta = (
+        y.view(1, -1, 1, 1) for y in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    x = nn.functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
+    return gamma * (x - mean) / (var + norm.eps).sqrt() + beta
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+@torch.no_grad()
+def test_norm_of_detectron2_s_layer_is_folded_before_its_activation(norm: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    own = with_statistics(NORMS[norm](8))
+    conv = Conv2d(
+        4, 8, 3, stride=2, padding=1, groups=2, bias=bias, norm=own, activation=torch.tanh
+    )
+    x = torch.randn(2, 4, 9, 9)
+    wanted = expected(conv, own, x).tanh()
+    assert fold_norms(conv) == 1 and conv.norm is None
+    torch.testing.assert_close(conv(x), wanted, rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for p in conv.parameters())
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+@torch.no_grad()
+def test_norm_behind_a_convolution_is_folded_and_what_follows_keeps_its_place(norm: str) -> None:
+    torch.manual_seed(0)
+    own = with_statistics(NORMS[norm](8))
+    tower = nn.Sequential(nn.Conv2d(4, 8, 3), own, nn.ReLU())
+    x = torch.randn(2, 4, 9, 9)
+    wanted = expected(tower[0], own, x).relu()
+    assert fold_norms(tower) == 1 and isinstance(tower[2], nn.ReLU) and len(tower) == 3
+    torch.testing.assert_close(tower(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Conv2d(4, 8, 3, norm=nn.GroupNorm(2, 8)),
+        lambda: Conv2d(4, 8, 3, norm=nn.BatchNorm2d(8)).train(),
+        lambda: Conv2d(4, 8, 3, norm=nn.BatchNorm2d(8, track_running_stats=False)).eval(),
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.BatchNorm2d(8)).eval(),
+        lambda: nn.Sequential(Conv2d(4, 8, 3, activation=torch.relu), nn.BatchNorm2d(8)).eval(),
+    ],
+    ids=["group norm", "training", "statistics of the batch", "behind a ReLU", "activation"],
+)
+def test_norm_that_is_not_fixed_or_not_next_stays(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert fold_norms(model) == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -1,0 +1,110 @@
+"""A teacher with its options says what it says without them, in losses and in gradients."""
+
+import logging
+from typing import Dict, List
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from d2kd import Distiller
+from d2kd.conformance.case import PAIRS, Case, find_case
+from d2kd.conformance.cuda_autocast import cuda_autocast
+from d2kd.conformance.half_precision import relative_error, runs_in_float16
+from d2kd.teacher import TeacherOptions, compiled
+from d2kd.teacher.speed_up import with_options
+
+from toys import batch
+
+RETINANETS, RCNNS, TO_DENSE, TO_RCNN = PAIRS[:4]
+# Options to how far gradients may be off, of their norm
+OPTIONS = {
+    "fold_norms": (TeacherOptions(fold_norms=True), 1e-3),
+    "channels_last": (TeacherOptions(channels_last=True), 1e-3),
+    "both": (TeacherOptions(fold_norms=True, channels_last=True), 1e-3),
+    "float32": (TeacherOptions(precision="float32"), 0),
+    "bfloat16": (TeacherOptions(fold_norms=True, precision="bfloat16"), 0.1),
+    "device": (TeacherOptions(device="cpu"), 0),
+}
+
+
+def with_teacher(case: Case, options: TeacherOptions) -> Distiller:
+    distiller = case.fresh()
+    object.__setattr__(distiller, "teacher", with_options(distiller.teacher, options))
+    return distiller
+
+
+def gradients(case: Case, distiller: Distiller) -> List[Tensor]:
+    """Of the head's terms alone, in the student's pyramid."""
+    terms: Dict[str, Tensor] = case.terms(distiller)
+    features = list(distiller.last_step.student.features.values())
+    found = torch.autograd.grad(sum(terms.values()), features, allow_unused=True)
+    return [*terms.values(), *(x for x in found if x is not None)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "name, pair", [("PKD", TO_DENSE), ("CrossKD", RETINANETS), ("DKD", RCNNS), ("SGFI", TO_RCNN)]
+)
+def test_head_learns_the_same(name: str, pair: object, options: str) -> None:
+    case, (chosen, bound) = find_case(name, pair), OPTIONS[options]
+    distiller = with_teacher(case, chosen)
+    expected, found = (gradients(case, x) for x in (case.fresh(), distiller))
+    assert len(found) == len(expected) > 1
+    assert relative_error(expected, found) <= bound
+    teacher = distiller.teacher.model
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+
+def test_teacher_of_the_copy_is_another() -> None:
+    case = find_case("PKD", RETINANETS)
+    plain = case.fresh().teacher
+    before = {k: v.clone() for k, v in plain.model.state_dict().items()}
+    with_options(plain, TeacherOptions(fold_norms=True, precision="bfloat16"))
+    after = plain.model.state_dict()
+    assert list(after) == list(before) and plain.dtype is None
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+
+
+def test_nothing_to_fold_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    folded = with_options(find_case("PKD", RETINANETS).fresh().teacher, OPTIONS["fold_norms"][0])
+    assert "no norm" not in caplog.text
+    with_options(folded, OPTIONS["fold_norms"][0])
+    assert "FOLD_NORMS: the teacher has no norm that can be folded" in caplog.text
+
+
+@pytest.mark.skipif(not runs_in_float16(), reason="this PyTorch has no float16 on CPUs")
+@pytest.mark.parametrize("precision", ["", "float32"])
+def test_own_precision_counts_under_the_student_s_mixed_precision(precision: str) -> None:
+    case = find_case("PKD", RETINANETS)
+    distiller = with_teacher(case, TeacherOptions(precision=precision))
+    with torch.no_grad():
+        plain = case.fresh().view_of_teacher(batch()).features["p4"]
+        with cuda_autocast():
+            found = distiller.view_of_teacher(batch()).features["p4"]
+    assert found.dtype == (torch.float32 if precision else torch.float16)
+    assert torch.equal(found, plain) == bool(precision)
+
+
+class Detector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 4, 3)
+
+
+def test_graphs_are_counted_and_one_for_each_size_is_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")  # traced, and run as it is
+    caplog.set_level("INFO", logger="d2kd")
+    detector, x = Detector().requires_grad_(False), torch.ones(2, 3, 8, 8)
+    expected, names = detector.backbone(x), list(detector.state_dict())
+    backbone = compiled.CompiledBackbone(detector)
+    assert torch.equal(detector.backbone(x), expected) and backbone.graphs == 1
+    assert list(detector.state_dict()) == names
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    for size in range(compiled.EXPECTED_GRAPHS):
+        backbone._compile(graph, [torch.zeros(2, 3, 64, 32 * size)])
+    levels = [x.levelno for x in caplog.records]
+    assert levels == [logging.INFO] * compiled.EXPECTED_GRAPHS + [logging.WARNING]
+    assert "graph 4, for (2, 3, 64, 64). If this goes on" in caplog.text

@@ -1,0 +1,88 @@
+"""What a teacher of another device or format says arrives as the student's own would be."""
+
+from contextlib import nullcontext
+from dataclasses import fields, is_dataclass
+from typing import Any, Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2kd.views import DetectorView, HandedOnView, Regions
+
+from toys import batch
+from view_toys import build_teacher, some_boxes, view_of_teacher
+
+ASKED = {
+    "features": ("retinanet", lambda view: dict(view.features)),
+    "dense": ("retinanet", lambda view: view.dense()),
+    "towers": ("retinanet", lambda view: view.towers(1)),
+    "rest of the head": ("retinanet", lambda view: view.predict_from(1, view.towers(1))),
+    "boxes": ("retinanet", lambda view: view.boxes(view.dense().deltas)),
+    "RoI features": ("faster_rcnn", lambda view: view.roi_features(some_boxes())),
+    "of all levels": ("faster_rcnn", lambda view: view.roi_features(some_boxes(), "all")),
+    "RoI predictions": ("faster_rcnn", lambda view: view.roi_predictions(some_boxes())),
+    "vectors": ("faster_rcnn", lambda view: view.region_vectors(Regions(some_boxes()))),
+}
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict):
+        yield from tensors(list(x.values()))
+    elif isinstance(x, (list, tuple)):
+        for y in x:
+            yield from tensors(y)
+    elif is_dataclass(x):
+        yield from tensors([getattr(x, f.name) for f in fields(x)])
+
+
+def handed_on(name: str, to: str = "cpu", half: bool = True) -> HandedOnView:
+    """Of a teacher with the channels last, in bfloat16."""
+    detector = build_teacher(name).to(memory_format=torch.channels_last)
+    view = view_of_teacher(detector, batch())
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
+
+    return HandedOnView(view, torch.device(to), torch.float32, autocast)
+
+
+@pytest.mark.parametrize("name, ask", ASKED.values(), ids=ASKED)
+def test_answers_are_contiguous_and_those_of_the_plain_teacher(
+    name: str, ask: Callable[[DetectorView], Any]
+) -> None:
+    plain = view_of_teacher(build_teacher(name), batch())
+    found, expected = (list(tensors(ask(x))) for x in (handed_on(name, half=False), plain))
+    assert len(found) == len(expected) > 0
+    for x, y in zip(found, expected):
+        assert x.is_contiguous() and not x.requires_grad
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, ask", [ASKED[x] for x in ("features", "dense", "towers", "vectors")]
+)
+def test_answers_are_float32_on_the_student_s_device(name: str, ask: Callable) -> None:
+    found = list(tensors(ask(handed_on(name, to="meta"))))
+    assert found and all(x.device.type == "meta" and x.dtype == torch.float32 for x in found)
+
+
+def test_answers_are_given_once() -> None:
+    view, boxes = handed_on("faster_rcnn"), some_boxes()
+    assert view.features["p3"] is view.features["p3"]
+    assert view.dense() is view.dense()
+    assert view.roi_predictions(boxes) is view.roi_predictions(boxes)
+    assert view.roi_predictions(boxes) is not view.roi_predictions(some_boxes())
+
+
+def test_student_s_towers_get_a_gradient_through_the_teacher_s_head_and_it_gets_none() -> None:
+    view = handed_on("retinanet")
+    towers = view.towers(1)
+    for x in towers.classes + towers.boxes:
+        x.requires_grad_()
+    out = view.predict_from(1, towers)
+    (sum(x.sum() for x in out.logits) + sum(x.sum() for x in out.deltas)).backward()
+    assert all(x.grad.dtype == torch.float32 and x.grad.any() for x in towers.classes)
+    assert all(p.grad is None for p in view.detector.parameters())

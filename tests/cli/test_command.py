@@ -80,7 +80,10 @@ MISTAKES = {
         ["train", *CWD, *FEW, "MODEL.RETINANET.NUM_CLASSES", "3"],
         "MODEL.RETINANET.NUM_CLASSES is 3, but data set d2kd_shapes_train has 6 classes",
     ),
-    "nothing to evaluate": (["eval", *CWD, *FEW], "MODEL.WEIGHTS is empty"),
+    "nothing to evaluate": (
+        ["eval", "--config-file", "quickstart/student.yaml", *FEW],
+        "MODEL.WEIGHTS is empty",
+    ),
     "nothing to export": (["export", *CWD, "--output", "x"], "give one with --weights"),
     "unknown head": (["heads", "crosskd"], "Did you mean 'CrossKD'?"),
     "unknown key to look up": (["keys", "SOLVER.BASELR"], "Did you mean SOLVER.BASE_LR?"),

@@ -4,8 +4,15 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 
-from ..layers import difference_weighted, giou_distance, zero_outside
-from ..pairing.levels import LevelPair, match_level
+from ..layers import (
+    difference_weighted,
+    each_level,
+    giou_distance,
+    inside_side_by_side,
+    match_side_by_side,
+    zero_outside,
+)
+from ..pairing.levels import LevelPair, match_levels
 from ..pairing.pair import DENSE, DistillPair
 from ..utils.checks import check_weight
 from ..views import DetectorView
@@ -70,16 +77,21 @@ class BCKDHead(nn.Module):
         logits, target_logits = ours.by_level(ours.logits), theirs.by_level(theirs.logits)
         boxes = ours.by_level(student.boxes(ours.deltas))
         target_boxes = theirs.by_level(teacher.boxes(theirs.deltas))
-        counts = dict(zip(ours.levels, labels.level_positives > 0))
-        cls, box = {}, {}
-        for pair in self.levels:
-            level = pair.student
-            x, target = match_level(pair, logits, target_logits)
-            classes, differ = difference_weighted(x, target)
-            differ = differ.unflatten(1, (self.num_anchors, -1)).amax(dim=2)
-            distance = giou_distance(*match_level(pair, boxes, target_boxes), self.num_anchors)
-            inside = student.inside_image(level, like=x)
-            scale = counts[level] / labels.mean_positives
-            cls[level] = scale * zero_outside(classes, inside).sum()
-            box[level] = self.box_weight * scale * zero_outside(differ * distance, inside).sum()
+        matched = {k: x for k, x, _ in match_levels(self.levels, logits, target_logits)}
+        inside = inside_side_by_side(student, matched)
+        classes, differ = difference_weighted(
+            *match_side_by_side(self.levels, logits, target_logits)
+        )
+        differ = differ.unflatten(1, (self.num_anchors, -1)).amax(dim=2)
+        distance = giou_distance(
+            *match_side_by_side(self.levels, boxes, target_boxes), self.num_anchors
+        )
+        classes = zero_outside(classes, inside).sum(dim=(0, 1, 2))
+        of_boxes = self.box_weight * zero_outside(differ * distance, inside).sum(dim=(0, 1, 2))
+        has_positives = (labels.level_positives > 0) / labels.mean_positives
+        scale = ours.by_level(has_positives.unbind())
+        cls, box = (
+            {k: scale[k] * x.sum() for k, x in each_level(cells, matched)}
+            for cells in (classes, of_boxes)
+        )
         return {"loss_bckd_cls": cls, "loss_bckd_box": box}

@@ -6,13 +6,18 @@ from detectron2.config import CfgNode
 
 from ..layers import (
     difference_weighted,
+    each_level,
     giou_distance,
+    inside_side_by_side,
     largest_probability,
     log_iou_distance,
+    match_side_by_side,
+    side_by_side,
     standardise,
+    std_and_mean,
     zero_outside,
 )
-from ..pairing.levels import LevelPair, crop_to, match_level
+from ..pairing.levels import LevelPair, crop_to, match_levels
 from ..pairing.pair import DENSE, DistillPair
 from ..utils.checks import check_choice, check_weight
 from ..views import DetectorView, Towers
@@ -120,21 +125,21 @@ class CrossKDHead(nn.Module):
         label_maps = ours.by_level(labels.maps)
         of_fcos = labels.centerness is not None
         divisor = labels.mean_centerness if of_fcos else labels.mean_positives
-        cls, box = {}, {}
-        for pair in self.levels:
-            level = pair.student
-            x, target = match_level(pair, logits, target_logits)
-            counted = crop_to(label_maps[level], x) >= 0  # (N, A, H, W)
-            if not of_fcos:
-                counted = zero_outside(counted, student.inside_image(level, like=x))
-            classes, _ = difference_weighted(x, target)
-            classes = classes.unflatten(1, (self.num_anchors, -1)).sum(dim=2)
-            cls[level] = (classes * counted).sum() / divisor
-            weight = largest_probability(target, self.num_anchors) * counted
-            distance = BOX_LOSSES[self.box_loss](
-                *match_level(pair, boxes, target_boxes), self.num_anchors
-            )
-            box[level] = self.box_weight * (distance * weight).sum() / divisor
+        matched = {k: x for k, x, _ in match_levels(self.levels, logits, target_logits)}
+        counted = side_by_side([crop_to(label_maps[k], x) for k, x in matched.items()]) >= 0
+        if not of_fcos:
+            counted = zero_outside(counted, inside_side_by_side(student, matched))
+        x, target = match_side_by_side(self.levels, logits, target_logits)
+        classes, _ = difference_weighted(x, target)
+        classes = classes.unflatten(1, (self.num_anchors, -1)).sum(dim=2) * counted
+        weight = largest_probability(target, self.num_anchors) * counted
+        distance = BOX_LOSSES[self.box_loss](
+            *match_side_by_side(self.levels, boxes, target_boxes), self.num_anchors
+        )
+        cells = classes / divisor, self.box_weight / divisor * (distance * weight)
+        cls, box = (
+            {k: part.sum() for k, part in each_level(x.sum(dim=(0, 1, 2)), matched)} for x in cells
+        )
         return {"loss_crosskd_cls": cls, "loss_crosskd_box": box}
 
     def _aligned(self, student: DetectorView, teacher: DetectorView) -> Towers:
@@ -148,8 +153,5 @@ class CrossKDHead(nn.Module):
 
 def _align(x: Tensor, like: Tensor) -> Tensor:
     """(N, C, H, W) each; sizes may differ."""
-    like = like.detach().float()
-    mean = like.mean(dim=(0, 2, 3), keepdim=True)
-    # A single value has no deviation.
-    std = like.std(dim=(0, 2, 3), keepdim=True) if like[:, 0].numel() > 1 else 0.0
+    std, mean = std_and_mean(like.detach().float())
     return standardise(x.float()) * std + mean

@@ -3,8 +3,9 @@ from .attention import AttentionGuide, channel_attention, mean_one_softmax, spat
 from .box_maps import covered, gaussian, paint
 from .inside import mean_inside, zero_outside
 from .masks import MaskRule, hide_top
-from .normalize import standardise, unit_vectors
+from .normalize import standardise, std_and_mean, unit_vectors
 from .reconstruction import DualGenerator, Generator, squared_error
+from .side_by_side import each_level, inside_side_by_side, match_side_by_side, side_by_side
 from .soft_labels import (
     class_divergence,
     difference_weighted,

@@ -5,7 +5,6 @@ from typing import Tuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou_loss
 
 
 def difference_weighted(logits: Tensor, target_logits: Tensor) -> Tuple[Tensor, Tensor]:
@@ -68,24 +67,39 @@ def giou_distance(boxes: Tensor, target: Tensor, num_anchors: int) -> Tensor:
         (N, A, H, W) in [0, 2]
     """
     boxes, target = _per_anchor(boxes, num_anchors), _per_anchor(target.detach(), num_anchors)
-    return generalized_box_iou_loss(boxes, target) * _has_area(target)
+    overlap, union = _overlap_and_union(boxes, target)
+    low = torch.minimum(boxes[..., :2], target[..., :2])
+    high = torch.maximum(boxes[..., 2:], target[..., 2:])
+    around = _product(high - low)
+    giou = overlap / (union + 1e-7) - (around - union) / (around + 1e-7)
+    return (1 - giou) * _has_area(target)
 
 
 def log_iou_distance(boxes: Tensor, target: Tensor, num_anchors: int) -> Tensor:
     """As giou_distance, with -log(IoU), in [0, 13.8]; no gradient where boxes do not overlap."""
     boxes, target = _per_anchor(boxes, num_anchors), _per_anchor(target.detach(), num_anchors)
-    size = torch.minimum(boxes[..., 2:], target[..., 2:]) - torch.maximum(
-        boxes[..., :2], target[..., :2]
-    )
-    overlap = size.clamp(min=0).prod(dim=-1)
-    areas = sum((x[..., 2:] - x[..., :2]).prod(dim=-1) for x in (boxes, target))
-    iou = overlap / (areas - overlap).clamp(min=1e-7)
+    overlap, union = _overlap_and_union(boxes, target)
+    iou = overlap / union.clamp(min=1e-7)
     return -iou.clamp(min=1e-6).log() * _has_area(target)
 
 
 def _per_anchor(boxes: Tensor, num_anchors: int) -> Tensor:
     """(N, A*4, H, W) -> (N, A, H, W, 4)"""
     return boxes.unflatten(1, (num_anchors, 4)).movedim(2, -1)
+
+
+def _overlap_and_union(boxes: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:
+    """Areas of (..., 4) boxes. torchvision's have masks as indices, which wait for the GPU."""
+    low = torch.maximum(boxes[..., :2], target[..., :2])
+    high = torch.minimum(boxes[..., 2:], target[..., 2:])
+    overlap = _product((high - low).relu())  # no gradient where boxes only touch
+    areas = [_product(x[..., 2:] - x[..., :2]) for x in (boxes, target)]
+    return overlap, areas[0] + areas[1] - overlap
+
+
+def _product(sides: Tensor) -> Tensor:
+    """(..., 2) -> (...); prod() would look for zeros in its backward."""
+    return sides[..., 0] * sides[..., 1]
 
 
 def _has_area(boxes: Tensor) -> Tensor:

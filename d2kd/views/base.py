@@ -173,7 +173,10 @@ class DetectorView(Recording):
             XYXY in input pixels, of the same shape, float32 also under AMP
         """
         self._check("dense")
-        return decode_deltas(deltas, *self._box_coding())
+        generator, transform = self._box_coding()
+        sizes = tuple(x.shape[-2:] for x in deltas)
+        anchors = self._once(("anchors", sizes), lambda: generator(list(deltas)))
+        return decode_deltas(deltas, [x.tensor for x in anchors], transform)
 
     def towers(self, depth: int) -> Towers:
         """

@@ -4,7 +4,7 @@ import math
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def rows_of_map(x: Tensor, entries: int) -> Tensor:
@@ -19,16 +19,22 @@ def map_of_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def decode_deltas(
-    deltas: Sequence[Tensor], anchor_generator: nn.Module, box2box_transform: Any
+    deltas: Sequence[Tensor], anchors: Sequence[Tensor], box2box_transform: Any
 ) -> List[Tensor]:
-    """Per level (N, A*4, Hi, Wi), of box deltas and of the XYXY boxes in float32 that they are."""
-    anchors, decoded = anchor_generator(list(deltas)), []
-    for x, level in zip(deltas, anchors):
-        rows = rows_of_map(x.float(), 4)  # (N, Hi*Wi*A, 4)
-        repeated = level.tensor.repeat(len(x), 1)
-        boxes = box2box_transform.apply_deltas(rows.flatten(0, 1), repeated)
-        decoded.append(map_of_rows(boxes.view_as(rows), x))
-    return decoded
+    """
+    Args:
+        deltas: per level (N, A*4, Hi, Wi)
+        anchors: per level (Hi*Wi*A, 4)
+
+    Returns:
+        the boxes, XYXY as `anchors`, float32; as `deltas`
+    """
+    rows = [rows_of_map(x.float(), 4) for x in deltas]  # (N, Hi*Wi*A, 4)
+    together = torch.cat(rows, dim=1)  # one decoding for all levels
+    repeated = torch.cat(list(anchors)).repeat(len(together), 1)
+    boxes = box2box_transform.apply_deltas(together.flatten(0, 1), repeated).view_as(together)
+    levels = boxes.split([x.shape[1] for x in rows], dim=1)
+    return [map_of_rows(x, like) for x, like in zip(levels, deltas)]
 
 
 def unaliased(logits: Sequence[Tensor], num_classes: int) -> List[Tensor]:

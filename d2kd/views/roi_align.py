@@ -10,6 +10,8 @@ from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
+from .roi_align_cpu import roi_align_levels_cpu
+
 # Cells along a side of RoI features, for detectors without a box head.
 ROI_SIZE = 7
 
@@ -30,7 +32,7 @@ def roi_align_levels(
     sampling_ratio: int = 0,
 ) -> Tensor:
     """
-    RoIAlign of every box on every level, one call for each level.
+    RoIAlign of every box on every level.
 
     Args:
         maps: of L levels, (N, C, Hi, Wi)
@@ -42,6 +44,8 @@ def roi_align_levels(
     Returns:
         (R, L, C, *size)
     """
+    if rois.device.type == "cpu":
+        return roi_align_levels_cpu(maps, strides, rois, size, sampling_ratio)
     pooled = [
         ROIAlign(size, 1.0 / stride, sampling_ratio, aligned=True)(x, rois)
         for x, stride in zip(maps, strides)

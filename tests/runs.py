@@ -146,7 +146,7 @@ def assert_same_checkpoint(actual: Dict[str, Any], expected: Dict[str, Any]) -> 
     for part in ("model", "distill_heads"):
         assert_same_tensors(actual[part], expected[part])
     ours, theirs = (list(tensors_in(x["trainer"]["_trainer"])) for x in (actual, expected))
-    assert len(ours) == len(theirs) > 100
+    assert len(ours) == len(theirs) > 50
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 

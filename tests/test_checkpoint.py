@@ -84,7 +84,7 @@ def test_no_weight_of_the_teacher_is_in_the_file(finished: CfgNode, teacher: Lis
     # Constants (a new norm's weight and bias, mean and deviation of pixels) belong to nobody.
     own = [x for x in weights.values() if x.numel() > 3 and x.float().std() > 0]
     own = [x for x in own if x.shape != (9, 4)]  # anchors, where they are saved
-    assert len(own) > 100
+    assert len(own) > 50
     saved = {(x.shape, float(x.double().sum())) for x in tensors_in(read(finished))}
     assert not [x.shape for x in own if (x.shape, float(x.double().sum())) in saved]
 
@@ -122,7 +122,7 @@ def test_resume_restores_student_heads_and_optimizer(finished: CfgNode) -> None:
     assert_same_tensors(trainer._module.heads.state_dict(), checkpoint["distill_heads"])
     expected = checkpoint["trainer"]["_trainer"]["optimizer"]["state"]
     actual = trainer.optimizer.state_dict()["state"]
-    assert list(actual) == list(expected) and len(actual) > 100
+    assert list(actual) == list(expected) and len(actual) > 50
     for i, state in expected.items():
         assert torch.equal(actual[i]["momentum_buffer"], state["momentum_buffer"])
 

@@ -32,6 +32,13 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+@pytest.fixture
+def quick_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are left as memory has them: to draw them takes most of the time of a build."""
+    for name in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "trunc_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
+
+
 def build_or_skip(cfg: CfgNode) -> torch.nn.Module:
     try:
         return build_model(cfg)
@@ -63,7 +70,7 @@ def test_leaf_is_short(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", LEAVES)
-def test_leaf_builds_with_teacher_heads_and_level_plan(path: str) -> None:
+def test_leaf_builds_with_teacher_heads_and_level_plan(path: str, quick_init: None) -> None:
     cfg = load_config(path, NO_WEIGHTS)
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         build_or_skip(cfg)

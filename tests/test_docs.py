@@ -100,6 +100,7 @@ def test_log_lines_of_the_checklist_are_in_the_code(line: str) -> None:
     assert re.search("[^\n]*?".join(map(re.escape, parts)), sources)
 
 
+@pytest.mark.process
 def test_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="needs mkdocs-material")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]

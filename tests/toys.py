@@ -28,6 +28,7 @@ __all__ = [
     "feature_view",
     "level_pairs",
     "noise",
+    "stock_backbone",
     "write_teacher",
 ]
 
@@ -41,6 +42,12 @@ GROUP_NORM = {
     "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
     "MODEL__FPN__NORM": "",
 }
+
+
+def stock_backbone(name: str) -> Dict[str, str]:
+    """An override of a toy detector, for processes that know Detectron2 alone."""
+    shallow = DETECTORS[name]["MODEL.BACKBONE.NAME"]
+    return {"MODEL__BACKBONE__NAME": shallow.replace("shallow_", "")}
 
 
 def level_pairs(**channels: Tuple[int, int]) -> Tuple[LevelPair, ...]:

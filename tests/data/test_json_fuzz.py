@@ -19,6 +19,8 @@ from d2kd.engine.evaluator import CompleteCOCOEvaluator
 
 from toy_sets import Content, config_of, content, every, write_set
 
+pytestmark = pytest.mark.fuzz
+
 NAN, INF = float("nan"), float("inf")
 VALUES = [None, True, False, 0, -1, 1, 2, 1.5, NAN, INF, 1e308, 10**30, "", "x", "1", [], {}, [1]]
 VALUES += [[[1, 2, 3, 4, 5, 6]], [[1, 2]], [["a"]], [1, 2, 3, 4], [0, 0, 0, 0], [-5, -5, 3, 3]]

@@ -22,6 +22,8 @@ from forks import fork, in_clean_process, launch_forks
 from runs import assert_same_checkpoint, at, run_config, saved
 from toys import write_teacher
 
+pytestmark = pytest.mark.process
+
 ITERATIONS = 8
 
 

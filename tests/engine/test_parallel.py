@@ -33,7 +33,10 @@ from runs import (
 )
 from toys import batch, distill_config, write_teacher
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+]
 
 
 def step_config(teacher: List[Any]) -> CfgNode:
@@ -198,7 +201,7 @@ def test_processes_have_equal_weights_and_momentum_also_after_resume(
 ) -> None:
     first, second = (x[when] for x in ranks)
     assert_same_tensors(trainable(first["model"]), trainable(second["model"]))
-    assert len(first["momentum"]) == len(second["momentum"]) > 100
+    assert len(first["momentum"]) == len(second["momentum"]) > 50
     assert all(torch.equal(x, y) for x, y in zip(first["momentum"], second["momentum"]))
     assert first["start"] == second["start"] == {"dead": 0, "resumed": 3}[when]
 

@@ -501,6 +501,7 @@ def in_each_process(
     torch.save(found, output / f"rank_{comm.get_rank()}.pth")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_second_process_begins_a_stage_with_what_the_first_has_saved(
     folder: Path, teacher: List[Any], stronger: Dict[str, str], tmp_path: Path

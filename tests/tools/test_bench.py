@@ -15,6 +15,8 @@ import yaml
 
 from runs import run_config
 
+pytestmark = pytest.mark.process
+
 # Stands for train_net.py: it says what it is asked, goes on where it was killed, and takes no time.
 FAKE = """
 import json, os, pathlib, sys, time

@@ -28,7 +28,10 @@ from logit_references import (
 )
 from toys import level_pairs, noise
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+]
 
 LEVELS = level_pairs(p3=(4, 4), p4=(4, 4))
 REGIONS = [(0, 5), (5, 6)]  # of process 0, and of process 1

@@ -20,10 +20,11 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    # The configs travel inside the package, as Detectron2's do; quickstart's teacher with them.
+    # The configs travel inside the package, as Detectron2's do; with them the quickstart's teacher
+    # and the figures of longer runs that it shows.
     packages=[*find_packages(include=["d2kd", "d2kd.*"]), "d2kd.configs"],
     package_dir={"d2kd.configs": "configs"},
-    package_data={"d2kd.configs": ["*/*.yaml", "*/*/*.yaml", "quickstart/*.pth"]},
+    package_data={"d2kd.configs": ["*/*.yaml", "*/*/*.yaml", "quickstart/*.pth", "bench/*.csv"]},
     # Outside the package, whose import takes seconds: `d2kd --help` must not.
     py_modules=["d2kd_cli"],
     entry_points={"console_scripts": ["d2kd = d2kd_cli:main"]},

@@ -25,6 +25,7 @@ COMMANDS: Dict[str, str] = {
     "d2kd keys": "d2kd.cli.keys",
     "d2kd.data.preview": "d2kd.data.preview",
     "tools/bench.py": "bench",
+    "tools/bench_curves.py": "bench_curves",
     "tools/bench_tables.py": "bench_tables",
     "tools/benchmark.py": "benchmark",
     "tools/paired_baseline.py": "paired_baseline",

@@ -18,7 +18,7 @@ from bench_run import Bench
 EPILOG = """
 A table is a YAML:
 
-    RESULTS: "docs/results/mine.csv"       # default: docs/results/<name of the table>.csv
+    RESULTS: "results/mine.csv"            # default: beside the table, with .csv for .yaml
     OUTPUT_DIR: "output/bench/mine"        # of all runs; default: output/bench/<name>
     TEST: "d2kd_shapes_test"               # where each end is evaluated, beside DATASETS.TEST
     SEEDS: [1, 2, 3]                       # of all rows, or of one, as the two that follow
@@ -28,6 +28,9 @@ A table is a YAML:
     ROWS:
       - {NAME: "alone", CONFIG: "configs/quickstart/student.yaml"}
       - {NAME: "PKD", CONFIG: "configs/quickstart/pkd.yaml", OPTS: ["DISTILL.PKD.LOSS_WEIGHT", 3]}
+      - NAME: "CWD"                        # a row for each value, "CWD, LOSS_WEIGHT 10", ...
+        CONFIG: "configs/quickstart/cwd.yaml"
+        GRID: {"DISTILL.CWD.LOSS_WEIGHT": [10, 30, 100]}
 
 A finished run is a row of the CSV: its AP on DATASETS.TEST ("val") and on TEST ("test"), seconds of
 training, commit, versions, hardware, command, and the key by which it is known again. That is made

@@ -1,6 +1,7 @@
 """The table that tools/bench.py fills: a YAML of rows, seeds and budgets, and the runs in it."""
 
 import hashlib
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from d2kd.utils.checks import nearest
 from d2kd.utils.safe_yaml import read_yaml
 
 OF_TABLE = ("RESULTS", "OUTPUT_DIR", "TEST", "ROWS", "BASELINE")
-OF_ROW = ("NAME", "CONFIG")
+OF_ROW = ("NAME", "CONFIG", "GRID")
 OF_BOTH = ("OPTS", "SEEDS", "ITERATIONS")  # a row's own, or else the table's
 
 
@@ -82,12 +83,14 @@ def read_table(path: str) -> Table:
         raise FileNotFoundError(f"There is no table {path!r}.")
     said = read_yaml(path)
     _refuse_unknown(said, (*OF_TABLE, *OF_BOTH), path)
-    rows = said.get("ROWS") or []
+    rows: List[Dict[str, Any]] = []
     cells: List[Cell] = []
-    for i, row in enumerate(rows):
+    for i, asked in enumerate(said.get("ROWS") or []):
         where = f"{path}: ROWS[{i}]"
-        _refuse_unknown(row, (*OF_ROW, *OF_BOTH), where)
-        cells += _cells_of(row, said, where)
+        _refuse_unknown(asked, (*OF_ROW, *OF_BOTH), where)
+        for row in _rows_of(asked, where):
+            rows.append(row)
+            cells += _cells_of(row, said, where)
     names = [row["NAME"] for row in rows]
     twice = [x for x in names if names.count(x) > 1]
     if not rows or twice:
@@ -95,15 +98,17 @@ def read_table(path: str) -> Table:
     baseline = said.get("BASELINE", "")
     if baseline and baseline not in names:
         raise ValueError(f"{path}: BASELINE {baseline!r} is no row; there are {', '.join(names)}.")
-    name = os.path.splitext(os.path.basename(path))[0]
+    stem = os.path.splitext(path)[0]
+    name = os.path.basename(stem)
     return Table(
         name,
-        said.get("RESULTS", f"docs/results/{name}.csv"),
+        said.get("RESULTS", f"{stem}.csv"),
         said.get("OUTPUT_DIR", f"output/bench/{name}"),
         said.get("TEST", ""),
         tuple(names),
         baseline,
-        tuple(sorted(cells, key=lambda x: x.iterations)),  # all rows are early in the CSV
+        # All rows are early in the CSV.
+        tuple(sorted(cells, key=lambda x: (x.iterations, x.seed))),
     )
 
 
@@ -132,10 +137,21 @@ def check_table(table: Table) -> None:
             raise ValueError(f"TEST is {table.test!r}, which {cell} does not know.{near}")
 
 
-def _cells_of(row: Dict[str, Any], table: Dict[str, Any], where: str) -> Iterator[Cell]:
-    for key in OF_ROW:
+def _rows_of(row: Dict[str, Any], where: str) -> Iterator[Dict[str, Any]]:
+    """The row, or one for each combination of the values that its GRID lists."""
+    for key in ("NAME", "CONFIG"):
         if not isinstance(row.get(key), str) or not row[key]:
             raise ValueError(f"{where}: {key} must be a text, got {row.get(key)!r}.")
+    grid = row.get("GRID", {})
+    if not isinstance(grid, dict) or not all(isinstance(x, list) and x for x in grid.values()):
+        raise ValueError(f"{where}: GRID must be {{KEY: [VALUE, ...]}}, got {grid!r}.")
+    for values in itertools.product(*grid.values()):
+        said = [f"{key.split('.')[-1]} {value}" for key, value in zip(grid, values)]
+        opts = [*(row.get("OPTS") or ()), *itertools.chain(*zip(grid, values))]
+        yield {**row, "NAME": ", ".join([row["NAME"], *said]), "OPTS": opts}
+
+
+def _cells_of(row: Dict[str, Any], table: Dict[str, Any], where: str) -> Iterator[Cell]:
     opts = [*(table.get("OPTS") or ()), *(row.get("OPTS") or ())]
     if len(opts) % 2:
         raise ValueError(f"{where}: OPTS must be KEY, VALUE, ..., got {opts}.")

@@ -17,7 +17,7 @@ import numpy as np
 from paired_ap import ImageAP, image_error, read_detections
 from paired_verdict import Verdict, decide
 from pycocotools.coco import COCO
-from quickstart import METRICS, run_step
+from quickstart import METRICS, Steps
 from tabulate import tabulate
 
 from detectron2.config import CfgNode
@@ -55,11 +55,12 @@ def main(argv: Sequence[str] = None) -> None:
         args.opts += ["DATASETS.TEST", repr(tuple(cfg.DATASETS.TEST[:1]))]
     truth = truth_of(cfg)
     results: Results = {arm: {} for arm in ARMS}
+    steps = Steps(args.fresh)
     for seed in args.seeds:
         for arm in ARMS:
             print(f"\n{arm}, seed {seed}", flush=True)
             opts = opts_of(arm, seed, args)
-            results[arm][seed] = run_step(args.config_file, "", opts, args.fresh)
+            results[arm][seed] = steps.run(args.config_file, opts)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
         verdict = verdict_of(args, truth, results)
     report = make_report(results, verdict, args.samples)

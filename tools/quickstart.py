@@ -4,7 +4,7 @@
 import os
 import sys
 
-from d2kd.cli.quickstart import METRICS, evaluation, run_step  # noqa: F401
+from d2kd.cli.steps import METRICS, Steps, evaluation  # noqa: F401
 from d2kd_cli import main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

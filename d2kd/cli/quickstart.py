@@ -1,32 +1,27 @@
 """
 See what distillation does, in minutes, from nothing: train a small detector alone, train it again
-with a teacher beside it, and compare the two. Same seed, same batches in the same order, same
-schedule; the teacher is the only difference.
+with a teacher beside it, and compare the two on a test set on which nothing was chosen. Same seed,
+same batches in the same order, same schedule; the teacher is the only difference.
 
-Each step is a d2kd command, printed so that you can run it yourself. A step that was
-finished before is not repeated; one that was interrupted goes on where it stopped.
+Each step is a d2kd command, printed so that you can run it yourself. A step that was finished
+before is not repeated; one that was interrupted goes on where it stopped. On a CPU both students
+are trained at once, with one thread each: nets as small as these gain nothing from a second.
 """
 
 import argparse
-import json
-import math
 import os
-import re
-import shlex
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Dict, List, Optional, Sequence
 
 from tabulate import tabulate
 
-from detectron2.config import CfgNode
-
 from ..config import load_config
+from ..data import register_datasets
 from ..utils.command_line import add_overrides, parse_command_line
-from ..utils.packaged import find_file
 from .common import command_parser
 from .draw_detections import draw_detections
+from .steps import METRICS, Steps
 
 EXAMPLES = """
 Examples:
@@ -34,31 +29,33 @@ Examples:
   another method:
     d2kd quickstart --distilled configs/quickstart/mgd.yaml
 """
-METRICS = ("AP", "AP50", "APs", "APm", "APl")
-# Detectron2's progress line: keep time left, iteration and losses, drop timers and learning rate.
-PROGRESS = re.compile(r"eta: .*?iter: (\d+).*?(?=\s+time:)")
+CHOSEN_ON, TEST = ("d2kd_shapes_val",), ("d2kd_shapes_test",)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    distilled = load_config(args.distilled, args.opts)
-    teacher_weights = distilled.DISTILL.TEACHER.WEIGHTS
-    steps = [
-        ("teacher", distilled.DISTILL.TEACHER.CONFIG_FILE, teacher_weights),
-        ("student alone", args.student, ""),
-        ("student distilled", args.distilled, ""),
-    ]
-    start, results = time.perf_counter(), {}
-    for i, (name, config_file, weights) in enumerate(steps, 1):
-        print(f"\n[{i}/{len(steps)}] {name}: {config_file}", flush=True)
-        results[name] = run_step(config_file, weights, opts_for(name, args.opts), args.fresh)
-    seconds = time.perf_counter() - start
-    report = make_report(results, seconds)
+    if load_config(args.distilled, args.opts).DATASETS.TEST == CHOSEN_ON:
+        args.opts = ["DATASETS.TEST", repr(TEST), *args.opts]
+    cfg = load_config(args.distilled, args.opts)
+    register_datasets(cfg)  # draws the built-in images once, before two processes need them
+    students = {"student alone": args.student, "student distilled": args.distilled}
+    steps, start = Steps(args.fresh), time.perf_counter()
+
+    teacher, weights = cfg.DISTILL.TEACHER.CONFIG_FILE, cfg.DISTILL.TEACHER.WEIGHTS
+    teacher_opts = opts_for("teacher", args.opts)
+    print(f"\n[1/2] teacher: {teacher}", flush=True)
+    results = {"teacher": steps.run(teacher, teacher_opts, weights)}
+    jobs = runs_at_once(cfg.MODEL.DEVICE)
+    print(f"\n[2/2] both students, {'at once' if jobs > 1 else 'one after the other'}", flush=True)
+    results.update(run_students(steps, students, args.opts, jobs))
+
+    report = make_report(results, time.perf_counter() - start)
     print("\n" + report)
     folder = os.path.dirname(load_config(args.student, args.opts).OUTPUT_DIR.rstrip("/")) or "."
     with open(os.path.join(folder, "table.md"), "w") as file:
         file.write(report + "\n")
-    panels = [(n, c, w or final_weights(load_config(c, args.opts))) for n, c, w in steps[::-1]]
+    panels = [(name, yaml, final_weights(yaml, args.opts)) for name, yaml in students.items()]
+    panels.append(("teacher", teacher, weights or final_weights(teacher, teacher_opts)))
     draw_detections(panels, args.opts, rows=4, threshold=0.3, path=f"{folder}/detections.png")
     print(
         f"\nTable: {folder}/table.md. Picture: {folder}/detections.png. "
@@ -66,72 +63,47 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
 
 
-def run_step(config_file: str, weights: str, opts: Sequence[str], fresh: bool) -> Dict[str, float]:
+def runs_at_once(device: str) -> int:
     """
-    Train, or only evaluate where trained weights are there already.
+    Two on a CPU with two cores or more; one on a GPU. Says where other work takes the cores.
 
     Args:
-        weights: trained weights of this detector, "" if it is to be trained
+        device: MODEL.DEVICE
+    """
+    cores, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    jobs = 2 if device == "cpu" and cores > 1 else 1
+    if device == "cpu" and busy + jobs > cores + 0.5:
+        print(
+            f"\nOther work keeps {busy:.1f} of {cores} cores busy (mean of the last minute): "
+            "this will take longer than on a quiet machine."
+        )
+    return jobs
+
+
+def run_students(
+    steps: Steps, students: Dict[str, str], opts: Sequence[str], jobs: int
+) -> Dict[str, Dict[str, float]]:
+    """
+    Args:
+        students: name of a step to its YAML
+        jobs: steps at a time
 
     Returns:
-        metric to value, in percent
+        name to metrics, in the order of `students`
     """
-    cfg = load_config(config_file, opts)
-    command = ["train", "--config-file", config_file]
-    if weights and os.path.isfile(find_file(weights)):
-        print(f"Trained weights are there: {weights}. Evaluating them.")
-        scratch = os.path.join(cfg.OUTPUT_DIR, "evaluation")
-        words = [*opts, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]
-        return evaluation(run(["eval", *command[1:]], words))
-    done = os.path.join(cfg.OUTPUT_DIR, "quickstart.json")
-    if not fresh and os.path.isfile(done) and load_json(done)["config"] == identity(cfg):
-        print(f"Done before: {done}. Add --fresh to repeat it.")
-        return load_json(done)["results"]
-    resume = [] if fresh else resumable(cfg)
-    results = evaluation(run(command + resume, opts))
-    with open(done, "w") as file:
-        json.dump({"config": identity(cfg), "results": results}, file)
-    return results
-
-
-def run(command: List[str], opts: Sequence[str]) -> List[str]:
-    """Run a command of d2kd, show its progress, and return all it printed; stop if it fails."""
-    words = [*command, *opts]
-    print(f"$ d2kd {shlex.join(words)}")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "d2kd", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line.rstrip())
-        progress = PROGRESS.search(line)
-        if progress and int(progress.group(1)) % 100 == 99:
-            print("  " + progress.group(), flush=True)
-        elif "Drawing" in line or "Start inference" in line:
-            print("  " + line.split("]: ")[-1].rstrip(), flush=True)
-    if process.wait() == 2:  # the last line tells the mistake
-        print(lines[-1], file=sys.stderr)
-        sys.exit(2)
-    if process.returncode:
-        sys.exit("\n".join(lines[-30:]) + "\nThe step failed; the lines above say why.")
-    return lines
-
-
-def evaluation(lines: Sequence[str]) -> Dict[str, float]:
-    """
-    Read Detectron2's last "copypaste" block for boxes: a line of names, a line of values. For
-    masks there is another.
-
-    Detectron2 says NaN where a detector detects nothing at all; that is an AP of 0.
-    """
-    rows = [x.split("copypaste: ")[1] for x in lines if "copypaste: " in x]
-    start = len(rows) - rows[::-1].index("Task: bbox")
-    values = dict(zip(rows[start].split(","), map(float, rows[start + 1].split(","))))
-    blind = math.isnan(values["AP"])
-    return {k: 0.0 if blind else values[k] for k in METRICS}
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {
+            name: pool.submit(steps.run, yaml, opts_for(name, opts), name=name)
+            for name, yaml in students.items()
+        }
+        try:
+            for future in as_completed(futures.values()):
+                future.result()  # the first that fails ends the other
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            steps.stop()
+            raise
+    return {name: future.result() for name, future in futures.items()}
 
 
 def make_report(results: Dict[str, Dict[str, float]], seconds: float) -> str:
@@ -148,20 +120,8 @@ def make_report(results: Dict[str, Dict[str, float]], seconds: float) -> str:
     return f"{table}\n\n{verdict} ({seconds / 60:.1f} minutes; one seed, so take it as one draw.)"
 
 
-def resumable(cfg: CfgNode) -> List[str]:
-    """["--resume"] if OUTPUT_DIR holds an interrupted run of this very config."""
-    saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    if not os.path.isfile(saved) or identity(load_config(saved)) != identity(cfg):
-        return []
-    return ["--resume"]
-
-
-def final_weights(cfg: CfgNode) -> str:
-    return os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-
-
-def identity(cfg: CfgNode) -> str:
-    return cfg.dump()
+def final_weights(config_file: str, opts: Sequence[str]) -> str:
+    return os.path.join(load_config(config_file, opts).OUTPUT_DIR, "model_final.pth")
 
 
 def opts_for(step: str, opts: Sequence[str]) -> List[str]:
@@ -176,11 +136,6 @@ def opts_for(step: str, opts: Sequence[str]) -> List[str]:
     }
     pairs = zip(opts[0::2], opts[1::2])
     return [word for key, value in pairs if kept[step](key) for word in (key, value)]
-
-
-def load_json(path: str) -> Dict:
-    with open(path) as file:
-        return json.load(file)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -54,7 +54,20 @@ def test_rows_have_the_tables_seeds_and_budgets_or_their_own(
     ]
     cfg = table.cells[-1].cfg
     assert (cfg.SOLVER.MAX_ITER, cfg.SEED, cfg.SOLVER.BASE_LR) == (16, 7, 0.5)
-    assert (table.name, table.results) == ("table", "docs/results/table.csv")
+    assert (table.name, table.results) == ("table", str(tmp_path / "table.csv"))
+
+
+def test_a_grid_is_a_row_for_each_combination(
+    cells: ModuleType, write: Callable[..., str], tmp_path: Path
+) -> None:
+    grid = {"SOLVER.BASE_LR": [0.5, 1.0], "SOLVER.GAMMA": [0.1, 0.2]}
+    rows = [row(tmp_path, GRID=grid, OPTS=["VERSION", 2]), row(tmp_path, "plain")]
+    table = cells.read_table(write(ROWS=rows, SEEDS=[1]))
+    values = [(0.5, 0.1), (0.5, 0.2), (1.0, 0.1), (1.0, 0.2)]
+    names = [f"alone, BASE_LR {x}, GAMMA {y}" for x, y in values]
+    assert list(table.rows) == [*names, "plain"]
+    assert [x.row for x in table.cells] == [*names, "plain"]
+    assert [(x.cfg.SOLVER.BASE_LR, x.cfg.SOLVER.GAMMA) for x in table.cells[:4]] == values
 
 
 def test_short_runs_come_first(
@@ -114,6 +127,7 @@ def test_output_of_another_config_is_in_another_folder(
     [
         ({"SEED": [1]}, r"table.yaml has the key SEED .did you mean SEEDS\?"),
         ({"ROWS": []}, "ROWS must be rows of different NAMEs"),
+        ({"ROWS": [{"NAME": "x", "CONFIG": "y", "GRID": {"SEED": 1}}]}, "GRID must be {KEY"),
         ({"ROWS": ["alone"]}, r"ROWS\[0\] must be keys with values, got 'alone'"),
         ({"ROWS": [{"NAME": "a", "CONFIGS": "b"}]}, r"ROWS\[0\] has the key CONFIGS"),
         ({"ROWS": [{"NAME": "a"}]}, r"ROWS\[0\]: CONFIG must be a text, got None"),

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, List
 
+import cv2
 import pytest
 import yaml
 
@@ -39,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def add(tool: Callable[[str], ModuleType], folder: Path) -> Callable[[List[Dict[str, Any]]], None]:
     def add(rows: List[Dict[str, Any]]) -> None:
         for row in rows:
-            tool("bench_results").append_result(str(folder / "docs/results/pairs.csv"), row)
+            tool("bench_results").append_result(str(folder / "configs/bench/pairs.csv"), row)
 
     return add
 
@@ -111,3 +112,22 @@ def test_csv_of_other_columns_is_refused(tool: Callable, tmp_path: Path) -> None
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"x.csv has the columns \['a', 'b'\]"):
         tool("bench_results").read_results(str(tmp_path / "x.csv"))
+
+
+def test_curves_are_lowest_mean_and_highest_of_the_seeds(
+    tool: Callable[[str], ModuleType], folder: Path, add: Callable
+) -> None:
+    add([result("mgd", seed, 30 + seed) for seed in (1, 2, 6)])
+    add([result("mgd", 1, 20, iterations=50), result("alone", 1, 10)])
+    tables, curves = tool("bench_cells"), tool("bench_curves")
+    path = str(folder / "configs" / "bench" / "pairs.yaml")
+    table = tables.read_table(path)
+    rows = tool("bench_results").read_results(table.results)
+    found = curves.curves(table, rows, "test")
+    assert found == {"alone": {100: (9, 9, 9)}, "mgd": {100: (30, 32, 35), 50: (19, 19, 19)}}
+    assert list(curves.curves(table, rows, "val", ["mgd"])) == ["mgd"]
+    picture = str(folder / "curves.png")
+    curves.main([path, picture, "--rows", "mgd", "alone"])
+    assert cv2.imread(picture) is not None
+    with pytest.raises(SystemExit, match="'mgt' is no row"):
+        curves.main([path, picture, "--rows", "mgt"])

@@ -1,0 +1,129 @@
+"""Commands of d2kd as steps of a longer work: shown, gone on with, never done twice."""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from typing import Dict, List, Sequence
+
+from detectron2.config import CfgNode
+
+from ..config import load_config
+from ..utils.packaged import find_file
+
+METRICS = ("AP", "AP50", "APs", "APm", "APl")
+# Detectron2's progress line: keep time left, iteration and losses, drop timers and learning rate.
+PROGRESS = re.compile(r"eta: .*?iter: (\d+).*?(?=\s+time:)")
+
+
+class Steps:
+    """Runs them, several at a time where its caller has several threads."""
+
+    def __init__(self, fresh: bool = False):
+        """
+        Args:
+            fresh: train anew what was trained before
+        """
+        self.fresh = fresh
+        self._running: List[subprocess.Popen] = []
+
+    def run(
+        self, config_file: str, opts: Sequence[str], weights: str = "", name: str = ""
+    ) -> Dict[str, float]:
+        """
+        Train, or only evaluate where trained weights are there already.
+
+        Args:
+            weights: trained weights of this detector, "" if it is to be trained
+            name: stands before each line that is shown
+
+        Returns:
+            metric to value, in percent
+        """
+        cfg = load_config(config_file, opts)
+        command = ["train", "--config-file", config_file]
+        if weights and os.path.isfile(find_file(weights)):
+            print(f"Trained weights are there: {weights}. Evaluating them.")
+            scratch = os.path.join(cfg.OUTPUT_DIR, "evaluation")
+            words = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]
+            return evaluation(self._command(["eval", *command[1:], *opts, *words], cfg, name))
+        done = os.path.join(cfg.OUTPUT_DIR, "quickstart.json")
+        if not self.fresh and os.path.isfile(done) and _load(done)["config"] == _identity(cfg):
+            print(f"Done before: {done}. Add --fresh to repeat it.")
+            return _load(done)["results"]
+        resume = [] if self.fresh else _resumable(cfg)
+        results = evaluation(self._command([*command, *resume, *opts], cfg, name))
+        with open(done, "w") as file:
+            json.dump({"config": _identity(cfg), "results": results}, file)
+        return results
+
+    def stop(self) -> None:
+        """End what runs; each can be gone on with."""
+        for process in self._running:
+            process.terminate()
+
+    def _command(self, words: List[str], cfg: CfgNode, name: str) -> List[str]:
+        """Run a command of d2kd, show its progress, return all it printed; stop if it fails."""
+        label = f"  {name}: " if name else "  "
+        print(f"$ d2kd {shlex.join(words)}", flush=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "d2kd", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=_one_thread() if cfg.MODEL.DEVICE == "cpu" else None,
+        )
+        self._running.append(process)
+        lines = []
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            progress = PROGRESS.search(line)
+            if progress and int(progress.group(1)) % 100 == 99:
+                print(label + progress.group(), flush=True)
+            elif "Drawing" in line or "Start inference" in line:
+                print(label + line.split("]: ")[-1].rstrip(), flush=True)
+        if process.wait() == 2:  # the last line tells the mistake
+            print(lines[-1], file=sys.stderr)
+            sys.exit(2)
+        if process.returncode:
+            sys.exit("\n".join(lines[-30:]) + "\nThe step failed; the lines above say why.")
+        return lines
+
+
+def evaluation(lines: Sequence[str]) -> Dict[str, float]:
+    """
+    Read Detectron2's last "copypaste" block for boxes: a line of names, a line of values. For
+    masks there is another.
+
+    Detectron2 says NaN where a detector detects nothing at all; that is an AP of 0.
+    """
+    rows = [x.split("copypaste: ")[1] for x in lines if "copypaste: " in x]
+    start = len(rows) - rows[::-1].index("Task: bbox")
+    values = dict(zip(rows[start].split(","), map(float, rows[start + 1].split(","))))
+    blind = math.isnan(values["AP"])
+    return {k: 0.0 if blind else values[k] for k in METRICS}
+
+
+def _one_thread() -> Dict[str, str]:
+    """An environment in which a process computes with one thread, unless the user's says more."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def _resumable(cfg: CfgNode) -> List[str]:
+    """["--resume"] if OUTPUT_DIR holds an interrupted run of this very config."""
+    saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if not os.path.isfile(saved) or _identity(load_config(saved)) != _identity(cfg):
+        return []
+    return ["--resume"]
+
+
+def _identity(cfg: CfgNode) -> str:
+    return cfg.dump()
+
+
+def _load(path: str) -> Dict:
+    with open(path) as file:
+        return json.load(file)

@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""
+Draw what tools/bench.py measured: AP against iterations, a line for each row of a table, its seeds
+as a band from the lowest to the highest.
+
+Each point is the end of a run of its own, with a schedule of so many iterations.
+"""
+
+import argparse
+import sys
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from bench_cells import Table, read_table
+from bench_results import Row, read_results
+from bench_tables import groups
+
+EPILOG = """
+Example: the student alone and three methods
+  python tools/bench_curves.py configs/bench/baseline.yaml curves.png \\
+      --rows "student alone, tuned" "student alone, SGD"
+"""
+# iterations -> lowest, mean, highest AP in percent
+Curve = Dict[int, Tuple[float, float, float]]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    table = read_table(args.table)
+    unknown = sorted(set(args.rows) - set(table.rows))
+    if unknown:
+        sys.exit(f"--rows {unknown[0]!r} is no row of {args.table}: {', '.join(table.rows)}")
+    part = "test" if table.test else "val"
+    found = curves(table, read_results(table.results), part, args.rows)
+    if not found:
+        sys.exit(f"{table.results} has no finished run of these rows.")
+    draw(found, f"AP on {part}", args.path)
+    print(f"Wrote {args.path}")
+
+
+def curves(
+    table: Table, results: Sequence[Row], part: str, rows: Sequence[str] = ()
+) -> Dict[str, Curve]:
+    """
+    Args:
+        part: "val" or "test"
+        rows: names of those that are wanted; none: all
+
+    Returns:
+        name of each row with a finished run to its curve, in the order of the table
+    """
+    found: Dict[str, Curve] = {}
+    for (row, iterations), group in groups(results).items():
+        if row in (rows or table.rows):
+            values = [float(x[f"{part}_AP"]) for x in group.values()]
+            mean = sum(values) / len(values)
+            found.setdefault(row, {})[iterations] = (min(values), mean, max(values))
+    return {row: found[row] for row in table.rows if row in found}
+
+
+def draw(found: Dict[str, Curve], label: str, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    budgets: List[int] = sorted({x for curve in found.values() for x in curve})
+    for name, curve in found.items():
+        x = sorted(curve)
+        low, mean, high = zip(*(curve[i] for i in x))
+        (line,) = axes.plot(x, mean, marker="o", label=name)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
+        axes.annotate(f"{mean[-1]:.1f}", (x[-1], mean[-1]), (6, -3), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xticks(budgets, [str(x) for x in budgets])
+    axes.minorticks_off()
+    axes.set(xlabel="iterations of the schedule", ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", help="YAML of the table, such as configs/bench/baseline.yaml")
+    parser.add_argument("path", help="picture to write, such as curves.png")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="default: all")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,9 +17,15 @@ from detectron2.modeling import build_model
 from d2kd import student_config
 from d2kd.checkpoint import PlainCheckpointer, load_initial_weights, load_whole_detector
 from d2kd.engine import evaluate
-
-from runs import assert_same_tensors, build_trainer, run, run_config, snapshot, tensors_in
-from toys import distill_config, write_teacher
+from tests.helpers.runs import (
+    assert_same_tensors,
+    build_trainer,
+    run,
+    run_config,
+    snapshot,
+    tensors_in,
+)
+from tests.helpers.toys import distill_config, write_teacher
 
 SAVES = ["model_0000001.pth", "model_0000003.pth", "model_final.pth"]
 

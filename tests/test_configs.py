@@ -14,8 +14,7 @@ from detectron2.modeling import build_model
 from d2kd import load_config
 from d2kd.data.shapes import SPLITS
 from d2kd.engine.stages import plan_stages
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 FOLDER = Path(ROOT) / "configs"
 FILES = sorted(str(x.relative_to(ROOT)) for x in FOLDER.glob("[!b]*/**/*.yaml"))  # not bench's

@@ -13,8 +13,7 @@ from detectron2.config import get_cfg
 
 from d2kd.config.distill_keys import add_distill_config
 from d2kd.config.load import leaves
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 README = Path(ROOT, "README.md")
 DOCUMENTS = [

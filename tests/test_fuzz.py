@@ -20,8 +20,7 @@ from d2kd.engine.preflight.check_config import check_config
 from d2kd.heads.registry import head_class, head_names
 from d2kd.pairing.pair import ANY_PAIR
 from d2kd.utils.safe_yaml import read_yaml
-
-from toys import DETECTORS, write_teacher
+from tests.helpers.toys import DETECTORS, write_teacher
 
 pytestmark = pytest.mark.fuzz
 

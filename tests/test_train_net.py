@@ -10,8 +10,8 @@ from typing import Any, List
 import pytest
 import torch
 
-from runs import run_config
-from toys import ROOT, stock_backbone, write_teacher
+from tests.helpers.runs import run_config
+from tests.helpers.toys import ROOT, stock_backbone, write_teacher
 
 pytestmark = pytest.mark.process
 

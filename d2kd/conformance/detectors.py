@@ -1,4 +1,4 @@
-"""Small detectors of every family: Detectron2's, so narrow and shallow that a step takes no time."""
+"""Small detectors of every family: Detectron2's, so narrow and shallow that steps are fast."""
 
 import os
 from functools import reduce
@@ -141,9 +141,9 @@ def write_teacher(folder: Any, name: str, seed: int = 7, **overrides: Any) -> Li
     model = build_model(cfg).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # running means of all that it sees; untouched, eval mode explodes
+            module.momentum = None  # the mean of all batches, for which a few are enough
     with torch.no_grad(), EventStorage():
-        for _ in range(4):
+        for _ in range(4):  # without, eval mode explodes
             model.backbone(torch.randn(2, 3, 64, 64) * 60)  # pixels minus mean
     torch.save({"model": model.state_dict()}, weights)
     return ["DISTILL.TEACHER.CONFIG_FILE", config_file, "DISTILL.TEACHER.WEIGHTS", weights]

@@ -10,8 +10,7 @@ import pytest
 
 import d2kd_cli
 from d2kd.cli import train
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 CWD = ["--config-file", "quickstart/cwd.yaml"]
 FEW = ["DATASETS.SHAPES.NUM_TRAIN", "4", "DATASETS.SHAPES.NUM_VAL", "2"]

@@ -26,8 +26,7 @@ from d2kd.heads import DistillPair
 from d2kd.heads.registry import head_names
 from d2kd.utils.user_mistakes import run_command
 from d2kd.views import DetectorView
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 TestHeads = conformance(*head_names())
 

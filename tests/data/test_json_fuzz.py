@@ -16,8 +16,7 @@ from detectron2.structures import Boxes, Instances
 from d2kd.data import register_datasets
 from d2kd.data.mapper import CheckedMapper
 from d2kd.engine.evaluator import CompleteCOCOEvaluator
-
-from toy_sets import Content, config_of, content, every, write_set
+from tests.helpers.toy_sets import Content, config_of, content, every, write_set
 
 pytestmark = pytest.mark.fuzz
 

@@ -23,10 +23,9 @@ from d2kd.engine import Trainer, train
 from d2kd.utils.atomic_file import atomic_write, check_writable, explain_full_disk
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
 from d2kd.weights.verify import read_verified
-
-from forks import fork, in_clean_process
-from runs import assert_same_checkpoint, at, interrupt, run, run_config, saved
-from toys import write_teacher
+from tests.helpers.forks import fork, in_clean_process
+from tests.helpers.runs import assert_same_checkpoint, at, interrupt, run, run_config, saved
+from tests.helpers.toys import write_teacher
 
 
 def resume(cfg: CfgNode) -> None:

@@ -21,8 +21,7 @@ from d2kd.engine.parallel import data_parallel
 from d2kd.engine.preflight.teacher_check import check_teacher
 from d2kd.heads import DistillPair
 from d2kd.views import DetectorView
-
-from runs import (
+from tests.helpers.runs import (
     SHAPES_CLASSES,
     assert_same_tensors,
     build_trainer,
@@ -31,7 +30,7 @@ from runs import (
     run_config,
     tensors_in,
 )
-from toys import batch, distill_config, write_teacher
+from tests.helpers.toys import batch, distill_config, write_teacher
 
 pytestmark = [
     pytest.mark.process,

@@ -18,9 +18,8 @@ from d2kd.heads import CKDHead, RoIClsHead, RoILocHead, SGFIHead
 from d2kd.views import Regions, RegionSampler, dense
 from d2kd.views.predictions import RoIPredictions
 from d2kd.views.regions import Source
-
-from runs import assert_same_tensors
-from toys import FeatureView, batch, distill_config, noise, write_teacher
+from tests.helpers.runs import assert_same_tensors
+from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
 
 pytestmark = [
     pytest.mark.process,

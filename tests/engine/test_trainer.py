@@ -12,8 +12,7 @@ from detectron2.engine import HookBase
 
 from d2kd import student_config
 from d2kd.engine import Trainer, train
-
-from runs import (
+from tests.helpers.runs import (
     Interrupt,
     Interruption,
     RecordBatches,

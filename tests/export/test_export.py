@@ -21,9 +21,8 @@ from d2kd.export import export_student, graph, verify, why_no_yaml
 from d2kd.export.__main__ import main
 from d2kd.export.graph import _count_alike, export_graph
 from d2kd.export.student import find_weights
-
-from runs import run, run_config
-from toys import detector_config, stock_backbone, write_teacher
+from tests.helpers.runs import run, run_config
+from tests.helpers.toys import detector_config, stock_backbone, write_teacher
 
 
 @pytest.fixture(scope="module")

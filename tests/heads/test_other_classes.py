@@ -16,9 +16,8 @@ from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.conformance.detectors import enliven
 from d2kd.data.outlines import CLASSES
 from d2kd.heads.registry import compares_logits, head_class, head_names
-
-from logit_references import dkd, log_sum_exp, refusal_of
-from toys import batch, detector_config, distill_config, write_teacher
+from tests.helpers.logit_references import dkd, log_sum_exp, refusal_of
+from tests.helpers.toys import batch, detector_config, distill_config, write_teacher
 
 SHAPES = list(CLASSES)  # disc, ring, triangle, square, star, cross: what every student knows
 K = len(SHAPES)

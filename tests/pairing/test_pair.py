@@ -17,9 +17,8 @@ from d2kd.heads.fit import misfit
 from d2kd.heads.registry import head_names
 from d2kd.pairing.levels import pair_levels
 from d2kd.pairing.pair import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
-
-from logit_references import buildable, refusal_of
-from toys import detector_config
+from tests.helpers.logit_references import buildable, refusal_of
+from tests.helpers.toys import detector_config
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"

@@ -12,7 +12,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from toys import detector_config, distill_config, stock_backbone
+from tests.helpers.toys import detector_config, distill_config, stock_backbone
 
 
 @pytest.fixture

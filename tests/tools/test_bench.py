@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 import yaml
 
-from runs import run_config
+from tests.helpers.runs import run_config
 
 pytestmark = pytest.mark.process
 

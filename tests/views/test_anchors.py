@@ -15,8 +15,7 @@ from d2kd.distiller import Distiller
 from d2kd.heads import build_head
 from d2kd.views import anchor_order
 from d2kd.views.anchors import reorder
-
-from toys import batch, distill_config, write_teacher
+from tests.helpers.toys import batch, distill_config, write_teacher
 
 LOGITS_HEADS = ["BCKD", "CrossKD", "DIST", "MLD"]
 RATIOS = "MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS"

@@ -20,9 +20,8 @@ from detectron2.modeling import build_model
 
 from d2kd.checkpoint import PlainCheckpointer, load_initial_weights, load_whole_detector
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
-
-from runs import assert_same_tensors, build_trainer, run_config, snapshot
-from toys import detector_config
+from tests.helpers.runs import assert_same_tensors, build_trainer, run_config, snapshot
+from tests.helpers.toys import detector_config
 
 State = Dict[str, Any]
 

@@ -22,7 +22,7 @@ from d2kd.views.anchor_labels import AnchorLabels
 from d2kd.views.predictions import DensePredictions, RoIPredictions
 from d2kd.views.towers import Towers
 
-from toys import FeatureView, noise
+from .toys import FeatureView, noise
 
 Maps = Dict[str, Tensor]
 

@@ -13,7 +13,7 @@ from d2kd.data import register_datasets
 from d2kd.data.outlines import CLASSES
 from d2kd.engine import Trainer
 
-from toys import detector_config, distill_config
+from .toys import detector_config, distill_config
 
 SHAPES_CLASSES = len(CLASSES)
 

@@ -1,6 +1,6 @@
 """What the tests share: the toy detectors of d2kd.conformance, and features without a detector."""
 
-import os
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
@@ -32,7 +32,7 @@ __all__ = [
     "write_teacher",
 ]
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(Path(__file__).resolve().parents[2])
 
 # GroupNorm has no running averages, so eval mode is sane without training. It makes 32 groups.
 GROUP_NORM = {

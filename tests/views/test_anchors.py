@@ -83,7 +83,7 @@ def test_order_in_which_a_teacher_lists_its_anchors_does_not_matter(
     # teacher's head with itself, and only in what it counts has anchors of the student's.
     distiller.anchor_orders = {}
     for key, value in terms(distiller).items():
-        assert "crosskd" in key or value != pytest.approx(expected[key], rel=2e-3), key
+        assert "crosskd" in key or value != pytest.approx(expected[key], rel=5e-4), key
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,10 @@
 """Runs before any test module is imported."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
-
-# So that `from toys import ...` works in every folder of tests.
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 # The detectors here are too small to share among threads, which would only wait for each other;
 # also for the processes that tests start.
@@ -24,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(folder: Path) -> List[Any]:
     """DISTILL.TEACHER.* of a RetinaNet with wider levels than the toy students have."""
-    from toys import write_teacher
+    from tests.helpers.toys import write_teacher
 
     return write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64)
 

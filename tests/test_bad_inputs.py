@@ -19,9 +19,8 @@ from d2kd.engine import train
 from d2kd.heads.registry import head_class, head_names
 from d2kd.pairing.pair import ANY_PAIR
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
-
-from runs import RecordBatches, build_trainer, run, run_config, scalars
-from toys import distill_config, write_teacher
+from tests.helpers.runs import RecordBatches, build_trainer, run, run_config, scalars
+from tests.helpers.toys import distill_config, write_teacher
 
 PAIRS = {"retinanet": "dense -> dense", "faster_rcnn": "two-stage -> two-stage"}
 

@@ -14,8 +14,7 @@ from detectron2.modeling import build_model
 from d2kd import load_config
 from d2kd.data.shapes import SPLITS
 from d2kd.engine.stages import plan_stages
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 FOLDER = Path(ROOT) / "configs"
 FILES = sorted(str(x.relative_to(ROOT)) for x in FOLDER.glob("[!b]*/**/*.yaml"))  # not bench's
@@ -30,6 +29,13 @@ NO_TEACHER_WEIGHTS = ["DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.ALLOW_RAND
 def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths in the configs start there."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def quick_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are left as memory has them: to draw them takes most of the time of a build."""
+    for name in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "trunc_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
 
 
 def build_or_skip(cfg: CfgNode) -> torch.nn.Module:
@@ -63,7 +69,7 @@ def test_leaf_is_short(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", LEAVES)
-def test_leaf_builds_with_teacher_heads_and_level_plan(path: str) -> None:
+def test_leaf_builds_with_teacher_heads_and_level_plan(path: str, quick_init: None) -> None:
     cfg = load_config(path, NO_WEIGHTS)
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         build_or_skip(cfg)

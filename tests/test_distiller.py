@@ -20,8 +20,7 @@ from d2kd import Distiller, student_config
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.heads.registry import head_class, head_names
 from d2kd.pairing.pair import ANY_PAIR
-
-from toys import DETECTORS, batch, distill_config, write_teacher
+from tests.helpers.toys import DETECTORS, batch, distill_config, write_teacher
 
 FAMILIES = [
     pytest.param(

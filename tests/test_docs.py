@@ -13,8 +13,7 @@ from detectron2.config import get_cfg
 
 from d2kd.config.distill_keys import add_distill_config
 from d2kd.config.load import leaves
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 README = Path(ROOT, "README.md")
 DOCUMENTS = [
@@ -100,6 +99,7 @@ def test_log_lines_of_the_checklist_are_in_the_code(line: str) -> None:
     assert re.search("[^\n]*?".join(map(re.escape, parts)), sources)
 
 
+@pytest.mark.process
 def test_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="needs mkdocs-material")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]

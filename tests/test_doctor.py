@@ -11,9 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from d2kd import doctor, load_config
 from d2kd.data.shapes import SPLITS
 from d2kd.heads.registry import head_names
-
-from toy_sets import name_sets, second, write_set
-from toys import distill_config, write_teacher
+from tests.helpers.toy_sets import name_sets, second, write_set
+from tests.helpers.toys import distill_config, write_teacher
 
 
 @pytest.fixture

@@ -25,10 +25,9 @@ import d2kd_cli
 from d2kd import DISTILL_HEAD_REGISTRY, load_config, student_config
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.utils.plugin import import_file
-
-from commands import ALIASES, COMMANDS, module_of, parse
-from runs import SHAPES_CLASSES, run_config
-from toys import ROOT, write_teacher
+from tests.helpers.commands import ALIASES, COMMANDS, module_of, parse
+from tests.helpers.runs import SHAPES_CLASSES, run_config
+from tests.helpers.toys import ROOT, write_teacher
 
 DOCUMENTS = ["README.md", "MODEL_ZOO.md", "CONTRIBUTING.md", "configs/quickstart/teacher.yaml"]
 DOCUMENTS += sorted(str(x.relative_to(ROOT)) for x in Path(ROOT, "docs").glob("*.md"))
@@ -187,6 +186,7 @@ def run_preview(words: List[str]) -> None:
 
 # Their words tell of no config.
 PARSED = ("d2kd check", "d2kd draw-detections", "d2kd heads", "d2kd keys", "d2kd report")
+PARSED += ("tools/bench_curves.py",)
 TRIED: Dict[str, Callable[[List[str]], Any]] = {
     **{name: partial(try_config, name) for name in COMMANDS},
     **{name: partial(parse, name) for name in PARSED},

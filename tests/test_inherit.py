@@ -13,8 +13,7 @@ from detectron2.modeling import build_model
 
 from d2kd.data.outlines import CLASSES
 from d2kd.inherit import inherit, part_of
-
-from toys import NUM_CLASSES, detector_config, distill_config, write_teacher
+from tests.helpers.toys import NUM_CLASSES, detector_config, distill_config, write_teacher
 
 
 def build(name: str, seed: int, **overrides: object) -> nn.Module:

@@ -7,9 +7,9 @@ RoIAlign on the CPU is not that of a GPU.
 from typing import Tuple
 
 import pytest
-from operator_count import count_operators
 
 from d2kd.conformance.case import PAIRS, find_case
+from tests.helpers.operator_count import count_operators
 
 RETINANET, FASTER_RCNN, TO_RETINANET = PAIRS[:3]
 # Head and pair to operators of the forward and waits.

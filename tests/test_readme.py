@@ -9,8 +9,7 @@ import pytest
 from d2kd import load_config
 from d2kd.heads.registry import head_class, head_names
 from d2kd.pairing.pair import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 PAIRS = {
     "any": ANY_PAIR,

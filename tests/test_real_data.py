@@ -11,8 +11,7 @@ from detectron2.modeling import build_model
 
 from d2kd import student_config
 from d2kd.engine import train
-
-from toys import ROOT, distill_config, write_teacher
+from tests.helpers.toys import ROOT, distill_config, write_teacher
 
 BCCD = os.path.join(ROOT, "..", "shared", "data", "bccd")
 

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, Set
 import pytest
 import setuptools
 
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 # Names of imports whose packages are called otherwise.
 PACKAGES = {"jinja2": "Jinja2", "cv2": "opencv-python-headless", "PIL": "Pillow", "yaml": "PyYAML"}

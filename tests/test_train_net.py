@@ -10,8 +10,10 @@ from typing import Any, List
 import pytest
 import torch
 
-from runs import run_config
-from toys import ROOT, write_teacher
+from tests.helpers.runs import run_config
+from tests.helpers.toys import ROOT, stock_backbone, write_teacher
+
+pytestmark = pytest.mark.process
 
 
 def train_net(*args: Any) -> "subprocess.CompletedProcess[str]":
@@ -32,8 +34,9 @@ def train_net(*args: Any) -> "subprocess.CompletedProcess[str]":
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUTPUT_DIR of a distilled run of 4 iterations; its config is ../config.yaml."""
     folder = tmp_path_factory.mktemp("train_net")
-    teacher = write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64)
-    cfg = run_config(folder, teacher, DATASETS__TEST=("d2kd_shapes_val",))
+    stock = stock_backbone("retinanet")
+    teacher = write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64, **stock)
+    cfg = run_config(folder, teacher, DATASETS__TEST=("d2kd_shapes_val",), **stock)
     (folder / "config.yaml").write_text(cfg.dump())
     done = train_net("--config-file", folder / "config.yaml")
     assert done.returncode == 0, done.stdout[-3000:]

@@ -10,8 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd import DISTILL_HEAD_REGISTRY
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 NOTEBOOK = Path(ROOT, "docs", "tutorial.ipynb")
 

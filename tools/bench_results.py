@@ -9,11 +9,11 @@ import time
 from typing import Dict, List
 
 import torch
-from quickstart import METRICS, ROOT
 
 import detectron2
 
 from d2kd import __version__
+from quickstart import METRICS, ROOT
 
 SCORES = tuple(f"{part}_{x}" for part in ("val", "test") for x in METRICS)
 COLUMNS = ("row", "config", "opts", "seed", "iterations", *SCORES, "seconds")

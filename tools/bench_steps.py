@@ -10,9 +10,8 @@ from typing import IO, Any, Dict, List, Optional, Set
 from bench_cells import Cell, Table
 from bench_progress import training_seconds
 from bench_results import Row, provenance
-from quickstart import ROOT, evaluation
-
 from d2kd.utils.atomic_file import atomic_write
+from quickstart import ROOT, evaluation
 
 TRAIN_NET = os.path.join(ROOT, "train_net.py")
 

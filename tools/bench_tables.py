@@ -13,13 +13,13 @@ import re
 import sys
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from bench_cells import Table, read_table
-from bench_results import Row, read_results
-from quickstart import ROOT
-from student_t import t_interval
 from tabulate import tabulate
 
+from bench_cells import Table, read_table
+from bench_results import Row, read_results
 from d2kd.utils.atomic_file import atomic_write
+from quickstart import ROOT
+from student_t import t_interval
 
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 COMMON = ["run", "YAML", "iterations", "seeds"]

@@ -23,10 +23,9 @@ import detectron2
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
-from d2kd.utils.command_line import add_overrides, parse_command_line
-
 from benchmark_costs import head_costs
 from benchmark_parts import PAIRS, Step, build_arms, build_config, options_in
+from d2kd.utils.command_line import add_overrides, parse_command_line
 
 Seconds = Dict[str, List[float]]
 Spread = List[float]  # [median, min, max] over rounds

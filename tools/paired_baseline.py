@@ -14,10 +14,7 @@ import sys
 from typing import Dict, List, Sequence
 
 import numpy as np
-from paired_ap import ImageAP, image_error, read_detections
-from paired_verdict import Verdict, decide
 from pycocotools.coco import COCO
-from quickstart import METRICS, Steps
 from tabulate import tabulate
 
 from detectron2.config import CfgNode
@@ -27,6 +24,9 @@ from d2kd import load_config
 from d2kd.data import register_datasets
 from d2kd.engine.evaluator import complete_truth
 from d2kd.utils.command_line import add_overrides, parse_command_line
+from paired_ap import ImageAP, image_error, read_detections
+from paired_verdict import Verdict, decide
+from quickstart import METRICS, Steps
 
 ARMS = ("alone", "distilled")
 EPILOG = """

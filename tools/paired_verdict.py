@@ -13,6 +13,7 @@ import math
 from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
+
 from student_t import t_quantile
 
 GAIN, NO_GAIN, INCONCLUSIVE = "GAIN", "NO GAIN", "INCONCLUSIVE"

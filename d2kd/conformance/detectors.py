@@ -1,9 +1,11 @@
-"""Toy detectors of every family: real Detectron2 models, but so narrow that a step is fast."""
+"""Small detectors of every family: Detectron2's, so narrow and shallow that steps are fast."""
 
 import os
-from typing import Any, List, Sequence
+from functools import reduce
+from typing import Any, Dict, List, Mapping, Sequence
 
 import torch
+import yaml
 from torch import nn
 
 from detectron2.config import CfgNode
@@ -11,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from ..config import load_config
+from . import backbones  # noqa: F401, registers what is named below
 
 NUM_CLASSES = 3
 
@@ -33,7 +36,7 @@ _NARROW = {
 
 _RETINANET = {
     "MODEL.META_ARCHITECTURE": "RetinaNet",
-    "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+    "MODEL.BACKBONE.NAME": "build_shallow_retinanet_resnet_fpn_backbone",
     "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
     "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
     "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [128]],
@@ -44,7 +47,7 @@ _RETINANET = {
 
 _FASTER_RCNN = {
     "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
-    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.BACKBONE.NAME": "build_shallow_resnet_fpn_backbone",
     "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [128]],
@@ -81,7 +84,7 @@ _CASCADE_RCNN = {
 
 _FCOS = {
     "MODEL.META_ARCHITECTURE": "FCOS",
-    "MODEL.BACKBONE.NAME": "build_fcos_resnet_fpn_backbone",
+    "MODEL.BACKBONE.NAME": "build_shallow_fcos_resnet_fpn_backbone",
     "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
     "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
     "MODEL.FCOS.NUM_CLASSES": NUM_CLASSES,
@@ -105,9 +108,22 @@ def detector_config(name: str, **overrides: Any) -> CfgNode:
         name: a key of DETECTORS
         overrides: config keys with "__" for ".", such as MODEL__FPN__OUT_CHANNELS=64
     """
-    values = {**_NARROW, **DETECTORS[name]}
-    values.update({k.replace("__", "."): v for k, v in overrides.items()})
-    return load_config(opts=[word for pair in values.items() for word in pair])
+    return load_config(opts=[word for pair in _values(name, overrides).items() for word in pair])
+
+
+def _values(name: str, overrides: Mapping[str, Any]) -> Dict[str, Any]:
+    """What a toy detector's config says beyond the defaults, by dotted keys."""
+    return {**_NARROW, **DETECTORS[name], **{k.replace("__", "."): v for k, v in overrides.items()}}
+
+
+def _as_yaml(values: Mapping[str, Any]) -> str:
+    """A YAML of dotted keys; read in no time, as that of a whole config is not."""
+    tree: Dict[str, Any] = {}
+    for key, value in values.items():
+        *above, last = key.split(".")
+        node = reduce(lambda node, name: node.setdefault(name, {}), above, tree)
+        node[last] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(tree)
 
 
 def write_teacher(folder: Any, name: str, seed: int = 7, **overrides: Any) -> List[Any]:
@@ -120,11 +136,14 @@ def write_teacher(folder: Any, name: str, seed: int = 7, **overrides: Any) -> Li
     cfg = detector_config(name, **overrides)
     config_file, weights = os.path.join(folder, f"{name}.yaml"), os.path.join(folder, f"{name}.pth")
     with open(config_file, "w") as file:
-        file.write(cfg.dump())
+        file.write(_as_yaml(_values(name, overrides)))
     torch.manual_seed(seed)
     model = build_model(cfg).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean of all batches, for which a few are enough
     with torch.no_grad(), EventStorage():
-        for _ in range(30):  # without converged running averages, activations explode in eval mode
+        for _ in range(4):  # without, eval mode explodes
             model.backbone(torch.randn(2, 3, 64, 64) * 60)  # pixels minus mean
     torch.save({"model": model.state_dict()}, weights)
     return ["DISTILL.TEACHER.CONFIG_FILE", config_file, "DISTILL.TEACHER.WEIGHTS", weights]

@@ -1,6 +1,6 @@
 """Detectors that upstream builds only from LazyConfig, made buildable from YAML."""
 
-from .fcos import build_fcos
+from .fcos import build_fcos, build_fcos_resnet_fpn_backbone
 from .model_keys import add_model_config
 from .swin import build_retinanet_swin_fpn_backbone, build_swin_fpn_backbone
 

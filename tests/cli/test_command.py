@@ -10,8 +10,7 @@ import pytest
 
 import d2kd_cli
 from d2kd.cli import train
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 CWD = ["--config-file", "quickstart/cwd.yaml"]
 FEW = ["DATASETS.SHAPES.NUM_TRAIN", "4", "DATASETS.SHAPES.NUM_VAL", "2"]
@@ -33,6 +32,7 @@ def python(*words: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.process
 def test_help_lists_all_commands_and_imports_no_torch() -> None:
     code = (
         "import sys, d2kd_cli\n"
@@ -122,6 +122,7 @@ def test_traceback_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture)
     assert text.startswith("Traceback") and "did you mean SOLVER.BASE_LR?" in text
 
 
+@pytest.mark.process
 def test_train_net_and_its_processes_end_alike() -> None:
     several = ["--num-gpus", "2", "MODEL.DEVICE", "cpu"]
     done = python(f"{ROOT}/train_net.py", *CWD, *several, "DISTILL.TEACHER.WEIGHTS", "gone.pth")
@@ -130,6 +131,7 @@ def test_train_net_and_its_processes_end_alike() -> None:
     assert done.stderr.splitlines()[-1] == told
 
 
+@pytest.mark.process
 def test_bug_in_a_plugin_keeps_its_traceback() -> None:
     Path("bug.py").write_text("raise ValueError('a bug')\n")
     done = python("-m", "d2kd", "train", *CWD, "--plugin", "bug.py")

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from d2kd.cli import draw as draw_module
-
-from runs import SHAPES_CLASSES, run, run_config
-from toys import write_teacher
+from tests.helpers.runs import SHAPES_CLASSES, run, run_config
+from tests.helpers.toys import write_teacher
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import detectron2
 from detectron2.config import get_cfg
 
 from d2kd import add_distill_config, load_config, student_config
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 
 def write(path: Path, text: str) -> str:

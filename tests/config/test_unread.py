@@ -14,9 +14,8 @@ from d2kd.config import flatten
 from d2kd.config.unread import refuse_unread, unread_keys, why_unread
 from d2kd.engine.stages import plan_stages
 from d2kd.teacher import build_teacher
-
-from runs import build_trainer, run_config
-from toys import detector_config, distill_config, write_teacher
+from tests.helpers.runs import build_trainer, run_config
+from tests.helpers.toys import detector_config, distill_config, write_teacher
 
 # Why a key of Detectron2 may be read by nobody here
 HARMLESS = {

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, configurable
 
 from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.conformance import conformance
+from d2kd.conformance.__main__ import main
 from d2kd.conformance.case import PAIRS, Case, Pair, check_refusal, find_case
 from d2kd.conformance.gradients import check_gradients, check_without_boxes
 from d2kd.conformance.half_precision import check_mixed_precision, runs_in_float16
@@ -23,9 +24,9 @@ from d2kd.conformance.terms import check_names, check_weight, check_zero_at_equa
 from d2kd.conformance.two_processes import check_processes
 from d2kd.heads import DistillPair
 from d2kd.heads.registry import head_names
+from d2kd.utils.user_mistakes import run_command
 from d2kd.views import DetectorView
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 TestHeads = conformance(*head_names())
 
@@ -244,28 +245,30 @@ def test_opts_may_hold_lists() -> None:
     assert not case.refusal and list(case.cfg.DISTILL.LEVELS[0]) == ["p3", "p3"]
 
 
-def command(*words: str) -> "subprocess.CompletedProcess[str]":
-    words = (sys.executable, "-W", "ignore", "-m", "d2kd.conformance", *words)
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-
-
+@pytest.mark.process
 def test_head_of_the_readme_passes_on_the_command_line(tmp_path: Path) -> None:
     readme = (Path(ROOT) / "README.md").read_text()
     code = re.search(r"```python\n(# my_head\.py\n.*?)```", readme, re.DOTALL).group(1)
     (tmp_path / "my_head.py").write_text(code)
-    done = command(str(tmp_path / "my_head.py"), "-k", "retinanet-to")
+    # A pytest of its own does not run inside that of the tests.
+    words = [sys.executable, "-W", "ignore", "-m", "d2kd.conformance", str(tmp_path / "my_head.py")]
+    words += ["-k", "retinanet-to-retinanet"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d\d passed", done.stdout) and "failed" not in done.stdout
 
 
-def test_command_teaches_and_refuses_a_file_without_heads(tmp_path: Path) -> None:
-    text = command("--help").stdout
+def test_command_teaches_and_refuses_a_file_without_heads(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
     for words in ("LOSS_WEIGHT is applied once", "conformance(", "my_head.py -x"):
         assert words in text
     (tmp_path / "empty.py").write_text("")
-    done = command(str(tmp_path / "empty.py"))
-    assert done.returncode == 2
-    assert "registers no head" in done.stderr
+    assert run_command("d2kd check", main, [str(tmp_path / "empty.py")]) == 2
+    assert "registers no head" in capsys.readouterr().err
 
 
 # What a head makes the teacher do -----------------------------------------------------------------

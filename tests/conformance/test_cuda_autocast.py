@@ -16,8 +16,7 @@ from detectron2.utils.events import EventStorage
 from d2kd.conformance import cuda_autocast as lists
 from d2kd.conformance.cuda_autocast import cuda_autocast
 from d2kd.conformance.half_precision import runs_in_float16
-
-from toys import batch, detector_config
+from tests.helpers.toys import batch, detector_config
 
 pytestmark = pytest.mark.skipif(not runs_in_float16(), reason="this PyTorch has no float16 on CPUs")
 

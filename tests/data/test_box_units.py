@@ -8,8 +8,7 @@ import pytest
 
 from d2kd.data import register_datasets
 from d2kd.data.box_units import Boxes, check_pixels
-
-from toy_sets import config_of, every, write_set
+from tests.helpers.toy_sets import config_of, every, write_set
 
 Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

@@ -6,8 +6,7 @@ from typing import Callable, List
 import pytest
 
 from d2kd.data import register_datasets
-
-from toy_sets import Content, config_of, write_set
+from tests.helpers.toy_sets import Content, config_of, write_set
 
 
 def classes(*names: str, ids: List[int] = None) -> Callable[[Content], None]:

@@ -9,8 +9,7 @@ import pytest
 
 from d2kd.data import register_datasets
 from d2kd.data.coco_json import read_classes, read_summary
-
-from toy_sets import Content, config_of, content, every, second, write_set
+from tests.helpers.toy_sets import Content, config_of, content, every, second, write_set
 
 
 def without(part: str, key: str) -> Callable[[Content], Any]:

@@ -14,8 +14,7 @@ from detectron2.utils.file_io import PathManager
 from d2kd.data import image_files, register_datasets
 from d2kd.data.image_files import check_images
 from d2kd.data.image_headers import EIGHT_BIT_MODES, check_header, check_mode
-
-from toy_sets import config_of, every, read_entries, second, write_set
+from tests.helpers.toy_sets import config_of, every, read_entries, second, write_set
 
 SIZE = (64, 48)
 RAMP = np.linspace(0, 1, SIZE[0] * SIZE[1]).reshape(SIZE[::-1])

@@ -16,8 +16,9 @@ from detectron2.structures import Boxes, Instances
 from d2kd.data import register_datasets
 from d2kd.data.mapper import CheckedMapper
 from d2kd.engine.evaluator import CompleteCOCOEvaluator
+from tests.helpers.toy_sets import Content, config_of, content, every, write_set
 
-from toy_sets import Content, config_of, content, every, write_set
+pytestmark = pytest.mark.fuzz
 
 NAN, INF = float("nan"), float("inf")
 VALUES = [None, True, False, 0, -1, 1, 2, 1.5, NAN, INF, 1e308, 10**30, "", "x", "1", [], {}, [1]]

@@ -15,8 +15,7 @@ from d2kd.data import build_train_loader
 from d2kd.data.mapper import CheckedMapper
 from d2kd.data.seeded import SeededDataset
 from d2kd.engine import Trainer
-
-from toy_sets import config_of
+from tests.helpers.toy_sets import config_of
 
 
 @pytest.fixture

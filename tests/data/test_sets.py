@@ -10,8 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from d2kd.data import checks, register_datasets
-
-from toy_sets import Content, config_of, every, second, write_set
+from tests.helpers.toy_sets import Content, config_of, every, second, write_set
 
 RLE = {"counts": [0, 3072], "size": [48, 64]}
 

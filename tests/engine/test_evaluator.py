@@ -16,8 +16,7 @@ from detectron2.structures import Boxes, Instances
 
 from d2kd.data import register_datasets
 from d2kd.engine.evaluator import build_evaluator, complete_truth
-
-from toy_sets import Content, config_of, every, write_set
+from tests.helpers.toy_sets import Content, config_of, every, write_set
 
 
 def one_object(said: Content) -> None:

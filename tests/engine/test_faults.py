@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -22,14 +23,30 @@ from d2kd.engine import Trainer, train
 from d2kd.utils.atomic_file import atomic_write, check_writable, explain_full_disk
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
 from d2kd.weights.verify import read_verified
-
-from forks import fork, in_clean_process
-from runs import assert_same_checkpoint, at, interrupt, run, run_config, saved
-from toys import write_teacher
+from tests.helpers.forks import fork, in_clean_process
+from tests.helpers.runs import assert_same_checkpoint, at, interrupt, run, run_config, saved
+from tests.helpers.toys import write_teacher
 
 
 def resume(cfg: CfgNode) -> None:
     run(cfg, resume=True)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, teacher: List[Any]) -> Dict[str, Any]:
+    """The last checkpoint of a run that nothing happened to."""
+    cfg = at(run_config(folder, teacher), folder, "whole")
+    run(cfg)
+    return saved(cfg)
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder: Path, teacher: List[Any]) -> CfgNode:
+    """The same, dead in iteration 2 and saved after each one before."""
+    cfg = run_config(folder, teacher, SOLVER__CHECKPOINT_PERIOD=1)
+    cfg = at(cfg, folder, "interrupted")
+    interrupt(cfg, 2)
+    return cfg
 
 
 # Damaged ------------------------------------------------------------------------------------------
@@ -65,22 +82,20 @@ def remove(path: Path) -> None:
 )
 def test_damaged_last_checkpoint_is_told_and_the_one_before_is_used(
     damage: Callable[[Path], None],
-    folder: Path,
-    teacher: List[Any],
+    interrupted: CfgNode,
+    whole: Dict[str, Any],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    cfg = run_config(folder, teacher, SOLVER__CHECKPOINT_PERIOD=1)
-    whole, broken = at(cfg, tmp_path, "whole"), at(cfg, tmp_path, "broken")
-    interrupt(broken, 2)
+    broken = at(interrupted, tmp_path, "broken")
+    shutil.copytree(interrupted.OUTPUT_DIR, broken.OUTPUT_DIR)
     last = Path(last_whole_checkpoint(broken.OUTPUT_DIR))
     assert last.name == "model_0000001.pth"
     damage(last)
     run(broken, resume=True)
     assert str(last) in caplog.text and "Going on from" in caplog.text
     assert "model_0000000.pth" in caplog.text
-    run(whole)
-    assert_same_checkpoint(saved(broken), saved(whole))
+    assert_same_checkpoint(saved(broken), whole)
 
 
 def test_name_of_the_last_checkpoint_may_be_lost(tmp_path: Path) -> None:
@@ -90,10 +105,10 @@ def test_name_of_the_last_checkpoint_may_be_lost(tmp_path: Path) -> None:
 
 
 def test_no_whole_checkpoint_stops_the_run_with_all_their_names(
-    folder: Path, teacher: List[Any], tmp_path: Path
+    interrupted: CfgNode, tmp_path: Path
 ) -> None:
-    cfg = at(run_config(folder, teacher, SOLVER__CHECKPOINT_PERIOD=1), tmp_path, "run")
-    interrupt(cfg, 2)
+    cfg = at(interrupted, tmp_path, "run")
+    shutil.copytree(interrupted.OUTPUT_DIR, cfg.OUTPUT_DIR)
     for path in Path(cfg.OUTPUT_DIR).glob("model_*.pth"):
         truncate(path)
     with pytest.raises(ValueError, match="(?s)model_0000001.pth .*model_0000000.pth"):
@@ -237,18 +252,17 @@ def limit_files(rank: int, cfg: CfgNode) -> None:
         run(cfg, resume=True)
 
 
+@pytest.mark.process
 def test_disk_without_room_is_told_and_what_was_saved_is_kept(
-    folder: Path, teacher: List[Any], tmp_path: Path
+    folder: Path, teacher: List[Any], whole: Dict[str, Any], tmp_path: Path
 ) -> None:
-    cfg = run_config(folder, teacher)
-    whole, full = at(cfg, tmp_path, "whole"), at(cfg, tmp_path, "full")
+    full = at(run_config(folder, teacher), tmp_path, "full")
     interrupt(full, 2)
     torch.multiprocessing.start_processes(limit_files, (full,), start_method="spawn")
     files = sorted(x.name for x in Path(full.OUTPUT_DIR).glob("*model*"))
     assert files == ["model_0000001.pth"], "neither a half one nor one that is left over"
     run(full, resume=True)  # there is room again
-    run(whole)
-    assert_same_checkpoint(saved(full), saved(whole))
+    assert_same_checkpoint(saved(full), whole)
 
 
 def checkpoint_size(cfg: CfgNode, folder: Path) -> int:
@@ -347,6 +361,7 @@ def fill_and_resume(cfg: CfgNode, whole: CfgNode, config_file: str) -> None:
     assert fork(resume, cfg) == fork(resume, whole) == 0
 
 
+@pytest.mark.process
 def test_full_or_read_only_disk_stops_the_run_and_it_goes_on_when_there_is_room(
     full: CfgNode, tmp_path: Path
 ) -> None:

@@ -20,8 +20,14 @@ from d2kd.checkpoint import PlainCheckpointer
 from d2kd.engine import Trainer
 from d2kd.engine.hooks import BestCheckpointer, SeedEachIteration, seed_everything
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
-
-from runs import Interruption, assert_same_tensors, build_trainer, interrupt, run, run_config
+from tests.helpers.runs import (
+    Interruption,
+    assert_same_tensors,
+    build_trainer,
+    interrupt,
+    run,
+    run_config,
+)
 
 
 class Draws(HookBase):

@@ -17,10 +17,11 @@ from detectron2.utils import comm
 from d2kd.checkpoint import PlainCheckpointer
 from d2kd.engine import Trainer, train
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
+from tests.helpers.forks import fork, in_clean_process, launch_forks
+from tests.helpers.runs import assert_same_checkpoint, at, run_config, saved
+from tests.helpers.toys import write_teacher
 
-from forks import fork, in_clean_process, launch_forks
-from runs import assert_same_checkpoint, at, run_config, saved
-from toys import write_teacher
+pytestmark = pytest.mark.process
 
 ITERATIONS = 8
 

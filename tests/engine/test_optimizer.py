@@ -11,8 +11,15 @@ from detectron2.config import CfgNode
 
 from d2kd import load_config
 from d2kd.engine.optimizer import OPTIMIZERS, build_optimizer
-
-from runs import assert_same_checkpoint, at, build_trainer, interrupt, run, run_config, saved
+from tests.helpers.runs import (
+    assert_same_checkpoint,
+    at,
+    build_trainer,
+    interrupt,
+    run,
+    run_config,
+    saved,
+)
 
 RULES = {"WEIGHT_DECAY": 0.05, "WEIGHT_DECAY_NORM": 0.01, "WEIGHT_DECAY_BIAS": 0.02}
 

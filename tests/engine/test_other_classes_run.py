@@ -14,9 +14,8 @@ from detectron2.config import CfgNode
 from d2kd import doctor, load_config
 from d2kd.engine import Trainer, train
 from d2kd.engine.stages import plan_stages
-
-from runs import assert_same_tensors, interrupt, run_config, scalars
-from toys import write_teacher
+from tests.helpers.runs import assert_same_tensors, interrupt, run_config, scalars
+from tests.helpers.toys import write_teacher
 
 CLASSES = ["star", "dog", "Disc", "square"]
 MAP = """Classes, student's <- teacher's:

@@ -18,11 +18,13 @@ from d2kd.heads import CKDHead, RoIClsHead, RoILocHead, SGFIHead
 from d2kd.views import Regions, RegionSampler, dense
 from d2kd.views.predictions import RoIPredictions
 from d2kd.views.regions import Source
+from tests.helpers.runs import assert_same_tensors
+from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
 
-from runs import assert_same_tensors
-from toys import FeatureView, batch, distill_config, noise, write_teacher
-
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+]
 
 # Regions of two images in a few steps in turn. Process 0 has the first image, process 1 the second.
 COUNTS = [(3, 1), (0, 2), (2, 0), (2, 5)]

@@ -19,8 +19,7 @@ from d2kd.engine import Trainer, train
 from d2kd.engine.plan import RunPlan
 from d2kd.engine.resume_point import ResumePoint
 from d2kd.engine.stages import plan_stages
-
-from runs import Interrupt, Interruption, at, run_config
+from tests.helpers.runs import Interrupt, Interruption, at, run_config
 
 
 @pytest.fixture

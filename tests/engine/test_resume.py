@@ -16,8 +16,7 @@ from d2kd.config import flatten, load_config
 from d2kd.engine import Trainer
 from d2kd.engine.resume import RunRecord, fingerprint
 from d2kd.engine.resume_rules import PASSED_OVER, REFUSED, RULES, TAKEN, UNUSED, rule_of
-
-from runs import at, build_trainer, run, run_config
+from tests.helpers.runs import at, build_trainer, run, run_config
 
 DONE = 4  # iterations behind the checkpoint
 

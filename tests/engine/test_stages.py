@@ -20,8 +20,7 @@ from d2kd.config import student_config
 from d2kd.engine import Trainer, launch, train
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.engine.stages import plan_stages
-
-from runs import (
+from tests.helpers.runs import (
     Interrupt,
     Interruption,
     assert_same_checkpoint,
@@ -31,7 +30,7 @@ from runs import (
     scalars,
     snapshot,
 )
-from toys import write_teacher
+from tests.helpers.toys import write_teacher
 
 
 @pytest.fixture(scope="module")
@@ -501,6 +500,7 @@ def in_each_process(
     torch.save(found, output / f"rank_{comm.get_rank()}.pth")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_second_process_begins_a_stage_with_what_the_first_has_saved(
     folder: Path, teacher: List[Any], stronger: Dict[str, str], tmp_path: Path

@@ -12,8 +12,7 @@ from detectron2.engine import HookBase
 
 from d2kd import student_config
 from d2kd.engine import Trainer, train
-
-from runs import (
+from tests.helpers.runs import (
     Interrupt,
     Interruption,
     RecordBatches,
@@ -68,6 +67,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     assert_same_end(final(parts), final(whole))
 
 
+@pytest.mark.process
 def test_run_resumed_in_a_new_process_equals_an_uninterrupted_one(
     folder: Path, teacher: List[Any], tmp_path: Path
 ) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Iterator, List, Tuple
@@ -19,20 +18,19 @@ from detectron2.structures import Boxes, Instances
 
 from d2kd.config import flatten
 from d2kd.export import export_student, graph, verify, why_no_yaml
+from d2kd.export.__main__ import main
 from d2kd.export.graph import _count_alike, export_graph
 from d2kd.export.student import find_weights
-
-from runs import run, run_config
-from toys import ROOT, detector_config, write_teacher
+from tests.helpers.runs import run, run_config
+from tests.helpers.toys import detector_config, stock_backbone, write_teacher
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Tuple[CfgNode, str]:
     """A distillation run of four iterations, and its checkpoint from the middle."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = run_config(folder, write_teacher(folder, "retinanet"), ["PKD"])
-    cfg.MODEL.RETINANET.NUM_CLASSES = 6
-    cfg.DISTILL.TEACHER.OPTS = []
+    teacher = write_teacher(folder, "retinanet")
+    cfg = run_config(folder, teacher, ["PKD"], **stock_backbone("retinanet"))
     run(cfg)
     return cfg, os.path.join(cfg.OUTPUT_DIR, "model_0000001.pth")
 
@@ -51,6 +49,7 @@ def saved(tmp_path: Path) -> Iterator[Any]:
     yield save
 
 
+@pytest.mark.process
 def test_mid_run_checkpoint_is_verified_without_the_teacher(
     finished: Tuple[CfgNode, str], tmp_path: Path
 ) -> None:
@@ -81,33 +80,46 @@ def test_yaml_has_stock_keys_alone_and_the_student_s_values(
     assert "SOLVER" not in written and "DISTILL" not in written
 
 
-def corrupt_key(state: dict) -> str:
-    state["model"]["extra.weight"] = state["model"].pop("head.cls_score.bias")
-    return "missing_keys"
-
-
-def corrupt_value(state: dict) -> str:
-    bias = state["model"]["head.cls_score.bias"]
-    bias[0] = torch.nextafter(bias[0], torch.tensor(9.0))  # the smallest change there is
-    return "different_weights"
-
-
-@pytest.mark.parametrize("corrupt", [corrupt_key, corrupt_value])
-def test_export_that_is_not_the_student_is_told(corrupt: Any, saved: Any, tmp_path: Path) -> None:
-    cfg, weights = saved("retinanet")
+@pytest.mark.process
+def test_every_difference_from_the_student_is_told_by_its_key(saved: Any, tmp_path: Path) -> None:
+    cfg, weights = saved("retinanet", MODEL__RETINANET__NORM="", **stock_backbone("retinanet"))
     folder = tmp_path / "exported"
     export_student(cfg, weights, str(folder))
     state = torch.load(folder / "student.pth", weights_only=True)
-    symptom = corrupt(state)
+    state["model"]["extra.weight"] = state["model"].pop("head.bbox_pred.bias")
+    bias = state["model"]["head.cls_score.bias"]
+    bias[0] = torch.nextafter(bias[0], torch.tensor(9.0))  # the smallest change there is
     torch.save(state, folder / "student.pth")
+    config = yaml.safe_load((folder / "student.yaml").read_text())
+    config.setdefault("INPUT", {})["FORMAT"] = "RGB"
+    config["MODEL"]["RETINANET"]["SCORE_THRESH_TEST"] = 0.99
+    (folder / "student.yaml").write_text(yaml.safe_dump(config))
     report = verify(cfg, weights, str(folder))
-    assert not report["verified"] and report[symptom], report
+    assert not report["verified"]
+    changed = {"INPUT.FORMAT", "MODEL.RETINANET.SCORE_THRESH_TEST"}
+    assert set(report["different_config"]) == changed
+    assert report["missing_keys"] == ["head.bbox_pred.bias"], report
+    assert report["unexpected_keys"] == ["extra.weight"], report
+    assert "head.cls_score.bias" in report["different_weights"], report
 
 
+@pytest.mark.process
+def test_yaml_of_other_weights_is_told_though_they_are_equal(saved: Any, tmp_path: Path) -> None:
+    cfg, weights = saved("retinanet", MODEL__RETINANET__NORM="", **stock_backbone("retinanet"))
+    folder = tmp_path / "exported"
+    export_student(cfg, weights, str(folder))
+    config = yaml.safe_load((folder / "student.yaml").read_text())
+    config["MODEL"]["WEIGHTS"] = "../weights.pth"
+    (folder / "student.yaml").write_text(yaml.safe_dump(config))
+    report = verify(cfg, weights, str(folder))
+    assert not report["verified"] and report["different_config"] == ["MODEL.WEIGHTS"]
+
+
+@pytest.mark.process
 def test_yaml_of_another_detector_is_told_with_what_the_process_said(
     saved: Any, tmp_path: Path
 ) -> None:
-    cfg, weights = saved("faster_rcnn")
+    cfg, weights = saved("faster_rcnn")  # the YAML is replaced
     folder = tmp_path / "exported"
     export_student(cfg, weights, str(folder))
     (folder / "student.yaml").write_text("MODEL: {META_ARCHITECTURE: Nothing}\nVERSION: 2\n")
@@ -115,30 +127,23 @@ def test_yaml_of_another_detector_is_told_with_what_the_process_said(
     assert not report["verified"] and "Nothing" in report["error"]
 
 
+@pytest.mark.process
 def test_command_exports_the_last_checkpoint_and_reports(
     finished: Tuple[CfgNode, str], tmp_path: Path
 ) -> None:
     cfg, _ = finished
     path = tmp_path / "run.yaml"
     path.write_text(cfg.dump())
-    words = ["-m", "d2kd.export", "--config-file", str(path), "--output", str(tmp_path / "out")]
-    process = subprocess.run(
-        [sys.executable, *words, "--formats", "torchscript", "MODEL.DEVICE", "cpu"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.returncode == 0, process.stderr
+    words = ["--config-file", str(path), "--output", str(tmp_path / "out")]
+    assert main([*words, "--formats", "torchscript", "MODEL.DEVICE", "cpu"]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["verified"] and report["weights"] == find_weights(cfg)
     assert report["weights"].endswith("model_final.pth")
     assert report["torchscript"].get("verified"), report
 
 
-@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
-def test_torchscript_detects_what_the_student_does(name: str, saved: Any, tmp_path: Path) -> None:
-    norm = {"MODEL__RETINANET__NORM": ""}  # GN with one channel a group takes no map of one cell
-    cfg, weights = saved(name, **norm)
+def test_torchscript_detects_what_a_student_of_two_stages_does(saved: Any, tmp_path: Path) -> None:
+    cfg, weights = saved("faster_rcnn")
     found = export_graph(cfg, weights, "torchscript", str(tmp_path))
     assert found.get("verified"), found
     assert os.path.isfile(found["file"]) and found["detections"] > 0
@@ -148,6 +153,7 @@ def test_torchscript_detects_what_the_student_does(name: str, saved: Any, tmp_pa
 def test_onnx_detects_what_the_student_does(name: str, saved: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
+    # GN with one channel a group takes no map of one cell.
     cfg, weights = saved(name, MODEL__RETINANET__NORM="")
     found = export_graph(cfg, weights, "onnx", str(tmp_path))
     assert found.get("verified"), found
@@ -207,36 +213,7 @@ def test_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_detector_that_stock_yaml_cannot_build_is_told() -> None:
     assert re.search("FCOS.*LazyConfig only", why_no_yaml(detector_config("fcos")))
-    assert why_no_yaml(detector_config("faster_rcnn")) == ""
-
-
-def change_format(config: dict) -> str:
-    config.setdefault("INPUT", {})["FORMAT"] = "RGB"
-    return "INPUT.FORMAT"
-
-
-def change_threshold(config: dict) -> str:
-    config["MODEL"]["RETINANET"]["SCORE_THRESH_TEST"] = 0.99
-    return "MODEL.RETINANET.SCORE_THRESH_TEST"
-
-
-def change_weights(config: dict) -> str:
-    config["MODEL"]["WEIGHTS"] = "../weights.pth"  # equal ones
-    return "MODEL.WEIGHTS"
-
-
-@pytest.mark.parametrize("change", [change_format, change_threshold, change_weights])
-def test_yaml_with_another_value_is_told_by_its_key(
-    change: Any, saved: Any, tmp_path: Path
-) -> None:
-    cfg, weights = saved("retinanet", MODEL__RETINANET__NORM="")
-    folder = tmp_path / "exported"
-    export_student(cfg, weights, str(folder))
-    config = yaml.safe_load((folder / "student.yaml").read_text())
-    key = change(config)
-    (folder / "student.yaml").write_text(yaml.safe_dump(config))
-    report = verify(cfg, weights, str(folder))
-    assert not report["verified"] and report["different_config"] == [key]
+    assert why_no_yaml(detector_config("faster_rcnn", **stock_backbone("faster_rcnn"))) == ""
 
 
 def test_optimizer_and_heads_stay_behind(finished: Tuple[CfgNode, str], tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from d2kd.heads import AMDHead
 from d2kd.layers import MaskRule
-
-from references import MOST, cell_attention, conv, generate, guide_of, parts, visible
-from toys import feature_view, level_pairs, noise
+from tests.helpers.references import MOST, cell_attention, conv, generate, guide_of, parts, visible
+from tests.helpers.toys import feature_view, level_pairs, noise
 
 SIZES = [(40, 48), (24, 30), (8, 8)]  # 5 x 6, 3 x 4 cells and one cell, in maps of 5 x 6
 

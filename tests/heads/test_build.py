@@ -14,8 +14,7 @@ from d2kd.heads.fit import requires_of
 from d2kd.heads.registry import head_names
 from d2kd.pairing.levels import pair_levels
 from d2kd.pairing.pair import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
-
-from logit_references import refusal_of
+from tests.helpers.logit_references import refusal_of
 
 RETINANET = {
     "name": "RetinaNet",

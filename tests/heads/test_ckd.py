@@ -21,10 +21,9 @@ from d2kd.heads import CKDHead, DetectorInfo, DistillPair, build_head
 from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.regions import Source
-
-from logit_references import refusal_of
-from runs import assert_same_tensors, interrupt, run, run_config, scalars
-from toys import FeatureView, batch, distill_config, noise, write_teacher
+from tests.helpers.logit_references import refusal_of
+from tests.helpers.runs import assert_same_tensors, interrupt, run, run_config, scalars
+from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"

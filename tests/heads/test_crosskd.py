@@ -14,8 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.distiller import describe_pair
 from d2kd.heads import CrossKDHead, build_head
-
-from logit_references import (
+from tests.helpers.logit_references import (
     ANCHORS,
     SIZES,
     CellView,
@@ -29,7 +28,7 @@ from logit_references import (
     total,
     tower_by_hand,
 )
-from toys import batch, distill_config, level_pairs, write_teacher
+from tests.helpers.toys import batch, distill_config, level_pairs, write_teacher
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"

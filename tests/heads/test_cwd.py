@@ -13,10 +13,9 @@ from detectron2.layers import ShapeSpec
 from d2kd import load_config
 from d2kd.heads import CWDHead, DetectorInfo, DistillPair, build_head
 from d2kd.pairing.levels import pair_levels
-
-from baseline_references import cwd
-from references import conv
-from toys import feature_view, level_pairs, noise
+from tests.helpers.baseline_references import cwd
+from tests.helpers.references import conv
+from tests.helpers.toys import feature_view, level_pairs, noise
 
 
 def loss_of(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor
 from d2kd.heads import DFMSDHead
 from d2kd.heads.dfmsd import high_pass
 from d2kd.layers import MaskRule
-
-from references import (
+from tests.helpers.references import (
     BOTH_MOST,
     cell_attention,
     conv,
@@ -24,7 +23,7 @@ from references import (
     standardise,
     visible,
 )
-from toys import feature_view, level_pairs, noise
+from tests.helpers.toys import feature_view, level_pairs, noise
 
 SIZES = [(56, 64), (40, 26)]  # 7 x 8 and 5 x 4 cells, in maps of 7 x 8
 

@@ -15,8 +15,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.distiller import describe_pair
 from d2kd.heads import DISTHead, build_head
-
-from logit_references import (
+from tests.helpers.logit_references import (
     CellView,
     dist,
     region_views,
@@ -24,7 +23,7 @@ from logit_references import (
     softmax_rows,
     total,
 )
-from toys import batch, distill_config, level_pairs, noise, write_teacher
+from tests.helpers.toys import batch, distill_config, level_pairs, noise, write_teacher
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"

@@ -16,9 +16,8 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.distiller import describe_pair
 from d2kd.heads import DKDHead, build_head
-
-from logit_references import dkd, refusal_of, region_views
-from toys import batch, distill_config, noise, write_teacher
+from tests.helpers.logit_references import dkd, refusal_of, region_views
+from tests.helpers.toys import batch, distill_config, noise, write_teacher
 
 CLASSES = 3
 LABELS = [0, 1, 2, CLASSES, CLASSES]  # two of them background

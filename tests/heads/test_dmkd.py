@@ -8,9 +8,8 @@ from torch import Tensor
 
 from d2kd.heads import DMKDHead
 from d2kd.layers import MaskRule
-
-from references import BOTH_MOST, conv, generate_from_both, masks_of, parts
-from toys import feature_view, level_pairs, noise
+from tests.helpers.references import BOTH_MOST, conv, generate_from_both, masks_of, parts
+from tests.helpers.toys import feature_view, level_pairs, noise
 
 SIZES = [(40, 48), (24, 30), (8, 8)]  # 5 x 6, 3 x 4 cells and one cell, in maps of 5 x 6
 

@@ -15,12 +15,11 @@ from d2kd.heads import DetectorInfo, DistillPair, FGDHead, build_head
 from d2kd.heads.fgd import focal_masks
 from d2kd.layers import box_maps
 from d2kd.pairing.levels import pair_levels
-
-from baseline_references import Box, BoxView, LargestTensor, fgd
-from baseline_references import focal_masks as masks_in_loops
-from baseline_references import rois_of
-from references import conv
-from toys import level_pairs, noise
+from tests.helpers.baseline_references import Box, BoxView, LargestTensor, fgd
+from tests.helpers.baseline_references import focal_masks as masks_in_loops
+from tests.helpers.baseline_references import rois_of
+from tests.helpers.references import conv
+from tests.helpers.toys import level_pairs, noise
 
 TERMS = ("foreground", "background", "attention", "global")
 # Three images of 48 x 56 pixels: overlapping boxes; one on the border, one beyond it, one smaller

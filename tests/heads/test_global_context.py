@@ -9,9 +9,8 @@ from torch import nn
 from d2kd.conformance.cuda_autocast import cuda_autocast
 from d2kd.conformance.half_precision import runs_in_float16
 from d2kd.heads.fgd import GlobalContext
-
-from baseline_references import global_context
-from toys import noise
+from tests.helpers.baseline_references import global_context
+from tests.helpers.toys import noise
 
 
 def random_block(channels: int) -> GlobalContext:

@@ -26,10 +26,9 @@ from d2kd.heads import (
 )
 from d2kd.pairing.levels import LevelPair
 from d2kd.views.anchor_labels import AnchorLabels
-
-from baseline_references import PartsView
-from logit_references import CellView, region_views
-from toys import level_pairs
+from tests.helpers.baseline_references import PartsView
+from tests.helpers.logit_references import CellView, region_views
+from tests.helpers.toys import level_pairs
 
 Maps = Dict[str, Tensor]
 

@@ -16,8 +16,7 @@ from d2kd.heads import DetectorInfo, DistillPair, MARHead, build_head
 from d2kd.heads.mar_mask import ObjectMask
 from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
-
-from baseline_references import (
+from tests.helpers.baseline_references import (
     Box,
     LargestTensor,
     PartsView,
@@ -26,8 +25,8 @@ from baseline_references import (
     pooled_pixels,
     relation,
 )
-from references import conv
-from toys import level_pairs, noise
+from tests.helpers.references import conv
+from tests.helpers.toys import level_pairs, noise
 
 # Three images in maps of 48 x 64 pixels: overlapping boxes; on the border, beyond it, tiny; none.
 BOXES: List[List[Box]] = [

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from d2kd.heads.mar_mask import ObjectMask
-
-from baseline_references import multi_value_mask, rois_of
+from tests.helpers.baseline_references import multi_value_mask, rois_of
 
 STRIDES = [8, 16, 32]
 # Of maps of 96 x 128 pixels: overlapping, on the border, beyond it, tiny, all, none. Half-pixels,

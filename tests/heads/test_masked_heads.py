@@ -22,9 +22,8 @@ from d2kd.heads import (
 from d2kd.heads.samkd_scales import Windows
 from d2kd.layers import MaskRule
 from d2kd.pairing.levels import pair_levels
-
-from references import BOTH_MOST, MOST
-from toys import feature_view, level_pairs, noise
+from tests.helpers.references import BOTH_MOST, MOST
+from tests.helpers.toys import feature_view, level_pairs, noise
 
 HEADS = {
     "amd": (AMDHead, {"mask": MOST}),

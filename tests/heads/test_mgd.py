@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from d2kd.heads import MGDHead
-
-from references import conv, generate
-from toys import feature_view, level_pairs, noise
+from tests.helpers.references import conv, generate
+from tests.helpers.toys import feature_view, level_pairs, noise
 
 
 def identity_head(mask_ratio: float, **levels: Tuple[int, int]) -> MGDHead:

@@ -21,9 +21,8 @@ from d2kd.heads.mld_guides import LogitGuide
 from d2kd.pairing.levels import LevelPair, pair_levels
 from d2kd.views import Regions
 from d2kd.views.predictions import DensePredictions, RoIPredictions
-
-from logit_references import refusal_of
-from toys import FeatureView, batch, distill_config, level_pairs, noise, write_teacher
+from tests.helpers.logit_references import refusal_of
+from tests.helpers.toys import FeatureView, batch, distill_config, level_pairs, noise, write_teacher
 
 Maps = Dict[str, Tensor]
 Sizes = Sequence[Tuple[int, int]]

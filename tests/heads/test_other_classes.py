@@ -16,9 +16,8 @@ from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.conformance.detectors import enliven
 from d2kd.data.outlines import CLASSES
 from d2kd.heads.registry import compares_logits, head_class, head_names
-
-from logit_references import dkd, log_sum_exp, refusal_of
-from toys import batch, detector_config, distill_config, write_teacher
+from tests.helpers.logit_references import dkd, log_sum_exp, refusal_of
+from tests.helpers.toys import batch, detector_config, distill_config, write_teacher
 
 SHAPES = list(CLASSES)  # disc, ring, triangle, square, star, cross: what every student knows
 K = len(SHAPES)
@@ -141,7 +140,7 @@ def step(
         total = sum(losses.values())
         grads = torch.autograd.grad(total, params.values(), retain_graph=True, allow_unused=True)
         own = {k: v for k, v in zip(params, grads) if v is not None}
-        assert len(own) > 100 and all(v.isfinite().all() for v in own.values()), head
+        assert len(own) > 50 and all(v.isfinite().all() for v in own.values()), head
         assert any(v.any() for v in own.values()) == (head not in silent), head
         found[head] = {k: v.detach() for k, v in losses.items()}, own
     return found

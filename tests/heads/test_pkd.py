@@ -13,8 +13,7 @@ from detectron2.layers import ShapeSpec
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, PKDHead, build_head
 from d2kd.pairing.levels import LevelPair, pair_levels
-
-from toys import feature_view, level_pairs, noise
+from tests.helpers.toys import feature_view, level_pairs, noise
 
 
 def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from d2kd.heads.mar import average_cells, relation_error
-
-from baseline_references import average, cosines, pooled_pixels, relation
-from toys import noise
+from tests.helpers.baseline_references import average, cosines, pooled_pixels, relation
+from tests.helpers.toys import noise
 
 
 def pixels_of(x: Tensor) -> List[List[Tensor]]:

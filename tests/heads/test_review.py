@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from d2kd.conformance.cuda_autocast import cuda_autocast
 from d2kd.conformance.half_precision import relative_error, runs_in_float16
 from d2kd.heads.reviewkd import ReviewFusion, pyramid_error
-
-from baseline_references import fuse, hcl
-from toys import noise
+from tests.helpers.baseline_references import fuse, hcl
+from tests.helpers.toys import noise
 
 
 def random_fusion(channels: Tuple[int, int, int] = (3, 4, 5), fuse: bool = True) -> ReviewFusion:

@@ -12,9 +12,8 @@ from detectron2.layers import ShapeSpec
 from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, ReviewKDHead, build_head
 from d2kd.pairing.levels import LevelPair, pair_levels
-
-from baseline_references import fuse, hcl
-from toys import feature_view, level_pairs, noise
+from tests.helpers.baseline_references import fuse, hcl
+from tests.helpers.toys import feature_view, level_pairs, noise
 
 LEVELS = {"p3": (3, 5), "p4": (4, 6), "p5": (5, 5)}  # of student and teacher
 SIZES = {"p3": (6, 9), "p4": (3, 5), "p5": (2, 3)}

@@ -19,9 +19,8 @@ from d2kd.heads import DetectorInfo, DistillPair, RoIClsHead, build_head
 from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.predictions import RoIPredictions
-
-from logit_references import refusal_of
-from toys import FeatureView, batch, distill_config, noise, write_teacher
+from tests.helpers.logit_references import refusal_of
+from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
 
 PROVIDES = frozenset({"features", "regions", "roi_predictions"})
 

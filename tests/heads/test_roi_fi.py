@@ -17,9 +17,8 @@ from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, RoIFIHead, build_head
 from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
-
-from region_references import pool_assigned_level, roi_fi
-from toys import FeatureView, batch, distill_config, noise, write_teacher
+from tests.helpers.region_references import pool_assigned_level, roi_fi
+from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
 
 # Of an image of 512 x 512, in the order of levels p3, p5, p4, p3: below 224 pixels a side, 448 and
 # more, between these, beyond the edge.

@@ -11,8 +11,7 @@ from d2kd.heads import DMKDHead, SAMKDHead
 from d2kd.heads.samkd import lag_weights
 from d2kd.heads.samkd_scales import PooledMaps, Windows
 from d2kd.layers import MaskRule
-
-from references import (
+from tests.helpers.references import (
     BOTH_MOST,
     cell_attention,
     conv,
@@ -22,7 +21,7 @@ from references import (
     parts,
     visible,
 )
-from toys import feature_view, level_pairs, noise
+from tests.helpers.toys import feature_view, level_pairs, noise
 
 SIZES = [(72, 80), (50, 30), (8, 8)]  # 9 x 10, 7 x 4 cells and one cell, in maps of 9 x 10
 

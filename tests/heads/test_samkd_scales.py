@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from d2kd.heads.samkd_scales import cut_windows, max_pool, pool_inside
-
-from toys import feature_view, noise
+from tests.helpers.toys import feature_view, noise
 
 SIZES = [(56, 72), (40, 24), (8, 8)]  # 7 x 9, 5 x 3 cells and one cell, in maps of 7 x 9
 

@@ -22,9 +22,8 @@ from d2kd.heads.sgfi import MIN_TEMPERATURE
 from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.regions import Source
-
-from region_references import pool_all_levels, sgfi
-from toys import FeatureView, batch, distill_config, noise, write_teacher
+from tests.helpers.region_references import pool_all_levels, sgfi
+from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"

@@ -18,9 +18,8 @@ from d2kd.layers import class_divergence
 from d2kd.pairing.pair import TWO_STAGE
 from d2kd.views import CommonClassesView, MergeClasses
 from d2kd.views.predictions import RoIPredictions
-
-from logit_references import binary_cross_entropy, sigmoid
-from toys import NUM_CLASSES, batch, distill_config, noise, write_teacher
+from tests.helpers.logit_references import binary_cross_entropy, sigmoid
+from tests.helpers.toys import NUM_CLASSES, batch, distill_config, noise, write_teacher
 
 KEY = "MODEL__ROI_BOX_HEAD__USE_SIGMOID_CE"
 needs_the_key = pytest.mark.skipif(

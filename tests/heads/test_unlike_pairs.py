@@ -9,7 +9,7 @@ import detectron2.modeling
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from toys import batch, distill_config, write_teacher
+from tests.helpers.toys import batch, distill_config, write_teacher
 
 SWIN = {
     "MODEL__BACKBONE__NAME": "build_swin_fpn_backbone",

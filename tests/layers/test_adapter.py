@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from d2kd.layers import build_adapter, build_adapters
-
-from toys import level_pairs
+from tests.helpers.toys import level_pairs
 
 
 @pytest.mark.parametrize("channels, always", [((3, 5), False), ((3, 5), True), ((4, 4), True)])

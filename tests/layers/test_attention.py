@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 
 from d2kd.layers import AttentionGuide, channel_attention, mean_inside, spatial_attention
-
-from references import cell_attention as cells_of_equation
-from references import channel_attention as channels_of_equation
-from references import parts
-from toys import feature_view, noise
+from tests.helpers.references import cell_attention as cells_of_equation
+from tests.helpers.references import channel_attention as channels_of_equation
+from tests.helpers.references import parts
+from tests.helpers.toys import feature_view, noise
 
 # At stride 8: 5 x 6 cells, 3 x 4 cells, one cell; in maps of 5 x 6.
 SIZES = [(40, 48), (24, 30), (8, 8)]

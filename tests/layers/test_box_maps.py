@@ -9,9 +9,8 @@ from torch import Tensor
 
 from d2kd.layers import box_maps as module
 from d2kd.layers import covered, paint
-
-from baseline_references import LargestTensor
-from toys import noise
+from tests.helpers.baseline_references import LargestTensor
+from tests.helpers.toys import noise
 
 
 def random_boxes(count: int, images: int, height: int, width: int) -> List[Tensor]:

@@ -3,9 +3,8 @@
 import torch
 
 from d2kd.layers import DualGenerator, Generator
-
-from references import generate, generate_from_both, parts
-from toys import feature_view, noise
+from tests.helpers.references import generate, generate_from_both, parts
+from tests.helpers.toys import feature_view, noise
 
 SIZES = [(40, 48), (24, 30)]  # 5 x 6 and 3 x 4 cells, in maps of 5 x 6
 

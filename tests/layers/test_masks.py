@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from d2kd.layers import MaskRule, hide_top
-
-from references import hidden_count
-from references import visible as visible_of_equation
-from toys import noise
+from tests.helpers.references import hidden_count
+from tests.helpers.references import visible as visible_of_equation
+from tests.helpers.toys import noise
 
 RATIOS = [0.0, 0.07, 0.15, 0.3, 0.333, 0.45, 0.5, 0.6, 0.65, 0.9, 0.99]
 

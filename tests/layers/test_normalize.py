@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from d2kd.layers import standardise, unit_vectors
-
-from references import parts
-from references import standardise as standardise_of_equation
-from toys import feature_view, noise
+from tests.helpers.references import parts
+from tests.helpers.references import standardise as standardise_of_equation
+from tests.helpers.toys import feature_view, noise
 
 SIZES = [(40, 48), (24, 30)]  # 5 x 6 and 3 x 4 cells, in maps of 5 x 6
 

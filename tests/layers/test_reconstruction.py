@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from d2kd.layers import squared_error
-
-from references import parts
-from toys import feature_view, noise
+from tests.helpers.references import parts
+from tests.helpers.toys import feature_view, noise
 
 SIZES = [(40, 48), (24, 30)]  # 5 x 6 and 3 x 4 cells, in maps of 5 x 6
 

@@ -14,8 +14,7 @@ from d2kd.layers import (
     largest_probability,
     log_iou_distance,
 )
-
-from logit_references import (
+from tests.helpers.logit_references import (
     binary_cross_entropy,
     class_term,
     entries,
@@ -23,7 +22,7 @@ from logit_references import (
     log_iou_loss,
     sigmoid,
 )
-from toys import noise
+from tests.helpers.toys import noise
 
 DISTANCES = [(giou_distance, giou_loss), (log_iou_distance, log_iou_loss)]
 

@@ -16,8 +16,7 @@ from detectron2.utils.events import EventStorage
 from d2kd import load_config
 from d2kd.conformance.cuda_autocast import cuda_autocast
 from d2kd.conformance.half_precision import runs_in_float16
-
-from toys import batch, detector_config
+from tests.helpers.toys import batch, detector_config
 
 has_fcos = hasattr(detectron2.modeling, "FCOS")
 needs_fcos = pytest.mark.skipif(not has_fcos, reason="this Detectron2 has no FCOS")

@@ -12,8 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
-
-from toys import batch, detector_config
+from tests.helpers.toys import batch, detector_config
 
 has_swin = hasattr(detectron2.modeling, "SwinTransformer")
 needs_swin = pytest.mark.skipif(not has_swin, reason="this Detectron2 has no Swin")

@@ -10,9 +10,8 @@ from detectron2.modeling import build_model
 
 from d2kd.engine import train
 from d2kd.modeling.trainable import check_trainable
-
-from runs import run_config
-from toys import detector_config, distill_config
+from tests.helpers.runs import run_config
+from tests.helpers.toys import detector_config, distill_config
 
 SEGMENTS = {
     "MODEL__SEM_SEG_HEAD__IN_FEATURES": ["p2", "p3", "p4", "p5"],

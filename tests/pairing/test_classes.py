@@ -17,8 +17,7 @@ from d2kd.data import class_names
 from d2kd.data.class_names import names_in_sets
 from d2kd.data.outlines import CLASSES
 from d2kd.pairing.classes import CommonClasses, common_classes, match_classes
-
-from toys import detector_config, distill_config, write_teacher
+from tests.helpers.toys import detector_config, distill_config, write_teacher
 
 SHAPES = tuple(CLASSES)  # disc, ring, triangle, square, star, cross
 Pairs = List[Tuple[Set[str], Set[str]]]

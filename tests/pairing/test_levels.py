@@ -17,8 +17,7 @@ from d2kd.pairing.levels import (
     match_levels,
     pair_levels,
 )
-
-from toys import detector_config, feature_view, level_pairs
+from tests.helpers.toys import detector_config, feature_view, level_pairs
 
 
 def shapes(**strides: int) -> Dict[str, ShapeSpec]:

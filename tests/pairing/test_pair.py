@@ -17,9 +17,8 @@ from d2kd.heads.fit import misfit
 from d2kd.heads.registry import head_names
 from d2kd.pairing.levels import pair_levels
 from d2kd.pairing.pair import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
-
-from logit_references import buildable, refusal_of
-from toys import detector_config
+from tests.helpers.logit_references import refusal_of
+from tests.helpers.toys import detector_config
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"
@@ -59,6 +58,18 @@ def config(*opts: Any) -> CfgNode:
     return cfg
 
 
+def buildable(cfg: CfgNode, pair: DistillPair) -> List[str]:
+    """Names of the heads that can be built for the pair, found by building every one."""
+    names = []
+    for name in head_names():
+        try:
+            build_head(name, cfg, pair)
+        except ValueError:
+            continue
+        names.append(name)
+    return names
+
+
 def test_kind_is_told_teacher_first() -> None:
     for kind, names in OF_KIND.items():
         assert pair_of(*names).kind == kind
@@ -74,9 +85,7 @@ def test_head_can_be_built_for_the_kinds_it_declares_and_for_no_other(name: str,
     if kind in pairs:
         assert misfit(name, cfg, pair) is None
         assert type(build_head(name, cfg, pair)) is head_class(name)
-        assert name in fitting(cfg, pair)
         return
-    assert name not in fitting(cfg, pair)
     text = refusal_of(name, cfg, pair)
     student, teacher = pair.student.name, pair.teacher.name
     assert text.startswith(f"DISTILL.HEADS: {name} takes {', '.join(sorted(pairs))}; ")

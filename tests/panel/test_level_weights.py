@@ -16,8 +16,7 @@ from d2kd.panel import LevelWeights, add_level_weights, draw_level_weights, leve
 from d2kd.panel.level_weights import COLUMN, FINER, NO_REGION, ROW, Row, assigned_rows, rows_of
 from d2kd.panel.tiles import LINE
 from d2kd.views import find_view
-
-from toys import batch, distill_config, write_teacher
+from tests.helpers.toys import batch, distill_config, write_teacher
 
 TEACHER = [Row("p2", 4, "below 112"), Row("p3", 8, "112 to 224"), Row("p4", 16, "from 224")]
 STUDENT = {"p3": 8, "p4": 16}

@@ -16,8 +16,7 @@ from d2kd import Distiller
 from d2kd.panel import draw_panel
 from d2kd.panel.maps import Map, Row, image_maps
 from d2kd.panel.tiles import LINE, TILE, map_tile
-
-from toys import batch, distill_config
+from tests.helpers.toys import batch, distill_config
 
 NO_BOXES = np.zeros((0, 4))
 GREYS = cv2.COLORMAP_BONE

@@ -15,9 +15,8 @@ from d2kd.report import gather, render
 from d2kd.report.blocks import Picture, Section
 from d2kd.report.metrics import Metrics
 from d2kd.report.outside import export_proof, verdict
-
-from runs import interrupt, run, run_config
-from toys import write_teacher
+from tests.helpers.runs import interrupt, run, run_config
+from tests.helpers.toys import write_teacher
 
 DRAWN = {"VIS_PERIOD": 2, "DATASETS__TEST": ("d2kd_shapes_val",), "TEST__EVAL_PERIOD": 2}
 

@@ -14,8 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import Distiller, Teacher, build_teacher, load_config
 from d2kd.teacher import resolve_teacher
-
-from toys import batch, detector_config, distill_config, write_teacher
+from tests.helpers.toys import batch, detector_config, distill_config, write_teacher
 
 LAZY_RETINANET = """
 from detectron2.config import LazyCall as L

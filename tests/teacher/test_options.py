@@ -7,8 +7,7 @@ import torch
 
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.teacher import TeacherOptions
-
-from toys import distill_config, write_teacher
+from tests.helpers.toys import distill_config, write_teacher
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from d2kd.conformance.cuda_autocast import cuda_autocast
 from d2kd.conformance.half_precision import relative_error, runs_in_float16
 from d2kd.teacher import TeacherOptions, compiled
 from d2kd.teacher.speed_up import with_options
-
-from toys import batch
+from tests.helpers.toys import batch
 
 RETINANETS, RCNNS, TO_DENSE, TO_RCNN = PAIRS[:4]
 # Options to how far gradients may be off, of their norm

@@ -12,7 +12,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from toys import detector_config, distill_config
+from tests.helpers.toys import detector_config, distill_config, stock_backbone
 
 
 @pytest.fixture
@@ -28,9 +28,10 @@ def config_file(tmp_path: Path) -> Callable[[str, str], str]:
 
     def write(student: str, teacher: str) -> str:
         teacher_file, path = tmp_path / "teacher.yaml", tmp_path / "distill.yaml"
-        teacher_file.write_text(detector_config(teacher).dump())
+        teacher_file.write_text(detector_config(teacher, **stock_backbone(teacher)).dump())
         opts = ["DISTILL.TEACHER.CONFIG_FILE", str(teacher_file)]
-        path.write_text(distill_config(student, opts, ["MGD", "PKD"]).dump())
+        cfg = distill_config(student, opts, ["MGD", "PKD"], **stock_backbone(student))
+        path.write_text(cfg.dump())
         return str(path)
 
     return write

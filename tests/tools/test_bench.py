@@ -13,7 +13,9 @@ from typing import Any, Callable, Dict, List
 import pytest
 import yaml
 
-from runs import run_config
+from tests.helpers.runs import run_config
+
+pytestmark = pytest.mark.process
 
 # Stands for train_net.py: it says what it is asked, goes on where it was killed, and takes no time.
 FAKE = """

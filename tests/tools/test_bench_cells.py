@@ -7,8 +7,8 @@ from typing import Any, Callable, Dict, List
 import pytest
 import yaml
 
-from runs import run_config
-from toys import write_teacher
+from tests.helpers.runs import run_config
+from tests.helpers.toys import write_teacher
 
 
 @pytest.fixture

@@ -79,6 +79,7 @@ def test_report_says_what_was_measured_where(
     assert "saved MiB" in printed and "of MGD" in printed
 
 
+@pytest.mark.process
 def test_memory_of_student_and_each_step(
     run: Callable[..., Dict[str, Any]], config_file: Callable[[str, str], str]
 ) -> None:

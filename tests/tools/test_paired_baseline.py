@@ -12,8 +12,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from runs import run_config
-from toys import write_teacher
+from tests.helpers.runs import run_config
+from tests.helpers.toys import write_teacher
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Callable
 
 import pytest
 
-from toy_sets import config_of, every, write_set
+from tests.helpers.toy_sets import config_of, every, write_set
 
 
 def test_objects_whose_ids_begin_at_0_are_found(

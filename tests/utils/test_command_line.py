@@ -5,7 +5,7 @@ from typing import Dict, List
 
 import pytest
 
-from commands import COMMANDS, files_with_parsers, parse
+from tests.helpers.commands import COMMANDS, files_with_parsers, parse
 
 # What each command cannot do without.
 REQUIRED: Dict[str, List[str]] = {

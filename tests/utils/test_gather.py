@@ -45,6 +45,7 @@ def ranks(folder: Path) -> List[Dict[str, Any]]:
 
 
 @needs_distributed
+@pytest.mark.process
 @pytest.mark.parametrize("i", range(len(COUNTS)), ids=str)
 def test_all_processes_get_the_rows_of_all_in_the_order_of_ranks(
     i: int, ranks: List[Dict[str, Any]]
@@ -57,6 +58,7 @@ def test_all_processes_get_the_rows_of_all_in_the_order_of_ranks(
 
 
 @needs_distributed
+@pytest.mark.process
 def test_number_of_rows_that_is_not_the_announced_one_is_refused(
     ranks: List[Dict[str, Any]],
 ) -> None:

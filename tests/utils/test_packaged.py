@@ -7,8 +7,7 @@ import pytest
 from d2kd import load_config
 from d2kd.teacher import resolve_teacher
 from d2kd.utils.packaged import find_file
-
-from toys import ROOT
+from tests.helpers.toys import ROOT
 
 CONFIGS = Path(ROOT) / "configs"
 

@@ -10,8 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.utils.plugin import import_file
-
-from toys import ROOT, batch, distill_config, write_teacher
+from tests.helpers.toys import ROOT, batch, distill_config, write_teacher
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ from d2kd.heads import BCKDHead, CrossKDHead, DKDHead, MARHead, MLDHead
 from d2kd.utils.compat import create_local_process_group
 from d2kd.utils.processes import mean_over_processes
 from d2kd.views import RegionSampler
-
-from baseline_references import PartsView
-from logit_references import (
+from tests.helpers.baseline_references import PartsView
+from tests.helpers.logit_references import (
     ANCHORS,
     CellView,
     align,
@@ -26,9 +25,12 @@ from logit_references import (
     region_views,
     total,
 )
-from toys import level_pairs, noise
+from tests.helpers.toys import level_pairs, noise
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+]
 
 LEVELS = level_pairs(p3=(4, 4), p4=(4, 4))
 REGIONS = [(0, 5), (5, 6)]  # of process 0, and of process 1

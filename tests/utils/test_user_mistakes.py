@@ -8,8 +8,7 @@ from detectron2.engine import HookBase
 
 from d2kd.utils.checks import check_choice
 from d2kd.utils.user_mistakes import is_users_mistake, one_line, run_command
-
-from runs import run, run_config
+from tests.helpers.runs import run, run_config
 
 WRONG = ("SOLVER.SPEED", "fast", ("slow", "steady"))
 TOLD = "SOLVER.SPEED must be one of slow, steady, got 'fast'."

@@ -15,8 +15,7 @@ from d2kd.distiller import Distiller
 from d2kd.heads import build_head
 from d2kd.views import anchor_order
 from d2kd.views.anchors import reorder
-
-from toys import batch, distill_config, write_teacher
+from tests.helpers.toys import batch, distill_config, write_teacher
 
 LOGITS_HEADS = ["BCKD", "CrossKD", "DIST", "MLD"]
 RATIOS = "MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS"
@@ -84,7 +83,7 @@ def test_order_in_which_a_teacher_lists_its_anchors_does_not_matter(
     # teacher's head with itself, and only in what it counts has anchors of the student's.
     distiller.anchor_orders = {}
     for key, value in terms(distiller).items():
-        assert "crosskd" in key or value != pytest.approx(expected[key], rel=2e-3), key
+        assert "crosskd" in key or value != pytest.approx(expected[key], rel=5e-4), key
 
 
 @pytest.mark.parametrize(

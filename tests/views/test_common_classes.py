@@ -14,9 +14,8 @@ from detectron2.structures import Boxes, Instances
 from d2kd.views import CommonClassesView, MergeClasses
 from d2kd.views.anchor_labels import AnchorLabels
 from d2kd.views.predictions import DensePredictions, RoIPredictions
-
-from logit_references import log_sum_exp, sigmoid
-from toys import noise
+from tests.helpers.logit_references import log_sum_exp, sigmoid
+from tests.helpers.toys import noise
 
 K = 5
 # One class each; another order; several in a group; all in one; a group of one beside one of three.

@@ -14,9 +14,8 @@ from d2kd import DETECTOR_VIEW_REGISTRY, DetectorView
 from d2kd.conformance.requires import WORDS
 from d2kd.views import CommonClassesView, RegionSampler, ReorderedAnchorsView, find_view
 from d2kd.views.recording import Recording
-
-from toys import batch
-from view_toys import DENSE, build, build_teacher, c4_detector, record, some_boxes
+from tests.helpers.toys import batch
+from tests.helpers.view_toys import DENSE, build, build_teacher, c4_detector, record, some_boxes
 
 # How a head asks for each member, and the word that it has to require.
 ASKED: Dict[str, Callable[[Any], Any]] = {

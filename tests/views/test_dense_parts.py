@@ -17,9 +17,8 @@ from d2kd.views.anchor_labels import AnchorLabels
 from d2kd.views.layout import map_of_rows, rows_of_map
 from d2kd.views.recording import Listener
 from d2kd.views.towers import depth_of
-
-from logit_references import decode_map
-from toys import GROUP_NORM, batch, detector_config, noise
+from tests.helpers.logit_references import decode_map
+from tests.helpers.toys import GROUP_NORM, batch, detector_config, noise
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"

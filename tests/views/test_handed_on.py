@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from d2kd.views import DetectorView, HandedOnView, Regions
-
-from toys import batch
-from view_toys import build_teacher, some_boxes, view_of_teacher
+from tests.helpers.toys import batch
+from tests.helpers.view_toys import build_teacher, some_boxes, view_of_teacher
 
 ASKED = {
     "features": ("retinanet", lambda view: dict(view.features)),

@@ -7,8 +7,8 @@ import torch
 from test_views import count_calls
 from torch import nn
 
-from toys import batch
-from view_toys import build, build_teacher, c4_detector, needs_fcos, view_of_teacher
+from tests.helpers.toys import batch
+from tests.helpers.view_toys import build, build_teacher, c4_detector, needs_fcos, view_of_teacher
 
 
 def parts_of(fpn: nn.Module) -> Dict[str, nn.Module]:

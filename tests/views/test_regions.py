@@ -17,8 +17,7 @@ from d2kd import DetectorView, load_config
 from d2kd.views import DenseView, DetectorInfo, Regions, RegionSampler, find_view
 from d2kd.views.predictions import DensePredictions
 from d2kd.views.regions import Source
-
-from toys import batch, detector_config, noise
+from tests.helpers.toys import batch, detector_config, noise
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"

@@ -8,8 +8,7 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align
 
 from d2kd.views.roi_align_cpu import roi_align_levels_cpu
-
-from toys import noise
+from tests.helpers.toys import noise
 
 STRIDES = [4, 8, 32]
 

@@ -12,9 +12,8 @@ from detectron2.structures import Boxes
 from d2kd import DetectorView
 from d2kd.views import RegionSampler, describe_detector, find_view
 from d2kd.views.layout import cells_inside
-
-from toys import batch
-from view_toys import (
+from tests.helpers.toys import batch
+from tests.helpers.view_toys import (
     DENSE,
     OF_DENSE,
     OF_REGIONS,

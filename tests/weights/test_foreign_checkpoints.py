@@ -20,17 +20,18 @@ from detectron2.modeling import build_model
 
 from d2kd.checkpoint import PlainCheckpointer, load_initial_weights, load_whole_detector
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
-
-from runs import assert_same_tensors, build_trainer, run_config, snapshot
-from toys import detector_config
+from tests.helpers.runs import assert_same_tensors, build_trainer, run_config, snapshot
+from tests.helpers.toys import detector_config, stock_backbone
 
 State = Dict[str, Any]
+# Most parameters of a backbone are the ResNet's, as in a detector that is no toy.
+WHOLE = stock_backbone("retinanet")
 
 
 @pytest.fixture(scope="module")
 def detector() -> nn.Module:
     torch.manual_seed(3)
-    return build_model(detector_config("retinanet"))
+    return build_model(detector_config("retinanet", **WHOLE))
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def unchanged(detector: nn.Module) -> Any:
 
 def other_weights() -> State:
     torch.manual_seed(4)
-    return build_model(detector_config("retinanet")).state_dict()
+    return build_model(detector_config("retinanet", **WHOLE)).state_dict()
 
 
 def prefixed(state: State, prefix: str) -> State:
@@ -93,7 +94,7 @@ def test_backbone_alone_is_read_where_its_names_may_be_ends(
     detector: nn.Module, tmp_path: Path
 ) -> None:
     torch.manual_seed(4)
-    backbone = build_model(detector_config("retinanet")).backbone.bottom_up
+    backbone = build_model(detector_config("retinanet", **WHOLE)).backbone.bottom_up
     torch.save(backbone.state_dict(), tmp_path / "x.pth")
     path = f"{tmp_path}/x.pth?matching_heuristics=True"
     load_initial_weights(PlainCheckpointer(detector), path)

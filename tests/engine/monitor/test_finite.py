@@ -12,8 +12,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.engine.monitor.finite import FiniteLossMixin, explain
 from d2kd.step import Step
-
-from toys import feature_view
+from tests.helpers.toys import feature_view
 
 
 def step(p4: float = 1.0, student: float = 1.0, teacher: float = 1.0) -> Step:

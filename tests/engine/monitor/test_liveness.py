@@ -21,8 +21,7 @@ from d2kd.heads import DistillPair
 from d2kd.pairing.levels import LevelPair
 from d2kd.step import Step
 from d2kd.views import DetectorView, MergeClasses
-
-from runs import (
+from tests.helpers.runs import (
     SHAPES_CLASSES,
     assert_same_tensors,
     build_trainer,
@@ -31,7 +30,7 @@ from runs import (
     scalars,
     snapshot,
 )
-from toys import write_teacher
+from tests.helpers.toys import write_teacher
 
 # What is measured ---------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from runs import assert_same_tensors, run, run_config, scalars, snapshot
-from toys import batch, distill_config
+from tests.helpers.runs import assert_same_tensors, run, run_config, scalars, snapshot
+from tests.helpers.toys import batch, distill_config
 
 Images = List[Tuple[str, int, np.ndarray]]  # name, iteration, picture
 

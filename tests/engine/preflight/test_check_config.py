@@ -16,8 +16,7 @@ from d2kd import student_config
 from d2kd.data import register_datasets
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.heads.registry import head_names
-
-from toys import detector_config, distill_config
+from tests.helpers.toys import detector_config, distill_config
 
 
 @pytest.fixture

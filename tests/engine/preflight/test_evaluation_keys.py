@@ -11,9 +11,8 @@ from d2kd.data import register_datasets
 from d2kd.engine import evaluate, train
 from d2kd.engine.evaluator import build_evaluator
 from d2kd.engine.preflight.check_config import check_config
-
-from runs import run_config
-from toys import detector_config
+from tests.helpers.runs import run_config
+from tests.helpers.toys import detector_config
 
 RESULT = ["bbox", "AP", 38.5, 0.2]
 ONE = {"DATASETS.TEST": ("a",)}

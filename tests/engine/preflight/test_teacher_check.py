@@ -23,9 +23,8 @@ from d2kd.engine.preflight.teacher_check import check_teacher, evenly_spaced
 from d2kd.pairing.classes import match_classes
 from d2kd.pairing.pair import DistillPair
 from d2kd.views import describe_detector
-
-from runs import run_config
-from toys import ROOT, write_teacher
+from tests.helpers.runs import run_config
+from tests.helpers.toys import ROOT, write_teacher
 
 
 @pytest.fixture

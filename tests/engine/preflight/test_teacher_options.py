@@ -11,8 +11,7 @@ from detectron2.config import CfgNode
 
 from d2kd.engine.preflight import teacher_options
 from d2kd.teacher import Teacher, speed_up
-
-from runs import (
+from tests.helpers.runs import (
     SHAPES_CLASSES,
     assert_same_checkpoint,
     at,
@@ -23,7 +22,7 @@ from runs import (
     saved,
     scalars,
 )
-from toys import write_teacher
+from tests.helpers.toys import write_teacher
 
 FAST = {"FOLD_NORMS": True, "CHANNELS_LAST": True}
 

@@ -13,7 +13,7 @@ from detectron2.structures import BitMasks, Boxes
 from d2kd import DetectorView
 from d2kd.views import find_view
 
-from toys import GROUP_NORM, batch, detector_config
+from .toys import GROUP_NORM, batch, detector_config
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"

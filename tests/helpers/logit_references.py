@@ -16,13 +16,13 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 
 from d2kd.heads import DistillPair, build_head
-from d2kd.heads.registry import head_names
+from d2kd.heads.build import fitting
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.anchor_labels import AnchorLabels
 from d2kd.views.predictions import DensePredictions, RoIPredictions
 from d2kd.views.towers import Towers
 
-from toys import FeatureView, noise
+from .toys import FeatureView, noise
 
 Maps = Dict[str, Tensor]
 
@@ -383,22 +383,10 @@ def total(losses: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
 # Which heads fit ---------------------------------------------------------------------------------
 
 
-def buildable(cfg: CfgNode, pair: DistillPair) -> List[str]:
-    """Names of the heads that can be built for the pair, found by building every one."""
-    names = []
-    for name in head_names():
-        try:
-            build_head(name, cfg, pair)
-        except ValueError:
-            continue
-        names.append(name)
-    return names
-
-
 def refusal_of(name: str, cfg: CfgNode, pair: DistillPair) -> str:
     """The message with which the head is refused; it ends with all heads that fit, and no other."""
     with pytest.raises(ValueError) as error:
         build_head(name, cfg, pair)
     text = str(error.value)
-    assert text.endswith(f"Heads that fit: {', '.join(buildable(cfg, pair))}."), text
+    assert text.endswith(f"Heads that fit: {', '.join(fitting(cfg, pair))}."), text
     return text

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Dict, List
 
-from toys import ROOT
+from .toys import ROOT
 
 TOOLS = Path(ROOT) / "tools"
 # Each by the module that reads its command line.

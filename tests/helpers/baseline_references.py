@@ -18,8 +18,8 @@ from d2kd.heads.reviewkd import ReviewFusion
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.predictions import DensePredictions
 
-from references import cell_attention, channel_attention
-from toys import FeatureView
+from .references import cell_attention, channel_attention
+from .toys import FeatureView
 
 Box = Sequence[float]  # XYXY in input pixels
 

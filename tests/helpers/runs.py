@@ -13,7 +13,7 @@ from d2kd.data import register_datasets
 from d2kd.data.outlines import CLASSES
 from d2kd.engine import Trainer
 
-from toys import detector_config, distill_config
+from .toys import detector_config, distill_config
 
 SHAPES_CLASSES = len(CLASSES)
 
@@ -146,7 +146,7 @@ def assert_same_checkpoint(actual: Dict[str, Any], expected: Dict[str, Any]) -> 
     for part in ("model", "distill_heads"):
         assert_same_tensors(actual[part], expected[part])
     ours, theirs = (list(tensors_in(x["trainer"]["_trainer"])) for x in (actual, expected))
-    assert len(ours) == len(theirs) > 100
+    assert len(ours) == len(theirs) > 50
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 

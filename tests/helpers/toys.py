@@ -1,6 +1,6 @@
 """What the tests share: the toy detectors of d2kd.conformance, and features without a detector."""
 
-import os
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
@@ -28,10 +28,11 @@ __all__ = [
     "feature_view",
     "level_pairs",
     "noise",
+    "stock_backbone",
     "write_teacher",
 ]
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(Path(__file__).resolve().parents[2])
 
 # GroupNorm has no running averages, so eval mode is sane without training. It makes 32 groups.
 GROUP_NORM = {
@@ -41,6 +42,12 @@ GROUP_NORM = {
     "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
     "MODEL__FPN__NORM": "",
 }
+
+
+def stock_backbone(name: str) -> Dict[str, str]:
+    """An override of a toy detector, for processes that know Detectron2 alone."""
+    shallow = DETECTORS[name]["MODEL.BACKBONE.NAME"]
+    return {"MODEL__BACKBONE__NAME": shallow.replace("shallow_", "")}
 
 
 def level_pairs(**channels: Tuple[int, int]) -> Tuple[LevelPair, ...]:

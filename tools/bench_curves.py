@@ -17,7 +17,7 @@ from bench_tables import groups
 EPILOG = """
 Example: the student alone and three methods
   python tools/bench_curves.py configs/bench/heads.yaml curves.png \\
-      --rows "trained on alone" CWD PKD
+      --rows "student alone" CWD PKD
 """
 # iterations -> lowest, mean, highest AP in percent
 Curve = Dict[int, Tuple[float, float, float]]

@@ -81,8 +81,9 @@ def test_leaf_builds_with_teacher_heads_and_level_plan(path: str, quick_init: No
         distiller.inherit_from_teacher()  # refused where nothing fits
 
 
-def test_shipped_teacher_is_the_one_that_the_model_zoo_names() -> None:
-    weights = (FOLDER / "quickstart" / "teacher.pth").read_bytes()
+@pytest.mark.parametrize("name", ["teacher", "student_finished"])
+def test_shipped_weights_are_those_that_the_model_zoo_names(name: str) -> None:
+    weights = (FOLDER / "quickstart" / f"{name}.pth").read_bytes()
     assert hashlib.sha256(weights).hexdigest() in (Path(ROOT) / "MODEL_ZOO.md").read_text()
     assert len(weights) < 4_000_000
 

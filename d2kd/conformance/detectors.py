@@ -88,12 +88,22 @@ _FCOS = {
     "MODEL.FCOS.NUM_CONVS": 1,
 }
 
+_REPPOINTS = {
+    "MODEL.META_ARCHITECTURE": "RepPoints",
+    "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.REPPOINTS.NUM_CLASSES": NUM_CLASSES,
+    "MODEL.REPPOINTS.NUM_CONVS": 1,
+}
+
 DETECTORS = {
     "retinanet": _RETINANET,
     "faster_rcnn": _FASTER_RCNN,
     "mask_rcnn": _MASK_RCNN,
     "cascade_rcnn": _CASCADE_RCNN,
     "fcos": _FCOS,
+    "reppoints": _REPPOINTS,
 }
 
 

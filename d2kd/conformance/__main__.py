@@ -25,7 +25,7 @@ from d2kd.conformance import conformance
 TestHeads = conformance(*{names})
 """
 EXAMPLES = """
-Between each two of a small RetinaNet, Faster R-CNN and FCOS that the head takes:
+Between each two of a small RetinaNet, Faster R-CNN, FCOS and RepPoints that the head takes:
 {checks}
 
 The same in a test file of yours:

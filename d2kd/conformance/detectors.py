@@ -11,6 +11,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from ..config import load_config
+from ..modeling import RepPoints
+from ..modeling.reppoints.points import PointConv
 
 NUM_CLASSES = 3
 
@@ -156,10 +158,13 @@ def enliven(detector: nn.Module) -> None:
     nn.init.zeros_(layers[0].bias)
     if hasattr(detector, "head"):
         layers += [*detector.head.cls_subnet, *detector.head.bbox_subnet]
+    if isinstance(detector, RepPoints):  # whose boxes would be the same everywhere, too
+        layers += [x for x in detector.head.modules() if isinstance(x, PointConv)]
+        layers += [*detector.head.init_points, detector.head.refine_points]
     for layer in layers:
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if isinstance(layer, (nn.Conv2d, nn.Linear, PointConv)):
             nn.init.kaiming_normal_(layer.weight)
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
             # Of a level with a single cell the centre is all that counts: 1 of 9 weights.
             layer.weight.data[:, :, 1, 1] *= 3
 

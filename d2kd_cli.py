@@ -23,6 +23,7 @@ COMMANDS: Dict[str, Command] = {
     "eval": Command("d2kd.cli.eval", "evaluate a student; the teacher is not needed"),
     "compare": Command("d2kd.cli.compare", "train with and without the teacher: is there a gain?"),
     "bench": Command("d2kd.cli.bench", "fill a table of runs, and keep the figures"),
+    "report": Command("d2kd.cli.report", "write a run as one HTML file that can be sent"),
     "export": Command("d2kd.export.__main__", "write the student for machines without d2kd"),
     "draw": Command("d2kd.cli.draw", "draw what a student learns from its teacher"),
     "draw-detections": Command("d2kd.cli.draw_detections", "draw what detectors detect"),
@@ -74,7 +75,9 @@ def help_text() -> str:
     width = max(map(len, COMMANDS))
     rows = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     usage = "usage: d2kd COMMAND ... [--help] [--version]"
-    return "\n".join([usage, "", DESCRIPTION, "", "Commands:", *rows, EXAMPLES.rstrip()])
+    completion = f"  complete -o default -W '{' '.join(COMMANDS)}' d2kd"
+    ending = [EXAMPLES, "Completion of commands and files, for ~/.bashrc:", completion]
+    return "\n".join([usage, "", DESCRIPTION, "", "Commands:", *rows, *ending])
 
 
 def _run(name: str, words: List[str]) -> int:

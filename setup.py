@@ -24,7 +24,10 @@ setup(
     # and the figures of longer runs that it shows.
     packages=[*find_packages(include=["d2kd", "d2kd.*"]), "d2kd.configs"],
     package_dir={"d2kd.configs": "configs"},
-    package_data={"d2kd.configs": ["*/*.yaml", "*/*/*.yaml", "quickstart/*.pth", "bench/*.csv"]},
+    package_data={
+        "d2kd.configs": ["*/*.yaml", "*/*/*.yaml", "quickstart/*.pth", "bench/*.csv"],
+        "d2kd.report": ["page.html"],
+    },
     # Outside the package, whose import takes seconds: `d2kd --help` must not.
     py_modules=["d2kd_cli"],
     entry_points={"console_scripts": ["d2kd = d2kd_cli:main"]},
@@ -33,6 +36,7 @@ setup(
     # once somebody registers it, install a stranger's code. third_party/detectron2 builds one.
     install_requires=[
         "fvcore>=0.1.5",
+        "Jinja2",
         "numpy",
         "omegaconf>=2.1",
         "Pillow>=7.1",

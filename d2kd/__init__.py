@@ -20,7 +20,7 @@ from .pairing.levels import match_levels
 from .teacher import Teacher, build_teacher
 from .views import DETECTOR_VIEW_REGISTRY, DetectorView
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DETECTOR_VIEW_REGISTRY",
     "DISTILL_HEAD_REGISTRY",

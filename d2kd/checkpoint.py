@@ -1,4 +1,4 @@
-"""Checkpoints: the plain student under "model", what distillation adds beside it."""
+"""Checkpoints with the plain student under "model" and distillation state beside it."""
 
 import logging
 import os
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 class PlainCheckpointer(DetectionCheckpointer):
     """
-    Detectron2's checkpointer on the student alone, so that "model" is what stock Detectron2 loads.
+    Detectron2's checkpointer for the student alone, so that stock Detectron2 can load "model".
 
-    Beside it "distill_heads" (adapters, generators, queues) and "teacher" (a manifest, never
-    weights). It also remembers what the last load left uncovered.
+    Files also have "distill_heads" (adapters, generators, queues) and "teacher" (a manifest, never
+    weights). The attributes describe which keys the last load covered.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any):
@@ -37,28 +37,28 @@ class PlainCheckpointer(DetectionCheckpointer):
         if hasattr(model, "student"):
             checkpointables["distill_heads"] = model.heads
             if model.teacher is not None:
-                # First, so that another teacher is refused before optimizer and heads are loaded.
+                # First, to refuse another teacher before loading optimizer and heads.
                 guard = TeacherManifest(model.teacher.manifest)
                 checkpointables = {"teacher": guard, **checkpointables}
             model = model.student
         super().__init__(model, save_dir, **checkpointables)
         self.path_manager = AtomicFiles(self.path_manager)
-        self.missing_keys: List[str] = []  # of the model, not in the file or of another shape
-        self.unexpected_keys: List[str] = []  # in the file, not of the model
-        self.wrong_shapes: Dict[str, str] = {}  # name to both shapes, in words
+        self.missing_keys: List[str] = []  # in the model, but not in the file or of another shape
+        self.unexpected_keys: List[str] = []  # in the file, but not in the model
+        self.wrong_shapes: Dict[str, str] = {}  # name to a text with both shapes
         self.loaded_keys = 0
-        self.found = ""  # what the file is, in words
-        self.advice = ""  # what to do where nothing in it fits
+        self.found = ""  # description of the file
+        self.advice = ""  # what to do if nothing in the file fits
 
     def load(self, path: str, checkpointables: Optional[List[str]] = None) -> Dict[str, Any]:
         """
         Raises:
-            ValueError: not a checkpoint, or none to resume from though it should be
+            ValueError: not a checkpoint, or not one that a run can resume from
         """
         self._resumes = checkpointables is None and "trainer" in self.checkpointables
         self._path = path
         address = urlparse(path or "")
-        self._queries = parse_qs(address.query)  # 0.5 does not know them
+        self._queries = parse_qs(address.query)  # Detectron2 0.5 does not support them
         if address.query:
             path = address._replace(query="").geturl()
         try:
@@ -71,22 +71,22 @@ class PlainCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """
         Raises:
-            FloatingPointError: a weight is not finite, as a gradient of a finite loss may have left
-                it; the checkpoint before is the one to go on from
+            FloatingPointError: a weight is not finite, which a gradient can cause even if the loss
+                is finite; resume from the previous checkpoint
         """
         heads = self.checkpointables.get("distill_heads", nn.Module())
-        # Not their buffers: a running minimum may rightly begin at infinity.
+        # Parameters only: a buffer such as a running minimum may validly start at infinity.
         weights = {**dict(self.model.named_parameters()), **dict(heads.named_parameters())}
         bad = _not_finite(weights) if self.save_to_disk else ""
         if bad:
             raise FloatingPointError(
-                f"{name}.pth was not saved: {bad} is not finite. What was saved before is as it "
-                "was. Usual cause: a learning rate or loss weight that is too high."
+                f"{name}.pth was not saved: {bad} is not finite. Earlier checkpoints are "
+                "unchanged. Usual cause: a learning rate or loss weight that is too high."
             )
         super().save(name, **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        # The best one is no place to go on from, also for a run that is killed right after it.
+        # Never resume from the best checkpoint, even if a run is killed right after saving it.
         if last_filename_basename != f"{BEST}.pth":
             super().tag_last_checkpoint(last_filename_basename)
 
@@ -95,7 +95,7 @@ class PlainCheckpointer(DetectionCheckpointer):
         if self._queries:
             if self._queries != {"matching_heuristics": ["True"]}:
                 raise ValueError(
-                    f"of an address, only ?matching_heuristics=True is known, not {self._queries}"
+                    f"the only supported query is ?matching_heuristics=True, not {self._queries}"
                 )
             loaded["matching_heuristics"] = True
         return loaded
@@ -116,14 +116,14 @@ class PlainCheckpointer(DetectionCheckpointer):
         }
         self.missing_keys = sorted({*incompatible.missing_keys, *self.wrong_shapes})
         self.unexpected_keys = list(incompatible.unexpected_keys)
-        # Not what is left of the model's: PyTorch does not miss BatchNorm's counters.
+        # Counted from the file: PyTorch does not report missing BatchNorm counters.
         self.loaded_keys = len(given) - len(self.unexpected_keys) - len(self.wrong_shapes)
         self.advice = "" if self.loaded_keys else advice(given, wanted)
         return incompatible
 
 
 class TeacherManifest:
-    """Which teacher a run learns from; refuses to go on with another."""
+    """Identifies the teacher of a run; refuses to resume with another."""
 
     def __init__(self, manifest: Dict[str, str]):
         """
@@ -153,17 +153,17 @@ class TeacherManifest:
 
 def load_whole_detector(model: nn.Module, path: str, key: str) -> Dict[str, Any]:
     """
-    Load a detector and insist that every parameter and buffer is covered.
+    Load a detector and require that every parameter and buffer is covered.
 
     Args:
         path: local file, URL or model-zoo address
-        key: config key that named the path, for the error
+        key: config key of the path, for the error
 
     Returns:
-        what else is in the file
+        the file's content besides the model
 
     Raises:
-        ValueError: not a checkpoint, or keys of the detector are missing or of other shape in it
+        ValueError: not a checkpoint, or keys of the detector are missing or have another shape
     """
     checkpointer = PlainCheckpointer(model)
     found = _load(checkpointer, path, key)
@@ -189,7 +189,7 @@ def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:
     Load MODEL.WEIGHTS into a student: an ImageNet backbone, a zoo detector or a plain .pth.
 
     Raises:
-        ValueError: not a checkpoint, or one that covers no part of the student by half
+        ValueError: not a checkpoint, or one that covers less than half of every part of the student
     """
     _load(checkpointer, path, "MODEL.WEIGHTS", checkpointables=[])
     if path:
@@ -200,7 +200,7 @@ def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:
 def check_is_file(path: str, key: str) -> None:
     """
     Raises:
-        FileNotFoundError: there is no such file, naming the key, and, of a folder, what is in it
+        FileNotFoundError: not a file; names the key and, for a folder, the checkpoints in it
     """
     if os.path.isdir(path):
         inside = sorted(x for x in os.listdir(path) if x.endswith((".pth", ".pkl")))
@@ -216,13 +216,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _not_finite(values: Mapping[str, Tensor]) -> str:
-    """Name of the first that has NaN or infinite values; "" without."""
+    """Name of the first tensor with NaN or infinite values; "" if all are finite."""
     floats = (k for k, v in values.items() if v.is_floating_point() and not v.isfinite().all())
     return next(floats, "")
 
 
 def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> Dict[str, Any]:
-    """`checkpointer.load`, with the config key that named the path in its errors."""
+    """`checkpointer.load` with errors that name the config key of the path."""
     path = find_file(path)
     try:
         if path and not urlparse(path).scheme:
@@ -232,12 +232,12 @@ def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -
         raise ValueError(f"{key}: {error}") from error
     except FileNotFoundError:
         raise
-    except OSError as error:  # such as a URL's, which does not say which
+    except OSError as error:  # such as of a URL, whose error does not name it
         raise OSError(f"{key}: {path!r} cannot be read: {error}") from error
 
 
 def _first_difference(text: str, other: str) -> str:
-    """The first line of `text` that `other` does not have in its place."""
+    """The first line of `text` that differs from the same line of `other`."""
     lines, others = text.splitlines(), other.splitlines()
     for i, line in enumerate(lines):
         if i >= len(others) or line != others[i]:

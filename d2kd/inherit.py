@@ -14,11 +14,10 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("neck", "head")
 
-# Layers with rows of their own for each class, in Detectron2's detectors, and how many a
-# class-agnostic one has.
+# Layers of Detectron2's detectors with rows per class -> number of rows of a class-agnostic one.
 PER_CLASS = {r"cls_score": 0, r"box_predictor.*bbox_pred": 4, r"mask_head\.predictor": 1}
 
-# Layers with rows of their own for each anchor of a cell, and layers that predict boxes.
+# Layers with rows per anchor, and layers that predict boxes.
 PER_ANCHOR = (
     r"^(head|proposal_generator)\..*(cls_score|bbox_pred|objectness_logits|anchor_deltas)\."
 )
@@ -26,7 +25,7 @@ BOXES = r"(bbox_pred|anchor_deltas)\."
 
 
 def part_of(key: str) -> str:
-    """Which part of a detector an entry of its state_dict belongs to."""
+    """The part of a detector that a state_dict entry belongs to: backbone, neck or head."""
     if not key.startswith("backbone."):
         return "head"
     return "backbone" if key.startswith("backbone.bottom_up.") else "neck"
@@ -37,18 +36,18 @@ def inherit(
     student: nn.Module, teacher: nn.Module, parts: List[str], same_classes: bool = True
 ) -> List[str]:
     """
-    Copy the teacher's entries into the student's of the same name and shape; log what was copied.
+    Copy the teacher's entries to the student's entries of the same name and shape, and log them.
 
     Args:
-        parts: "neck" (pyramid), "head" (all that predicts)
-        same_classes: class i of one is class i of the other; else layers that have rows for each
-            class are left as they are, whatever their shapes
+        parts: "neck" (pyramid), "head" (everything that predicts)
+        same_classes: class i of one is class i of the other; if False, layers with rows per class
+            are not copied, even if their shapes agree
 
     Returns:
         names of the copied entries
 
     Raises:
-        ValueError: an unknown part, or one of which nothing fits
+        ValueError: an unknown part, or one without any matching entry
     """
     target, source = student.state_dict(), teacher.state_dict()
     other_anchors = _have_other_anchors(student, teacher)
@@ -56,15 +55,15 @@ def inherit(
     for part in parts:
         keys = [k for k in target if part_of(k) == part]
         reasons = {
-            k: _why_not_like(k, source, target)
-            or _why_not_same(k, student, teacher, same_classes, other_anchors)
+            k: _shape_mismatch(k, source, target)
+            or _meaning_mismatch(k, student, teacher, same_classes, other_anchors)
             for k in keys
         }
         fits = [k for k in keys if not reasons[k]]
         if not fits:
             raise ValueError(
-                f"DISTILL.INHERIT: nothing of the student's {part!r} has the name and shape of the "
-                f"teacher's. Take {part!r} out of the list for this pair."
+                f"DISTILL.INHERIT: no entry of the student's {part!r} matches the teacher's in "
+                f"name and shape. Remove {part!r} from the list for this pair."
             )
         for k in fits:
             target[k].copy_(source[k])
@@ -76,8 +75,8 @@ def inherit(
     return copied
 
 
-def _why_not_like(key: str, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
-    """A reason why an entry cannot be copied; "" if it can."""
+def _shape_mismatch(key: str, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
+    """Why an entry differs in name or shape; "" if it does not."""
     if key not in source:
         return "not in the teacher"
     if source[key].shape != target[key].shape:
@@ -85,25 +84,25 @@ def _why_not_like(key: str, source: Mapping[str, Tensor], target: Mapping[str, T
     return ""
 
 
-def _why_not_same(
+def _meaning_mismatch(
     key: str, student: nn.Module, teacher: nn.Module, same_classes: bool, other_anchors: bool
 ) -> str:
-    """A reason why an entry of one name and shape means something else; "" if it does not."""
+    """Why an entry of the same name and shape has another meaning; "" if it has the same."""
     if not same_classes:
         per_class = [rows for layer, rows in PER_CLASS.items() if re.search(layer, key)]
         if any(len(student.get_parameter(key)) > rows for rows in per_class):
-            return "the classes are others"
+            return "different classes"
     if other_anchors and re.search(PER_ANCHOR, key):
-        return "the anchors are others"
+        return "different anchors"
     theirs, ours = list(_owners(key, teacher)), list(_owners(key, student))
     if re.search(BOXES, key) and _box_coding(theirs) != _box_coding(ours):
-        return "box deltas mean other boxes"
+        return "different box coding"
     if (
         "box_predictor" in key
         and "cls_score" in key
         and _found(theirs, "use_sigmoid_ce") != _found(ours, "use_sigmoid_ce")
     ):
-        return "one is for a softmax, the other for sigmoids"
+        return "softmax versus sigmoids"
     if isinstance(theirs[0], nn.GroupNorm) != isinstance(ours[0], nn.GroupNorm):
         return f"teacher {type(theirs[0]).__name__}, student {type(ours[0]).__name__}"
     if "top_block" in key and _found(theirs, "in_feature") != _found(ours, "in_feature"):
@@ -114,14 +113,14 @@ def _why_not_same(
 
 
 def _owners(key: str, model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that an entry of the state_dict is in, innermost first."""
+    """The modules that contain a state_dict entry, innermost first."""
     path = key.split(".")[:-1]
     for end in range(len(path), -1, -1):
         yield model.get_submodule(".".join(path[:end]))
 
 
 def _found(owners: List[nn.Module], attribute: str) -> Any:
-    """Of the innermost module that has it."""
+    """The attribute of the innermost module that has it; None if none has."""
     return next((getattr(x, attribute) for x in owners if hasattr(x, attribute)), None)
 
 
@@ -132,7 +131,7 @@ def _box_coding(owners: List[nn.Module]) -> Any:
 
 
 def _have_other_anchors(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether the cells of some stride, on which both predict, have anchors in another order."""
+    """Whether the anchors, or their order, differ at any stride at which both predict."""
     infos = [describe_detector(x, "detector") for x in (student, teacher)]
     ours, theirs = (
         {info.shapes[level].stride: anchors for level, anchors in info.anchors.items()}

@@ -1,4 +1,4 @@
-"""How the weight of a distillation loss changes while training runs."""
+"""Schedules for the weights of distillation losses."""
 
 import math
 from typing import Sequence, Tuple
@@ -18,24 +18,24 @@ DECAYS = ("none", "linear", "cosine")
 
 def add_schedule_config(node: CfgNode) -> None:
     """
-    Write the keys of one head's weight schedule, DISTILL.<NAME>.SCHEDULE.
+    Add the keys of a head's weight schedule, DISTILL.<NAME>.SCHEDULE.
 
     Iterations count from the start of the run, or of its stage where DISTILL.STAGES has several.
     """
     node.SCHEDULE = CfgNode()
-    # iterations over which the weight rises linearly from 0 to LOSS_WEIGHT; 0: full from the start
+    # iterations of linear warm-up from 0 to LOSS_WEIGHT; 0: none
     node.SCHEDULE.WARMUP_ITERS = 0
     # "none", "linear" or "cosine": from LOSS_WEIGHT at DECAY_FROM to END_FACTOR x LOSS_WEIGHT at
     # the stop
     node.SCHEDULE.DECAY = "none"
     node.SCHEDULE.DECAY_FROM = 0  # iteration
     node.SCHEDULE.END_FACTOR = 0.0  # in [0, 1]
-    # iteration from which the term is off and costs nothing; -1: on until the end
+    # iteration from which the loss is off and costs nothing; -1: never
     node.SCHEDULE.STOP_ITER = -1
 
 
 class WeightSchedule:
-    """The weight of one distillation loss as a function of the iteration alone: resume-proof."""
+    """The weight of a distillation loss, a function of the iteration only, so resuming is exact."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class WeightSchedule:
     ):
         """
         Args:
-            weight: loss weight at full strength
+            weight: loss weight without warm-up and decay
             max_iter: iterations of the run, or of its stage
             warmup_iters, decay, decay_from, end_factor, stop_iter: see add_schedule_config
         """
@@ -68,7 +68,7 @@ class WeightSchedule:
     def from_config(cls, name: str, cfg: CfgNode) -> "WeightSchedule":
         """
         Args:
-            name: of the head, as in DISTILL.HEADS
+            name: name of the head, as in DISTILL.HEADS
 
         Raises:
             ValueError: a value outside its range
@@ -98,16 +98,16 @@ def _check(key: str, node: CfgNode, max_iter: int) -> None:
     schedule = node.SCHEDULE
     if not 0 < node.LOSS_WEIGHT < math.inf:
         raise ValueError(
-            f"{key}.LOSS_WEIGHT must be above 0, got {node.LOSS_WEIGHT}: infinity is no weight, "
-            "and a head without one would be silently off. Take it out of DISTILL.HEADS instead."
+            f"{key}.LOSS_WEIGHT must be above 0, got {node.LOSS_WEIGHT}; it must also be finite. "
+            "To switch a head off, remove it from DISTILL.HEADS."
         )
-    why = "0 is as published; else a number of pixels, such as 1075200 for 800x1344"
+    why = "0 means as published, else a number of pixels, such as 1075200 for 800x1344"
     check_range(f"{key}.REFERENCE_PIXELS", node.get("REFERENCE_PIXELS", 0), 0, 10**9, why)
     check_choice(f"{key}.SCHEDULE.DECAY", schedule.DECAY, DECAYS)
     if not 0 <= schedule.END_FACTOR <= 1:
         raise ValueError(
             f"{key}.SCHEDULE.END_FACTOR must be in [0, 1], got {schedule.END_FACTOR}: it is the "
-            "share of LOSS_WEIGHT that is left at the stop."
+            "fraction of LOSS_WEIGHT at the end of the decay."
         )
     for name in ("WARMUP_ITERS", "DECAY_FROM"):
         if not 0 <= schedule[name] <= max_iter:
@@ -124,18 +124,18 @@ def _check(key: str, node: CfgNode, max_iter: int) -> None:
 
 def pixel_factor(reference_pixels: int, image_sizes: Sequence[Tuple[int, int]]) -> float:
     """
-    What makes the weight of a loss that is a sum over cells independent of the size of the images.
+    Factor that makes the weight of a sum over cells independent of the image size.
 
-    Such a loss grows with the image, so that a weight is right for one size; those published are
-    for 800x1344. With REFERENCE_PIXELS N it means at every size what it means at N pixels: 1075200
-    lets the published weights be typed in at any size.
+    Such a loss grows with the image, so its weight fits one image size only; published weights are
+    for 800x1344. With REFERENCE_PIXELS N a weight has the same effect at every size as at N pixels:
+    with 1075200 the published weights are right for any size.
 
     Args:
         reference_pixels: N; 0: as published, no factor
         image_sizes: (height, width) of each image, without padding
 
     Returns:
-        what to multiply the loss with, N / mean pixels of the images
+        factor of the loss, N / mean number of pixels per image
     """
     if not reference_pixels:
         return 1.0

@@ -1,4 +1,4 @@
-"""A training step of the Distiller, as others explain, measure and draw it."""
+"""Record of a training step of the Distiller, for monitoring and drawing."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from .views import DetectorView
 
-# Level name to a scalar; "" of a loss that its head does not tell by level
+# Level name to a scalar; the key is "" for a loss that is not split by level
 ByLevel = Dict[str, Tensor]
 
 
 @dataclass
 class Step:
     """
-    `student`, `teacher`: views of the batch; `terms`: of each head that was on, its losses without
-    weight, by level; `maps`: of each head, what it left to be drawn (see DISTILL_HEAD_REGISTRY).
+    `student`, `teacher`: views of the batch; `terms`: for each active head, its unweighted losses
+    by level; `maps`: for each head, its maps to draw (see DISTILL_HEAD_REGISTRY).
     """
 
     student: DetectorView
@@ -25,5 +25,5 @@ class Step:
 
     @property
     def losses(self) -> Dict[str, ByLevel]:
-        """Those of all heads."""
+        """The losses of all heads."""
         return {key: levels for terms in self.terms.values() for key, levels in terms.items()}

@@ -23,6 +23,7 @@ COMMANDS: Dict[str, str] = {
     "d2kd quickstart": "d2kd.cli.quickstart",
     "d2kd heads": "d2kd.heads.__main__",
     "d2kd keys": "d2kd.cli.keys",
+    "d2kd report": "d2kd.cli.report",
     "d2kd.data.preview": "d2kd.data.preview",
     "tools/bench.py": "bench",
     "tools/bench_curves.py": "bench_curves",

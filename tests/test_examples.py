@@ -186,12 +186,13 @@ def run_preview(words: List[str]) -> None:
 
 
 # Their words tell of no config.
-PARSED = ("d2kd check", "d2kd draw-detections", "d2kd heads", "d2kd keys")
+PARSED = ("d2kd check", "d2kd draw-detections", "d2kd heads", "d2kd keys", "d2kd report")
 TRIED: Dict[str, Callable[[List[str]], Any]] = {
     **{name: partial(try_config, name) for name in COMMANDS},
     **{name: partial(parse, name) for name in PARSED},
     "d2kd quickstart": try_quickstart,
     "tools/bench.py": try_bench,
+    "tools/bench_curves.py": partial(parse, "tools/bench_curves.py"),
     "tools/bench_tables.py": partial(parse, "tools/bench_tables.py"),
     "tools/benchmark.py": try_benchmark,
     "tools/shrink_checkpoint.py": run_shrink,

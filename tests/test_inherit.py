@@ -83,7 +83,7 @@ def test_entries_that_the_teacher_lacks_are_skipped_and_listed(
 
 def test_part_of_which_nothing_fits_is_refused() -> None:
     student, teacher = build("retinanet", seed=1), build("faster_rcnn", seed=2)
-    with pytest.raises(ValueError, match="DISTILL.INHERIT: nothing of the student's 'head' has"):
+    with pytest.raises(ValueError, match="DISTILL.INHERIT: no entry of the student's 'head'"):
         inherit(student, teacher, ["head"])
 
 
@@ -128,7 +128,7 @@ def test_rows_of_other_classes_are_left_alone_and_all_else_is_copied(
         assert torch.equal(value, source[key] if key in copied else before[key]), key
     for key in rows:
         shapes = f"teacher {tuple(source[key].shape)}, student {tuple(before[key].shape)}"
-        reason = shapes if others else "the classes are others"
+        reason = shapes if others else "different classes"
         assert f"{key} ({reason})" in caplog.text
 
 
@@ -182,7 +182,7 @@ ANCHOR_ROWS = {
 @pytest.mark.parametrize(
     "name, values, layers, reason",
     [
-        (name, values, rows, "the anchors are others")
+        (name, values, rows, "different anchors")
         for name, rows in ANCHOR_ROWS.items()
         for values in ({RATIOS: [[2.0, 1.0, 0.5]]}, {"MODEL__ANCHOR_GENERATOR__OFFSET": 0.5})
     ]
@@ -191,19 +191,19 @@ ANCHOR_ROWS = {
             "retinanet",
             {"MODEL__RETINANET__BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0)},
             ["head.bbox_pred"],
-            "box deltas mean other boxes",
+            "different box coding",
         ),
         (
             "faster_rcnn",
             {"MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)},
             ["roi_heads.box_predictor.bbox_pred"],
-            "box deltas mean other boxes",
+            "different box coding",
         ),
         (
             "faster_rcnn",
             {"MODEL__RPN__BBOX_REG_WEIGHTS": (2.0, 2.0, 2.0, 2.0)},
             ["proposal_generator.rpn_head.anchor_deltas"],
-            "box deltas mean other boxes",
+            "different box coding",
         ),
     ],
 )

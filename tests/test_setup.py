@@ -13,10 +13,10 @@ import setuptools
 from toys import ROOT
 
 # Names of imports whose packages are called otherwise.
-PACKAGES = {"cv2": "opencv-python-headless", "PIL": "Pillow", "yaml": "PyYAML"}
-# See the comment in setup.py; and what Detectron2 itself asks for, to draw.
+PACKAGES = {"jinja2": "Jinja2", "cv2": "opencv-python-headless", "PIL": "Pillow", "yaml": "PyYAML"}
+# See the comment in setup.py; and what Detectron2 itself asks for, to draw and for TensorBoard.
 NOT_NAMED = {
-    "d2kd": {"detectron2", "d2kd_cli"},
+    "d2kd": {"detectron2", "d2kd_cli", "matplotlib", "tensorboard"},
     "tools": {"detectron2", "d2kd", "d2kd_cli", "matplotlib"},
 }
 

@@ -44,9 +44,9 @@ GPU runs go one after the other.
 
 examples:
   what would be run, and what is finished:
-    d2kd bench configs/bench/baseline.yaml --list
+    d2kd bench configs/bench/heads.yaml --list
   two at a time, on two cores:
-    d2kd bench configs/bench/baseline.yaml --jobs 2
+    d2kd bench configs/bench/heads.yaml --jobs 2
   then write the figures into the documents:
     python tools/bench_tables.py
 """

@@ -16,8 +16,8 @@ from bench_tables import groups
 
 EPILOG = """
 Example: the student alone and three methods
-  python tools/bench_curves.py configs/bench/baseline.yaml curves.png \\
-      --rows "student alone, tuned" "student alone, SGD"
+  python tools/bench_curves.py configs/bench/heads.yaml curves.png \\
+      --rows "trained on alone" CWD PKD
 """
 # iterations -> lowest, mean, highest AP in percent
 Curve = Dict[int, Tuple[float, float, float]]
@@ -86,7 +86,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", help="YAML of the table, such as configs/bench/baseline.yaml")
+    parser.add_argument("table", help="YAML of the table, such as configs/bench/heads.yaml")
     parser.add_argument("path", help="picture to write, such as curves.png")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="default: all")
     return parser.parse_args(argv)

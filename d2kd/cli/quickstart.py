@@ -1,18 +1,19 @@
 """
-See what distillation does, in minutes, from nothing: train a small detector alone, train it again
-with a teacher beside it, and compare the two on a test set on which nothing was chosen. Same seed,
-same batches in the same order, same schedule; the teacher is the only difference.
+See in minutes what distillation does for a student that was trained to its end: train it further
+alone, train it further with a teacher beside it, and compare the two on a test set on which nothing
+was chosen. Same seed, same batches in the same order, same schedule; the teacher is the only
+difference.
 
 Each step is a d2kd command, printed so that you can run it yourself. A step that was finished
-before is not repeated; one that was interrupted goes on where it stopped. On a CPU both students
-are trained at once, with one thread each: nets as small as these gain nothing from a second.
+before is not repeated; one that was interrupted continues where it stopped. On a CPU two steps run
+at once, with one thread each: nets as small as these gain nothing from a second thread.
 """
 
 import argparse
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
@@ -30,6 +31,10 @@ Examples:
     d2kd quickstart --distilled configs/quickstart/mgd.yaml
 """
 CHOSEN_ON, TEST = ("d2kd_shapes_val",), ("d2kd_shapes_test",)
+TEACHER, START, ALONE, DISTILLED = "teacher", "student", "trained on alone", "distilled"
+FINISHED = 0.5  # AP: a student that gains less alone is called finished
+
+Step = Tuple[str, List[str], str]  # YAML, overrides, trained weights or ""
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -38,24 +43,24 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         args.opts = ["DATASETS.TEST", repr(TEST), *args.opts]
     cfg = load_config(args.distilled, args.opts)
     register_datasets(cfg)  # draws the built-in images once, before two processes need them
-    students = {"student alone": args.student, "student distilled": args.distilled}
-    steps, start = Steps(args.fresh), time.perf_counter()
-
-    teacher, weights = cfg.DISTILL.TEACHER.CONFIG_FILE, cfg.DISTILL.TEACHER.WEIGHTS
-    teacher_opts = opts_for("teacher", args.opts)
-    print(f"\n[1/2] teacher: {teacher}", flush=True)
-    results = {"teacher": steps.run(teacher, teacher_opts, weights)}
+    runs, start = Steps(args.fresh), time.perf_counter()
+    first, second = plan(args)
     jobs = runs_at_once(cfg.MODEL.DEVICE)
-    print(f"\n[2/2] both students, {'at once' if jobs > 1 else 'one after the other'}", flush=True)
-    results.update(run_students(steps, students, args.opts, jobs))
+    print(f"\n[1/2] {' and '.join(first)}", flush=True)
+    results = run_all(runs, first, jobs)
+    print(f"\n[2/2] {' and '.join(second)}", flush=True)
+    results.update(run_all(runs, second, jobs))
 
     report = make_report(results, time.perf_counter() - start)
     print("\n" + report)
     folder = os.path.dirname(load_config(args.student, args.opts).OUTPUT_DIR.rstrip("/")) or "."
     with open(os.path.join(folder, "table.md"), "w") as file:
         file.write(report + "\n")
-    panels = [(name, yaml, final_weights(yaml, args.opts)) for name, yaml in students.items()]
-    panels.append(("teacher", teacher, weights or final_weights(teacher, teacher_opts)))
+    panels = [
+        (name, yaml, weights or os.path.join(load_config(yaml, opts).OUTPUT_DIR, "model_final.pth"))
+        for name, (yaml, opts, weights) in {**second, **first}.items()
+        if name != START
+    ]
     draw_detections(panels, args.opts, rows=4, threshold=0.3, path=f"{folder}/detections.png")
     print(
         f"\nTable: {folder}/table.md. Picture: {folder}/detections.png. "
@@ -63,9 +68,34 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
 
 
+def plan(args: argparse.Namespace) -> Tuple[Dict[str, Step], Dict[str, Step]]:
+    """
+    Returns:
+        name -> step, for those that the others start from, and for the two that are compared
+    """
+    teacher = load_config(args.distilled, args.opts).DISTILL.TEACHER
+    alone = [x for x in pairs(args.opts) if not x[0].startswith("DISTILL.")]
+    place = ("MODEL.DEVICE", "DATASETS.", "DATALOADER.")
+    shared = [word for pair in alone if pair[0].startswith(place) for word in pair]
+    first = {TEACHER: (teacher.CONFIG_FILE, shared, teacher.WEIGHTS)}
+    weights = load_config(args.student, shared).MODEL.WEIGHTS
+    if weights:
+        first[START] = (args.student, shared, weights)
+    second = {
+        ALONE: (args.student, [word for pair in alone for word in pair], ""),
+        DISTILLED: (args.distilled, args.opts, ""),
+    }
+    return first, second
+
+
+def pairs(opts: Sequence[str]) -> List[Tuple[str, str]]:
+    return list(zip(opts[0::2], opts[1::2]))
+
+
 def runs_at_once(device: str) -> int:
     """
-    Two on a CPU with two cores or more; one on a GPU. Says where other work takes the cores.
+    Two on a CPU with two cores or more; one on a GPU. Prints a notice where other processes keep
+    the cores busy.
 
     Args:
         device: MODEL.DEVICE
@@ -74,75 +104,61 @@ def runs_at_once(device: str) -> int:
     jobs = 2 if device == "cpu" and cores > 1 else 1
     if device == "cpu" and busy + jobs > cores + 0.5:
         print(
-            f"\nOther work keeps {busy:.1f} of {cores} cores busy (mean of the last minute): "
+            f"\nOther processes keep {busy:.1f} of {cores} cores busy (mean of the last minute): "
             "this will take longer than on a quiet machine."
         )
     return jobs
 
 
-def run_students(
-    steps: Steps, students: Dict[str, str], opts: Sequence[str], jobs: int
-) -> Dict[str, Dict[str, float]]:
+def run_all(runs: Steps, steps: Dict[str, Step], jobs: int) -> Dict[str, Dict[str, float]]:
     """
     Args:
-        students: name of a step to its YAML
         jobs: steps at a time
 
     Returns:
-        name to metrics, in the order of `students`
+        name to metrics, in the order of `steps`
     """
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
-            name: pool.submit(steps.run, yaml, opts_for(name, opts), name=name)
-            for name, yaml in students.items()
+            name: pool.submit(runs.run, yaml, opts, weights, name)
+            for name, (yaml, opts, weights) in steps.items()
         }
         try:
             for future in as_completed(futures.values()):
                 future.result()  # the first that fails ends the other
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            steps.stop()
+            runs.stop()
             raise
     return {name: future.result() for name, future in futures.items()}
 
 
 def make_report(results: Dict[str, Dict[str, float]], seconds: float) -> str:
-    """The three rows and the gain, as a Markdown table with a sentence."""
+    """A row for each step and the gain, as a Markdown table, and how to read it."""
     rows = [[name] + [f"{v[k]:.1f}" for k in METRICS] for name, v in results.items()]
-    gains = [results["student distilled"][k] - results["student alone"][k] for k in METRICS]
+    gains = [results[DISTILLED][k] - results[ALONE][k] for k in METRICS]
     rows.append(["gain"] + [f"{x:+.1f}" for x in gains])
     table = tabulate(rows, ["", *METRICS], tablefmt="github", disable_numparse=True)
-    verdict = (
-        f"The teacher's company is worth {gains[0]:+.1f} AP to this student."
-        if gains[0] > 0
-        else f"No gain this time ({gains[0]:+.1f} AP)."
-    )
-    return f"{table}\n\n{verdict} ({seconds / 60:.1f} minutes; one seed, so take it as one draw.)"
-
-
-def final_weights(config_file: str, opts: Sequence[str]) -> str:
-    return os.path.join(load_config(config_file, opts).OUTPUT_DIR, "model_final.pth")
-
-
-def opts_for(step: str, opts: Sequence[str]) -> List[str]:
-    """
-    The overrides that a step reads. They are about the two students; the teacher is told of device
-    and data, the student alone of everything but the distillation.
-    """
-    kept = {
-        "teacher": lambda key: key.startswith(("MODEL.DEVICE", "DATASETS.", "DATALOADER.")),
-        "student alone": lambda key: not key.startswith("DISTILL."),
-        "student distilled": lambda key: True,
-    }
-    pairs = zip(opts[0::2], opts[1::2])
-    return [word for key, value in pairs if kept[step](key) for word in (key, value)]
+    lines = [f"Distillation gain: {gains[0]:+.1f} AP (one seed; {seconds / 60:.1f} minutes)."]
+    if START in results:
+        further = results[ALONE]["AP"] - results[START]["AP"]
+        state = (
+            "was finished" if further < FINISHED else "was not finished: part of any gain is haste"
+        )
+        lines.append(f"Training on alone changed {further:+.1f} AP, so the student {state}.")
+    else:
+        lines.append("Both students start from nothing: at so few iterations neither is finished.")
+    return "\n".join([table, "", *lines])
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = command_parser("d2kd quickstart", __doc__, EXAMPLES)
     folder = "configs/quickstart"
     parser.add_argument(
-        "--student", default=f"{folder}/student.yaml", metavar="FILE", help="the student alone"
+        "--student",
+        default=f"{folder}/student_continued.yaml",
+        metavar="FILE",
+        help="the student alone",
     )
     parser.add_argument(
         "--distilled", default=f"{folder}/cwd.yaml", metavar="FILE", help="with its teacher"

@@ -1,6 +1,8 @@
 """Train or evaluate a student, alone or with a teacher, from a YAML config."""
 
 import argparse
+import shlex
+import sys
 from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
@@ -10,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..engine import evaluate, launch, train
+from ..engine.facts import write_fact
 from ..utils.atomic_file import check_writable
 from ..utils.command_line import parse_command_line
 from .common import add_config_options, command_parser, import_plugins, read_config
@@ -71,6 +74,8 @@ def prepare_output(cfg: CfgNode, args: argparse.Namespace) -> None:
     default_setup(cfg, args)
     # Detectron2 gives a handler to its own logger only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
+    if not args.eval_only:
+        write_fact(cfg.OUTPUT_DIR, "command", line=args.command, resume=args.resume)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -108,6 +113,7 @@ def parse_run_args(
         help="of the main process, tcp://<main machine>:<port>; found by itself on one machine",
     )
     args = parse_command_line(parser, argv)
+    args.command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines needs --dist-url tcp://<main machine>:<port>")
     return args

@@ -15,14 +15,14 @@ from .load import leaves, load_config
 def describe(patterns: Sequence[str] = ()) -> str:
     """
     Args:
-        patterns: keys, groups of keys, or patterns as in a shell; none: all that d2kd adds to
-            Detectron2's, but for those of single heads
+        patterns: keys, groups of keys, or shell-style patterns; none: all keys that d2kd adds to
+            Detectron2's, except those of single heads
 
     Returns:
-        a line for each key with its default, and below it its meaning
+        a line per key with its default, followed by its meaning
 
     Raises:
-        ValueError: a pattern that fits no key
+        ValueError: a pattern matches no key
     """
     values = dict(leaves(load_config()))
     known = list(values)
@@ -44,7 +44,7 @@ def explained(values: Mapping[str, Any], texts: Mapping[str, str]) -> str:
         texts: key, or group of keys, to its meaning
 
     Returns:
-        a line for each key with its default, and below it its meaning; that of a group stands
+        a line per key with its default, followed by its meaning; the meaning of a group comes
         before that of its first key
     """
     lines, groups = [], set()
@@ -74,12 +74,12 @@ def _without_head(key: str) -> str:
 def _matching(pattern: str, known: List[str]) -> List[str]:
     """
     Raises:
-        ValueError: no key fits, with the nearest ones
+        ValueError: no key matches; names the nearest one
     """
     found = [x for x in known if x.startswith(f"{pattern}.") or fnmatchcase(x, pattern)]
     if not found:
         groups = {key.rpartition(".")[0] for key in known}
         near = nearest(pattern, [*known, *groups])
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"No config key is {pattern!r}, or below it.{hint}")
+        raise ValueError(f"There is no config key or group of keys {pattern!r}.{hint}")
     return found

@@ -1,4 +1,4 @@
-"""Every key d2kd adds to Detectron2's config."""
+"""All keys that d2kd adds to Detectron2's config."""
 
 from detectron2.config import CfgNode
 
@@ -14,79 +14,79 @@ def add_distill_config(cfg: CfgNode) -> None:
     """
     Add d2kd's keys to a config from detectron2.config.get_cfg().
 
-    The keys of a head, DISTILL.<NAME>.*, come from its constructor (d2kd/heads/keys.py), so that a
-    head registered by a user has them too: import it before this call.
+    The keys of a head, DISTILL.<NAME>.*, come from its constructor (d2kd/heads/keys.py), also for
+    heads registered by users: import those before this call.
     """
     add_data_config(cfg)
     add_model_config(cfg)
-    # "SGD", Detectron2's, or "ADAMW": PyTorch's, with PyTorch's betas. Both read BASE_LR and the
+    # "SGD": Detectron2's, or "ADAMW": PyTorch's with its default betas. Both use BASE_LR and the
     # WEIGHT_DECAY keys
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Metric of Detectron2's evaluator by which model_best.pth is chosen; "": none is kept
+    # Metric of Detectron2's evaluator that selects model_best.pth; "": none is saved
     cfg.TEST.BEST_METRIC = "bbox/AP"
 
     node = cfg.DISTILL = CfgNode()
-    # False trains the student alone: exactly the run without d2kd. Said in the log.
+    # False: train the student alone, exactly as without d2kd, and log it
     node.ENABLED = True
     # The student's own meta-architecture, such as "RetinaNet", "FCOS" or "GeneralizedRCNN";
     # MODEL.META_ARCHITECTURE is "Distiller"
     node.STUDENT_META_ARCHITECTURE = ""
-    # Methods to apply together, such as ["MGD"]; their keys are DISTILL.<NAME>.*
+    # Distillation methods, applied together, such as ["MGD"]; their keys are DISTILL.<NAME>.*
     node.HEADS = []
     # [[student level, teacher level], ...]; []: pair the levels of equal stride
     node.LEVELS = []
     # Parts of the student initialised from the teacher before training, after MODEL.WEIGHTS:
     # "neck" (the pyramid without its backbone), "head" (everything else that predicts)
     node.INHERIT = []
-    # Several teachers in turn, the student carried over, heads and optimizer anew; [] is one stage.
-    # Each is a mapping of ITERATIONS, which must add up to SOLVER.MAX_ITER, and where it differs
-    # from the run, TEACHER (with a CONFIG_FILE of its own, nothing of the run's), HEADS, INHERIT
-    # (from the second stage on nothing by default), and OPTS, as on the command line: a head's
-    # keys, DISTILL.LEVELS, DISTILL.REGIONS and the learning rate's of SOLVER. DISTILL.ENABLED False
-    # ignores stages.
+    # Several teachers in sequence; the student is kept, heads and optimizer start anew. []: one
+    # stage. Each stage is a mapping with ITERATIONS (which must add up to SOLVER.MAX_ITER) and,
+    # where it differs from the run, TEACHER (one with its own CONFIG_FILE takes neither the run's
+    # WEIGHTS nor its OPTS, CLASSES and ALIASES), HEADS, INHERIT (default from the second stage on:
+    # nothing), and OPTS, as on the command line: keys of heads, DISTILL.LEVELS, DISTILL.REGIONS
+    # and SOLVER's learning rate keys. DISTILL.ENABLED False ignores stages
     node.STAGES = []
-    # "restart": each stage has SOLVER's schedule, warm-up included, with STEPS at the same shares
-    # of the stage as of the run. "continue": one schedule over the whole run
+    # "restart": SOLVER's schedule in each stage, with warm-up, and STEPS at the same fractions of
+    # the stage as of the run. "continue": one schedule over the whole run
     node.STAGE_LR = "restart"
 
     node.TEACHER = CfgNode()
     # YAML or LazyConfig .py: a path, or a name in Detectron2's model zoo, such as
     # "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
     node.TEACHER.CONFIG_FILE = ""
-    # Trained detector: a path or URL; "": the checkpoint that belongs to a model-zoo name
+    # Weights of the trained detector: a path or URL; "": those of the model zoo's CONFIG_FILE
     node.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config, as on the command line: ["MODEL.RETINANET.NUM_CLASSES", 4]
     node.TEACHER.OPTS = []
-    # Names of its classes, in order; []: those of the first data set in its config. Of classes that
-    # are not the student's, heads that compare logits compare the common ones
+    # Its class names, in order; []: those of the first data set in its config. If its classes are
+    # not the student's, heads that compare logits compare the common classes
     node.TEACHER.CLASSES = []
-    # [[student's class, teacher's class], ...] that are the same, of other names; several of one
-    # side are joined. A class that is named here is what the pairs say and nothing else, whatever
-    # its name; "" on one side: the other has no equal
+    # [[student's class, teacher's class], ...] that are the same under different names; if a class
+    # is in several pairs, its partners are merged. Classes listed here are matched by these pairs
+    # only, not by name; "" on one side: the other class has no counterpart
     node.TEACHER.ALIASES = []
-    # Go on where no class is in both, with heads that compare features
+    # Continue if there are no common classes, with heads that compare features
     node.TEACHER.ALLOW_OTHER_CLASSES = False
-    # Images of the first test set on which the teacher is evaluated before training; 0: it is not
+    # Number of images of the first test set to evaluate the teacher on before training; 0: none
     node.TEACHER.EVAL_IMAGES = 100
-    # COCO's box AP in percent below which the run is refused then
+    # Smallest box AP (COCO, percent) of this evaluation with which training starts
     node.TEACHER.MIN_AP = 1.0
-    # Only for tests and benchmarks: go on with a teacher that knows nothing
+    # Only for tests and benchmarks: allow a teacher with random weights
     node.TEACHER.ALLOW_RANDOM_WEIGHTS = False
 
     node.REGIONS = CfgNode()
     add_region_config(node.REGIONS)
 
-    # What each loss does to the student's pyramid, as a table in the log and in TensorBoard. False:
-    # neither, and nothing stops a run in which a term does nothing
+    # Monitor the effect of each loss on the student's pyramid: a table in the log, curves in
+    # TensorBoard. False also disables the check that every loss has an effect
     node.LIVENESS = CfgNode()
     node.LIVENESS.ENABLED = True
-    # Steps in which each head is watched, from the first in which its weight is not 0. A term that
-    # is constant, or has no gradient, in all of them stops the run
+    # Number of steps in which each head is checked, from the first with a nonzero weight. A loss
+    # that is constant, or has no gradient, in all of them stops the run
     node.LIVENESS.FIRST_STEPS = 3
-    # Iterations between two looks after that; 0: none. A look costs, for each term, a backward from
-    # it to the pyramid; the log says how long it took
+    # Iterations between measurements after that; 0: none. Each costs, per loss, one backward pass
+    # to the pyramid; the log has the time
     node.LIVENESS.PERIOD = 1000
-    # Share of the gradient, in (0, 1), for which loss weights are suggested; nothing is changed
+    # Target share of the gradient, in (0, 1), for suggested loss weights; none is applied
     node.LIVENESS.WANTED_SHARE = 0.5
 
     for name, head in DISTILL_HEAD_REGISTRY:

@@ -1,4 +1,4 @@
-"""The comments with which the code explains config keys."""
+"""Read the explanations of config keys from the comments in the code."""
 
 import ast
 import inspect
@@ -17,21 +17,20 @@ from .distill_keys import add_distill_config
 
 def meanings() -> Dict[str, str]:
     """
-    Key of d2kd's or Detectron2's, or node of keys, to its comment. Lines that follow each other
-    without a comment of their own share the one above them. Those of a schedule are
-    DISTILL.<HEAD>.SCHEDULE.*
+    Comment of each key, and node of keys, of d2kd and Detectron2. Consecutive lines without their
+    own comment share the one above them. Keys of schedules are DISTILL.<HEAD>.SCHEDULE.*
     """
     defaults = inspect.getsource(detectron2.config.defaults)
-    texts = dict(_of_assignments(defaults, ast.parse(defaults).body, {"_C": ""}))
-    texts.update(_of_fields())
+    texts = dict(_assignment_comments(defaults, ast.parse(defaults).body, {"_C": ""}))
+    texts.update(_field_comments())
     for add in (add_distill_config, add_data_config, add_model_config):
-        texts.update(_of_function(add, ""))
-    texts.update(_of_function(add_schedule_config, "DISTILL.<HEAD>."))
+        texts.update(_function_comments(add, ""))
+    texts.update(_function_comments(add_schedule_config, "DISTILL.<HEAD>."))
     return texts
 
 
-def _of_fields() -> Iterator[Tuple[str, str]]:
-    """Of RegionSampler's fields, which are keys."""
+def _field_comments() -> Iterator[Tuple[str, str]]:
+    """Comments of RegionSampler's fields, each of which is a key."""
     above: List[str] = []
     text = ""
     for line in inspect.getsource(RegionSampler).splitlines():
@@ -43,24 +42,24 @@ def _of_fields() -> Iterator[Tuple[str, str]]:
             yield f"DISTILL.REGIONS.{field[1].upper()}", text
 
 
-def _of_function(add: Callable[[Any], None], prefix: str) -> Iterator[Tuple[str, str]]:
+def _function_comments(add: Callable[[Any], None], prefix: str) -> Iterator[Tuple[str, str]]:
     """
     Args:
-        add: assigns to attributes of its argument, and of names for nodes of it
-        prefix: of what is below its argument
+        add: assigns to attributes of its argument, or of variables that hold its nodes
+        prefix: prefix of the keys below its argument
     """
     source = textwrap.dedent(inspect.getsource(add))
     nodes = {next(iter(inspect.signature(add).parameters)): prefix}
-    return _of_assignments(source, ast.parse(source).body[0].body, nodes)
+    return _assignment_comments(source, ast.parse(source).body[0].body, nodes)
 
 
-def _of_assignments(
+def _assignment_comments(
     source: str, statements: List[ast.stmt], nodes: Dict[str, str]
 ) -> Iterator[Tuple[str, str]]:
     """
     Args:
-        statements: of `source`
-        nodes: name of a variable that holds a node to the prefix of the keys below it
+        statements: the statements of `source`
+        nodes: variable that holds a node -> prefix of the keys below it
     """
     lines, shared, last = source.splitlines(), "", 0
     for statement in statements:
@@ -80,9 +79,9 @@ def _of_assignments(
 
 
 def _comments(lines: List[str], index: int) -> Tuple[str, str]:
-    """Those above a line and the one at its end."""
+    """The comments above a line, and the one at its end."""
     above: List[str] = []
-    while re.match(r"\s*# .*\w", lines[index - 1 - len(above)]):  # a rule has no letter
+    while re.match(r"\s*# .*\w", lines[index - 1 - len(above)]):  # skips separator lines
         above.insert(0, lines[index - 1 - len(above)].strip(" #"))
     beside = re.search(r"  # (.*)$", lines[index])
     return " ".join(above), beside[1] if beside else ""

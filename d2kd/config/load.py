@@ -1,4 +1,4 @@
-"""Reading a YAML and overrides without letting a typo through."""
+"""Load a YAML and overrides; unknown keys are errors."""
 
 import os
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
@@ -18,29 +18,28 @@ def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
     Detectron2's and d2kd's defaults, then a YAML file, then overrides.
 
     Args:
-        config_file: path of a YAML, or the name of one that d2kd comes with; "": none
+        config_file: path of a YAML, or name of one of d2kd's own; "": none
         opts: key, value, key, value, ... as on the command line
 
     Raises:
         FileNotFoundError: no such YAML
-        ValueError: a YAML that is empty or wants to run code, or a key that nobody reads, with the
-            nearest one that somebody does
+        ValueError: a YAML that is empty or would run code, or an unknown key, with the nearest
+            known one
     """
     cfg = get_cfg()
     add_distill_config(cfg)
-    # Detectron2's default is "cuda" on every machine. A GPU is used without being asked for.
+    # Detectron2's default is "cuda" even on machines without a GPU.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     if config_file:
         config_file = find_file(config_file)
         if not os.path.isfile(config_file):
             raise FileNotFoundError(
-                f"Config file {config_file!r} does not exist, nor does d2kd come with one of that "
-                "name."
+                f"Config file {config_file!r} does not exist, not even among those of d2kd."
             )
         try:
             merge_mapping(cfg, read_yaml(config_file), config_file)
         except RecursionError:
-            raise ValueError(f"{config_file} is nested too deeply, or in itself.") from None
+            raise ValueError(f"{config_file} is nested too deeply, or contains itself.") from None
     merge_opts(cfg, opts, "the command line")
     return cfg
 
@@ -56,7 +55,10 @@ def merge_mapping(cfg: CfgNode, mapping: Dict[str, Any], source: str) -> None:
     before = dict(leaves(cfg))
     try:
         cfg.merge_from_other_cfg(CfgNode(mapping))
-    except (AssertionError, ValueError) as error:  # yacs, of another type, a date, a set or bytes
+    except (
+        AssertionError,
+        ValueError,
+    ) as error:  # yacs: wrong type, a date, set or bytes
         raise ValueError(f"{source}: {error}") from None
     _refuse_none(cfg, before, source)
 
@@ -78,7 +80,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
             raise ValueError(f"{source}: {key} is a group of keys; name one of them, {key}.<KEY>.")
         try:
             cfg.merge_from_list([key, value])
-        # What yacs and its parser of literals have been seen to raise.
+        # Errors that yacs and its literal parser raise.
         except (AssertionError, MemoryError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{source}: {key} cannot be {str(value)[:80]!r}: {error}") from None
     _refuse_none(cfg, before, source)
@@ -87,7 +89,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
 def _unknown(
     node: CfgNode, mapping: Dict[str, Any], source: str, prefix: str = ""
 ) -> Iterator[str]:
-    """Dotted names of what is in `mapping` and not in `node`."""
+    """Dotted names of the keys in `mapping` that are not in `node`."""
     for key, value in mapping.items():
         name = f"{prefix}{key}"
         if key not in node:
@@ -96,7 +98,9 @@ def _unknown(
             keys = ", ".join(list(node[key])[:3])
             raise ValueError(f"{source}: {name} must be a mapping of {keys}, ..., got {value!r}.")
         elif isinstance(value, dict) and not isinstance(node[key], CfgNode):
-            raise ValueError(f"{source}: {name} must be a value such as {node[key]!r}, no mapping.")
+            raise ValueError(
+                f"{source}: {name} must be a value such as {node[key]!r}, not a mapping."
+            )
         elif isinstance(value, dict):
             yield from _unknown(node[key], value, source, f"{name}.")
 
@@ -104,21 +108,21 @@ def _unknown(
 def _refuse_unknown(cfg: CfgNode, keys: List[str], source: str) -> None:
     """
     Raises:
-        ValueError: naming each of `keys`, which cfg does not have, with the nearest one it has
+        ValueError: if there are `keys`; names each with the nearest key of cfg
     """
     known = set(flatten(cfg)) | set(_inner(cfg))
     lines = []
     for key in keys:
         near = nearest(key, known)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        hint = " (a YAML nests it: a mapping at each dot)" if key in known else hint
+        hint = " (write it nested in YAML: one mapping per dot)" if key in known else hint
         lines.append(f"  {key}{hint}")
     if lines:
-        raise ValueError(f"{source} has keys that nobody reads:\n" + "\n".join(lines))
+        raise ValueError(f"{source} has unknown keys:\n" + "\n".join(lines))
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """The stock Detectron2 part of a distillation config: builds and runs the student alone."""
+    """The config of the student alone, a stock Detectron2 detector."""
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
@@ -128,10 +132,10 @@ def student_config(cfg: CfgNode) -> CfgNode:
 
 
 def _refuse_none(cfg: CfgNode, before: Dict[str, Any], source: str) -> None:
-    """yacs lets None take the place of a number, of which somebody else would then complain."""
+    """Refuse None for a key with a value: yacs accepts it, and it would fail somewhere else."""
     for key, value in leaves(cfg):
         if value is None and before.get(key) is not None:
-            raise ValueError(f"{source}: {key} is None. Give it a value, or leave the key out.")
+            raise ValueError(f"{source}: {key} is None. Set a value, or leave the key out.")
 
 
 def flatten(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -149,7 +153,7 @@ def leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
 
 
 def _inner(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all nodes that hold others."""
+    """Dotted names of all inner nodes."""
     for key, value in node.items():
         if isinstance(value, dict):
             yield f"{prefix}{key}"

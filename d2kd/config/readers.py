@@ -1,4 +1,4 @@
-"""Under which other keys a key is read: what is not here is read always."""
+"""Conditions on other keys under which a key is used; keys that are not here always are."""
 
 from functools import reduce
 from typing import Any, Callable, NamedTuple, Tuple
@@ -13,8 +13,8 @@ from ..data.shapes import SPLITS
 
 class Reader(NamedTuple):
     """
-    `patterns`: of keys, as in a shell; `reads`: whether they are read, of a plain detector's
-    config; `who`: what would read them, behind "read only".
+    `patterns`: shell-style patterns of keys; `reads`: whether they are read, given a plain
+    detector's config; `who`: what would read them, completing the phrase "read only ...".
     """
 
     patterns: Tuple[str, ...]
@@ -31,13 +31,13 @@ def value_of(cfg: CfgNode, key: str) -> Any:
 
 
 def _switch(key: str, *values: Any, of: Tuple[str, ...]) -> Reader:
-    """Keys that are read where another one has one of these values."""
+    """Keys that are read only if the key `key` has one of these values."""
     text = "" if values == (True,) else " " + " or ".join(map(str, values))
     return Reader(of, lambda cfg: value_of(cfg, key) in values, f"with {key}{text}")
 
 
 def _detector(who: str, *names: str, of: Tuple[str, ...]) -> Reader:
-    """Keys that are read by detectors of these meta-architectures, or by one of a user's."""
+    """Keys that are read only by these meta-architectures, or possibly by a user's own."""
 
     def reads(cfg: CfgNode) -> bool:
         name = cfg.MODEL.META_ARCHITECTURE
@@ -47,7 +47,7 @@ def _detector(who: str, *names: str, of: Tuple[str, ...]) -> Reader:
 
 
 def _backbone(who: str, part: str, of: Tuple[str, ...]) -> Reader:
-    """Keys that are read by backbones whose builder has this in its name, or by a user's."""
+    """Keys that are read only by backbones with `part` in their builder's name, or a user's."""
 
     def reads(cfg: CfgNode) -> bool:
         name = cfg.MODEL.BACKBONE.NAME
@@ -57,7 +57,7 @@ def _backbone(who: str, part: str, of: Tuple[str, ...]) -> Reader:
 
 
 def _is_ours(registry: Registry, name: str) -> bool:
-    """Whether it is known what the builder of this name reads."""
+    """Whether a builder is Detectron2's or d2kd's, so that the keys it reads are known."""
     return name in registry and registry.get(name).__module__.startswith(("detectron2.", "d2kd."))
 
 
@@ -75,7 +75,7 @@ _CLIP = "SOLVER.CLIP_GRADIENTS"
 _SCHEDULE, _COSINE = "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"
 _MULTI_STEP, _FIXED_GAMMA = "WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"
 
-# All that fit a key must read it.
+# A key is read only if all entries that match it say so.
 READERS = (
     _detector("RetinaNet", "RetinaNet", of=("MODEL.RETINANET.*",)),
     _detector("FCOS", "FCOS", of=("MODEL.FCOS.*",)),
@@ -123,11 +123,11 @@ READERS = (
     Reader(
         ("TEST.AUG.M*", "TEST.AUG.FLIP", "TEST.PRECISE_BN.NUM_ITER"),
         _never,
-        "by what d2kd does not do",
+        "by features that d2kd does not support",
     ),
 )
 
-# Of a node of a head: keys that are read where their neighbour has one of these values.
+# In a head's node: keys that are read only if a sibling key has one of these values.
 HEAD_SWITCHES = (
     (("SCHEDULE.DECAY_FROM", "SCHEDULE.END_FACTOR"), "DECAY", ("linear", "cosine")),
     (("MASK.THRESHOLD",), "RULE", ("threshold",)),

@@ -1,4 +1,4 @@
-"""Overrides that are known keys, and that this config nevertheless does not read."""
+"""Find overrides of known keys that have no effect in this config."""
 
 from fnmatch import fnmatchcase
 from typing import Any, List, Sequence
@@ -9,28 +9,28 @@ from ..heads.registry import head_class, head_names
 from . import leaves, load_config, student_config
 from .readers import HEAD_SWITCHES, READERS, value_of
 
-# Keys of a teacher's own config that have an effect: the detector, how many boxes it gives, and the
-# names of its classes
+# Keys of a teacher's own config that have an effect: its architecture, its number of detections,
+# and its class names
 OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE", "DATASETS.TRAIN")
 OF_TEACHER += ("DATASETS.TEST", "DATASETS.COCO_FORMAT")
 INSTEAD = {
     "MODEL.WEIGHTS": "DISTILL.TEACHER.WEIGHTS names its weights",
-    "MODEL.DEVICE": "it is where the student is",
+    "MODEL.DEVICE": "it runs on the student's device",
 }
 
 
 def refuse_unread(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
     """
-    In a YAML such keys are sound: it may be the base of others that read them. Who types one means
-    it.
+    Refuse overrides without effect. They are allowed in a YAML, which may be the base of configs
+    that use them; on a command line they are a mistake.
 
     Args:
-        cfg: with the overrides in it
+        cfg: the config after the overrides
         opts: key, value, key, value, ...
-        source: of the overrides, for the error
+        source: where the overrides come from, for the error
 
     Raises:
-        ValueError: naming each key that has no effect, and what would read it
+        ValueError: naming each key without effect, and when it would be read
     """
     found = {str(key): why_unread(str(key), cfg) for key in opts[0::2]}
     lines = [f"  {key} (read only {who})" for key, who in found.items() if who]
@@ -40,21 +40,21 @@ def refuse_unread(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
 
 def refuse_unread_by_teacher(cfg: CfgNode, opts: Sequence[Any]) -> None:
     """
-    As :func:`refuse_unread`, of DISTILL.TEACHER.OPTS: only what makes the teacher the detector that
-    it is has an effect.
+    :func:`refuse_unread` for DISTILL.TEACHER.OPTS, where only keys that define the detector have
+    an effect.
     """
     for key in map(str, opts[0::2]):
         if not any(fnmatchcase(key, pattern) for pattern in OF_TEACHER) or key in INSTEAD:
             raise ValueError(
                 f"DISTILL.TEACHER.OPTS has {key}, which would have no effect on a teacher: "
-                f"{INSTEAD.get(key, 'it is neither trained nor fed by its own config')}. What has "
-                f"is {', '.join(OF_TEACHER)}."
+                f"{INSTEAD.get(key, 'its own config neither trains nor feeds it')}. Keys with an "
+                f"effect are {', '.join(OF_TEACHER)}."
             )
     refuse_unread(cfg, opts, "DISTILL.TEACHER.OPTS")
 
 
 def unread_keys(cfg: CfgNode) -> List[str]:
-    """Keys whose value is not the default and has no effect."""
+    """Keys with a non-default value that has no effect."""
     defaults = dict(leaves(load_config()))
     changed = [k for k, v in leaves(cfg) if k in defaults and v != defaults[k]]
     return [key for key in changed if why_unread(key, cfg)]
@@ -62,8 +62,8 @@ def unread_keys(cfg: CfgNode) -> List[str]:
 
 def why_unread(key: str, cfg: CfgNode) -> str:
     """
-    What would read a key; "" if something does. The keys of DISTILL count as read where nothing is
-    distilled: a student alone is trained with the overrides of the distilled one.
+    What would read a key that is not read; "" if it is. Without distillation all keys of DISTILL
+    count as read, so that a student alone can be trained with the same overrides.
     """
     if key.startswith("DISTILL."):
         distils = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
@@ -80,7 +80,7 @@ def _why_unread_in_distillation(key: str, cfg: CfgNode) -> str:
             return f"where {owner!r} is in DISTILL.HEADS, which is {heads}"
         return _why_unread_in_head(key, cfg)
     if owner == "REGIONS" and not any(_may_read_regions(x) for x in heads):
-        return f"by heads that look at regions; DISTILL.HEADS is {heads}"
+        return f"by heads that use regions; DISTILL.HEADS is {heads}"
     if key == "DISTILL.STAGE_LR" and not node.STAGES:
         return "with DISTILL.STAGES"
     if key == "DISTILL.TEACHER.MIN_AP" and not node.TEACHER.EVAL_IMAGES:
@@ -99,14 +99,14 @@ def _why_unread_in_head(key: str, cfg: CfgNode) -> str:
 
 
 def _heads(cfg: CfgNode) -> List[str]:
-    """Of the run and of its stages."""
+    """Names of the heads of the run and of its stages."""
     nodes = [cfg.DISTILL, *(x for x in cfg.DISTILL.STAGES if isinstance(x, dict))]
     named = [x["HEADS"] for x in nodes if isinstance(x.get("HEADS"), (list, tuple))]
     return list(dict.fromkeys(name for names in named for name in names if isinstance(name, str)))
 
 
 def _may_read_regions(name: str) -> bool:
-    if name not in head_names():  # which another error tells
+    if name not in head_names():  # another check reports it
         return True
     requires = getattr(head_class(name), "requires", ())
     return callable(requires) or "regions" in requires

@@ -1,4 +1,4 @@
-"""A conformance kit: what every distillation head must pass, one of d2kd's or one of a user's."""
+"""Conformance tests that every distillation head must pass, d2kd's own and users'."""
 
 from .suite import conformance
 

@@ -1,5 +1,5 @@
 """
-Put the distillation heads of a Python file through the checks that d2kd's own heads pass.
+Check the distillation heads in a Python file with the conformance tests of d2kd's own heads.
 
     d2kd check my_head.py
 """
@@ -25,10 +25,10 @@ from d2kd.conformance import conformance
 TestHeads = conformance(*{names})
 """
 EXAMPLES = """
-Between each two of a small RetinaNet, Faster R-CNN, FCOS and RepPoints that the head takes:
+For each pair of a small RetinaNet, Faster R-CNN, FCOS and RepPoints that the head supports:
 {checks}
 
-The same in a test file of yours:
+The same tests in your own test file:
     import my_head
     from d2kd.conformance import conformance
 
@@ -56,7 +56,7 @@ CHECKS = (
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     Returns:
-        pytest's exit code: 0 where all heads of the file pass
+        pytest's exit code: 0 if all heads of the file pass
     """
     args = parse_args(argv)
     before = set(head_names())

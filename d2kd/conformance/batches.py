@@ -1,4 +1,4 @@
-"""Images of noise with boxes, in Detectron2's training format."""
+"""Noise images with boxes, in Detectron2's training format."""
 
 from typing import Any, Dict, List
 
@@ -13,7 +13,7 @@ def batch(
     num_images: int = 2, boxes: int = 2, height: int = 64, width: int = 64, seed: int = 0
 ) -> List[Dict[str, Any]]:
     """
-    Detectron2's training input: images of noise, each with `boxes` boxes.
+    Detectron2's training input: noise images with `boxes` boxes each.
 
     Returns:
         list of {"image": (3, height, width) uint8, "instances", "file_name", "height", "width"}

@@ -1,4 +1,4 @@
-"""One distillation head between two toy detectors, ready to be put through checks."""
+"""A test case: one distillation head between two toy detectors."""
 
 import copy
 import functools
@@ -26,11 +26,11 @@ from .detectors import distill_config, enliven, write_teacher
 
 
 class Pair(NamedTuple):
-    """Keys of DETECTORS, and the number of channels of the teacher's pyramid."""
+    """Two keys of DETECTORS, and the number of channels of the teacher's pyramid."""
 
     teacher: str
     student: str
-    teacher_channels: int = 32  # the student's number
+    teacher_channels: int = 32  # 32 is also the student's number
 
     def __str__(self) -> str:
         return f"{self.teacher}-to-{self.student}"
@@ -49,12 +49,12 @@ if hasattr(detectron2.modeling, "FCOS"):  # since Detectron2 0.6
 
 class Case:
     """
-    A head, a pair of detectors and a Distiller of the three, of which every check gets a copy.
+    A head, a pair of detectors, and a Distiller of all three. Each check gets a copy.
 
     Attributes:
-        name: of the head, as in DISTILL.HEADS
-        distiller: as it was built; checks take a copy, :meth:`fresh`
-        refusal: why the head was not built for this pair; "" where it was
+        name: name of the head, as in DISTILL.HEADS
+        distiller: the Distiller as built; checks use a copy, :meth:`fresh`
+        refusal: why the head could not be built for this pair; "" if it was built
     """
 
     def __init__(self, name: str, pair: Pair, opts: Sequence[Any] = ()):
@@ -80,16 +80,16 @@ class Case:
 
     def fresh(self, own_teacher: bool = False) -> Distiller:
         """
-        A copy of the Distiller as it was built: nothing of another check is left.
+        A copy of the Distiller as built, unaffected by other checks.
 
         Args:
-            own_teacher: copy the teacher, too, which no head may change; a check that it does not
+            own_teacher: also copy the teacher, for the check that the head does not change it
         """
         shared = {} if own_teacher else {id(self.distiller.teacher): self.distiller.teacher}
         return copy.deepcopy(self.distiller, shared)
 
     def with_new_head(self, cfg: CfgNode, seed: int) -> Distiller:
-        """The same detectors, and a head that is built anew after the config."""
+        """The same detectors with a new head, built from `cfg`."""
         distiller = self.fresh()
         pair = describe_pair(cfg, distiller.student, distiller.teacher.model)
         seed_all(seed)
@@ -99,11 +99,11 @@ class Case:
 
     def terms(self, distiller: Distiller, inputs: Sequence[Any] = (), seed: int = 0) -> Dict:
         """
-        The head's weighted losses of one training step; those of the student are left out.
+        The head's weighted losses in one training step, without the student's own.
 
         Args:
             inputs: a batch; empty: two images with two boxes each
-            seed: of every generator, before the step
+            seed: seed of all generators before the step
         """
         losses = self.losses(distiller, inputs, seed)
         return {k: losses[k] for k in distiller.last_step.losses}
@@ -111,7 +111,7 @@ class Case:
     def losses(
         self, distiller: Distiller, inputs: Sequence[Any] = (), seed: int = 0
     ) -> Dict[str, Tensor]:
-        """All losses of one training step, see :meth:`terms`."""
+        """All losses of one training step; see :meth:`terms`."""
         seed_all(seed)
         with EventStorage():
             return distiller(list(inputs) or batch())
@@ -121,7 +121,7 @@ _CASES: Dict[Any, Case] = {}
 
 
 def find_case(name: str, pair: Pair, opts: Sequence[Any] = ()) -> Case:
-    """A Case that is built once, as long as the name stands for the same class."""
+    """A cached Case; it is built once per registered class."""
     key = head_class(name), pair, repr(opts)
     if key not in _CASES:
         _CASES[key] = Case(name, pair, opts)
@@ -136,20 +136,20 @@ def seed_all(seed: int) -> None:
 
 
 def check_refusal(case: Case) -> None:
-    """A pair that the method does not serve is refused with a message that tells what would fit."""
+    """An unsupported pair is refused with a message that says what would fit."""
     text = case.refusal
     helps = "Heads that fit" in text or re.search(r"(DISTILL\.(?!HEADS)|MODEL\.)[\w.]*[A-Z]", text)
     if not (text.startswith("DISTILL.") and re.search(rf"\b{case.name}\b", text) and helps):
         raise AssertionError(
-            f"{case}: the head refuses the pair with the message {text!r}. It should begin with "
-            "the key, such as 'DISTILL.HEADS:', name the head, and say what would fit. Declare "
-            "`pairs` (d2kd/pairing/pair.py) or `requires` and build_head says all of that; in "
-            "from_config, raise a ValueError that names the key whose value does not fit."
+            f"{case}: the head refuses the pair with the message {text!r}. It should start with "
+            "the key, such as 'DISTILL.HEADS:', name the head, and say what would fit. If the head "
+            "declares `pairs` (d2kd/pairing/pair.py) or `requires`, build_head does all of that; "
+            "in from_config, raise a ValueError that names the key whose value does not fit."
         )
 
 
-# As deep as usual, for methods that look inside. On 64 pixels P7 is a single cell, which GroupNorm
-# would bring to zero.
+# Full depth, for methods that use intermediate layers. No GroupNorm: with 64 pixels P7 is a single
+# cell, which it would normalise to zero.
 _DENSE_HEAD = {
     "MODEL__RETINANET__NUM_CONVS": 4,
     "MODEL__RETINANET__NORM": "",
@@ -164,12 +164,12 @@ def _config(name: str, pair: Pair, opts: Sequence[Any]) -> CfgNode:
     cfg = distill_config(
         pair.student, _teacher(pair.teacher, pair.teacher_channels), [name], **_DENSE_HEAD
     )
-    cfg.DISTILL[name].SCHEDULE.WARMUP_ITERS = 0  # its weight in the first iteration is 0
+    cfg.DISTILL[name].SCHEDULE.WARMUP_ITERS = 0  # with warm-up the first weight would be 0
     merge_opts(cfg, list(opts), "conformance(opts=...)")
     return cfg
 
 
-# Not when it is imported: spawned processes import it too, and end without removing anything.
+# Not created on import: spawned processes import this module too and would not remove the folder.
 @functools.lru_cache(maxsize=None)
 def _folder() -> tempfile.TemporaryDirectory:
     """Removed when Python exits."""

@@ -1,9 +1,9 @@
 """
-CUDA's mixed precision in float16, on CPU tensors.
+Emulate CUDA's float16 mixed precision on CPU tensors.
 
-torch.autocast("cpu") has other lists of operators than torch.autocast("cuda"). Here CUDA's are put
-in their place, so that what is float16 on a GPU is float16, is rounded after each operator, and has
-its gradient in float16.
+torch.autocast("cpu") has different operator lists from torch.autocast("cuda"). Here they are
+replaced by CUDA's, so that the same tensors are float16 as on a GPU, rounded after each operator,
+with gradients in float16.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, Set, Tuple
 import torch
 from torch import Tensor
 
-# The lists of ATen/autocast_mode.h, as <operator> or <operator>.<overload>.
+# Operator lists of ATen/autocast_mode.h, as <operator> or <operator>.<overload>.
 HALF = """
     _convolution _convolution.deprecated conv1d conv2d conv3d conv_tbc conv_transpose1d
     conv_transpose2d.input conv_transpose3d.input convolution prelu addmm addmv addr matmul einsum
@@ -49,8 +49,8 @@ _KEY = "AutocastCPU"
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
     """
-    As torch.autocast("cuda"), for tensors on the CPU. `torch.autocast("cpu", enabled=False)` inside
-    switches it off, as a head does with the type of its own device.
+    torch.autocast("cuda") for CPU tensors. `torch.autocast("cpu", enabled=False)` inside it
+    disables it, which heads write as torch.autocast(x.device.type, enabled=False).
     """
     casts = _Casts()
     library = torch.library.Library("aten", "IMPL")
@@ -63,15 +63,15 @@ def cuda_autocast() -> Iterator[None]:
         for name, kernel in ours.items():
             library.impl(name, functools.partial(kernel, _operator(name)), _KEY)
     try:
-        # The type is not read: older PyTorch knows no other on a CPU.
+        # The dtype is ignored; older PyTorch only supports bfloat16 on CPUs.
         with torch.autocast("cpu", dtype=torch.bfloat16):
             yield
     finally:
-        del library  # which brings PyTorch's own lists back
+        del library  # restores PyTorch's own lists
 
 
 class _Casts:
-    """What happens to the arguments of an operator; the copies of parameters are kept."""
+    """Casts the arguments of operators; caches the casts of parameters."""
 
     def __init__(self) -> None:
         self.parameters: Dict[int, Tuple[Tensor, Tensor]] = {}
@@ -108,7 +108,7 @@ class _Casts:
 
     def refused(self, operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
-            "F.binary_cross_entropy and nn.BCELoss are unsafe to autocast; take "
+            "F.binary_cross_entropy and nn.BCELoss are unsafe to autocast; use "
             "F.binary_cross_entropy_with_logits."
         )
 
@@ -127,7 +127,7 @@ class _Casts:
             return x
         if not (x.is_leaf and x.requires_grad and dtype == torch.float16):
             return x.to(dtype)
-        # A layer that is used on several levels has one copy, whose gradient is summed in float16.
+        # A layer shared by several levels has one cast, whose gradient is summed in float16.
         if id(x) not in self.parameters:
             self.parameters[id(x)] = x, x.to(dtype)
         return self.parameters[id(x)][1]
@@ -146,12 +146,12 @@ def _tensors(args: Any) -> Iterator[Any]:
 
 
 def _registered() -> Set[str]:
-    """What PyTorch's own lists have."""
+    """Operators in PyTorch's own lists."""
     names = torch._C._dispatch_get_registrations_for_dispatch_key(_KEY)
     return {name[len("aten::") :] for name in names if name.startswith("aten::")}
 
 
 def _operator(name: str) -> Any:
-    """None: this PyTorch does not have it yet."""
+    """The operator; None if this PyTorch does not have it."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)

@@ -1,4 +1,4 @@
-"""Small detectors of every family: real Detectron2 models, so narrow that a step takes no time."""
+"""Toy detectors of every family: real Detectron2 models, but so narrow that a step is fast."""
 
 import os
 from typing import Any, List, Sequence
@@ -124,7 +124,7 @@ def detector_config(name: str, **overrides: Any) -> CfgNode:
 
 def write_teacher(folder: Any, name: str, seed: int = 7, **overrides: Any) -> List[Any]:
     """
-    Write a toy teacher's YAML and weights: random ones, with BatchNorm statistics that fit.
+    Write a toy teacher's YAML and random weights with matching BatchNorm statistics.
 
     Returns:
         DISTILL.TEACHER.* as KEY, VALUE, ... for load_config
@@ -136,23 +136,23 @@ def write_teacher(folder: Any, name: str, seed: int = 7, **overrides: Any) -> Li
     torch.manual_seed(seed)
     model = build_model(cfg).train()
     with torch.no_grad(), EventStorage():
-        for _ in range(30):  # enough for the running averages; without, eval mode explodes
+        for _ in range(30):  # without converged running averages, activations explode in eval mode
             model.backbone(torch.randn(2, 3, 64, 64) * 60)  # pixels minus mean
     torch.save({"model": model.state_dict()}, weights)
     return ["DISTILL.TEACHER.CONFIG_FILE", config_file, "DISTILL.TEACHER.WEIGHTS", weights]
 
 
 def classifier(detector: nn.Module) -> nn.Module:
-    """The layer of a toy detector that gives the class logits."""
+    """The layer of a toy detector that computes the class logits."""
     has_regions = hasattr(detector, "roi_heads")
     return (detector.roi_heads.box_predictor if has_regions else detector.head).cls_score
 
 
 def enliven(detector: nn.Module) -> None:
     """
-    Let a new toy detector tell cells and classes apart, at random, as a trained one does.
+    Randomise the head of a new toy detector, so that predictions vary with cells and classes.
 
-    Detectron2's initialisation makes it say "background" everywhere: nothing to learn from that.
+    With Detectron2's initialisation it predicts background everywhere, which teaches nothing.
     """
     layers = [classifier(detector)]
     nn.init.zeros_(layers[0].bias)
@@ -165,7 +165,7 @@ def enliven(detector: nn.Module) -> None:
         if isinstance(layer, (nn.Conv2d, nn.Linear, PointConv)):
             nn.init.kaiming_normal_(layer.weight)
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
-            # Of a level with a single cell the centre is all that counts: 1 of 9 weights.
+            # On a level with a single cell only the centre weight of 9 has an effect.
             layer.weight.data[:, :, 1, 1] *= 3
 
 

@@ -1,4 +1,4 @@
-"""Who learns from a head's loss: student and head, whatever is in the images; not the teacher."""
+"""Checks of gradients: a head's loss trains student and head, never the teacher."""
 
 from typing import Any, Dict, Iterator, List, Tuple
 
@@ -12,8 +12,8 @@ from .case import Case
 
 def check_gradients(case: Case) -> None:
     """
-    The loss reaches the student and every parameter of the head; the teacher stays as it is, bit
-    for bit, frozen and in eval mode.
+    The loss has gradients for the student and every parameter of the head; the teacher stays
+    unchanged to the bit, frozen and in eval mode.
     """
     distiller = case.fresh(own_teacher=True)
     teacher = distiller.teacher.model
@@ -21,8 +21,8 @@ def check_gradients(case: Case) -> None:
     backward(case, distiller)
     grads = [(k, p.grad) for k, p in distiller.student.named_parameters() if p.grad is not None]
     assert any(g.abs().sum() > 0 for _, g in grads), (
-        f"{case}: no parameter of the student gets a gradient from the head's loss, or each gets "
-        "0. Look for .detach() or torch.no_grad() on the student's side."
+        f"{case}: all gradients of the student from the head's loss are missing or 0. Look for "
+        ".detach() or torch.no_grad() on the student's side."
     )
     check_head_gradients(case, distiller)
     _check_teacher(case, teacher, before)
@@ -30,18 +30,18 @@ def check_gradients(case: Case) -> None:
 
 def backward(case: Case, distiller: Distiller, inputs: Any = (), what: str = "") -> Dict:
     """
-    Losses of the head alone, backward, and the check that all is finite.
+    Backpropagate the head's losses alone, and check that losses and gradients are finite.
 
     Args:
-        what: is special about the inputs, for the error
+        what: the condition under test, for the error
     """
     distiller.zero_grad()
     terms = case.terms(distiller, inputs)
     for key, x in terms.items():
         assert x.isfinite(), f"{case}: {key} is {x.item()}{what}."
         assert x.requires_grad, (
-            f"{case}: {key} is not connected to the student{what}. A zero must be, too: "
-            "`(x * 0).sum()`, or a sum over what is selected, which may be empty."
+            f"{case}: {key} is not connected to the student{what}. Even a loss of 0 must be: use "
+            "`(x * 0).sum()`, or a sum over a possibly empty selection."
         )
     sum(terms.values()).backward()
     for key, gradient in _gradients(distiller):
@@ -57,31 +57,31 @@ def check_head_gradients(case: Case, distiller: Distiller, what: str = "") -> No
     idle = [k for k, p in head.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, (
         f"{case}: {_listed(idle)} of the head got no gradient{what}. DistributedDataParallel would "
-        "wait for it in vain. Remove what is not used; where a loss has nothing to say, let it be "
-        "a zero that is connected to every parameter."
+        "hang. Remove unused parameters; a loss without samples must be a zero that is connected "
+        "to every parameter."
     )
 
 
 def _check_teacher(case: Case, teacher: nn.Module, before: Dict[str, Tensor]) -> None:
     trained = [k for k, p in teacher.named_parameters() if p.grad is not None]
     assert not trained, (
-        f"{case}: the loss depends on {_listed(trained)} of the teacher, which would be trained. "
-        "What a head takes from a teacher must be detached; leave its requires_grad as it is."
+        f"{case}: the loss has a gradient for {_listed(trained)} of the teacher. Detach everything "
+        "that the head reads from the teacher, and do not change its requires_grad."
     )
     thawed = [k for k, p in teacher.named_parameters() if p.requires_grad]
     assert not thawed, f"{case}: the head unfreezes {_listed(thawed)} of the teacher."
     after = teacher.state_dict()
     moved = [k for k in after if k not in before or not torch.equal(after[k], before[k])]
     assert not moved and len(after) == len(before), (
-        f"{case}: the head changes {_listed(moved) or 'the modules'} of the teacher. BatchNorm's "
-        "statistics move in training mode: leave the teacher in eval mode."
+        f"{case}: the head changes {_listed(moved) or 'the modules'} of the teacher. BatchNorm "
+        "statistics change in training mode: keep the teacher in eval mode."
     )
     training = [k for k, m in teacher.named_modules() if m.training]
     assert not training, f"{case}: the head leaves the teacher's {_listed(training)} in train mode."
 
 
 def check_without_boxes(case: Case) -> None:
-    """Images without boxes give a finite loss, connected to the student and to the whole head."""
+    """Without boxes the loss is finite and connected to the student and the whole head."""
     distiller, none, some = case.fresh(), batch(1, boxes=0), batch(1)
     for inputs, what in (
         (batch(2, boxes=0), " when no image has a box"),

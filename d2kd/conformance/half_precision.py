@@ -1,4 +1,4 @@
-"""How far a head in float16 is from the same head in float32, on the same inputs and draws."""
+"""Compare a head in float16 with the same head in float32, on equal inputs and random draws."""
 
 import copy
 import math
@@ -16,19 +16,19 @@ from ..views import DensePredictions, DetectorView, Regions, RoIPredictions, Tow
 from .case import Case, seed_all
 from .cuda_autocast import cuda_autocast
 
-# Measured for d2kd's own heads, between any two toy detectors: 0.0001 and 0.044. The latter is a
-# single unit of a generator whose ReLU has an input so close to 0 that float16 changes its sign;
-# with Softplus in its place it is 0.001.
+# Measured maxima for d2kd's own heads, over all pairs of toy detectors: 0.0001 and 0.044. The
+# latter is due to a single ReLU of a generator with an input so close to 0 that float16 changes its
+# sign; with Softplus instead it is 0.001.
 VALUE_BOUND = 0.005
 GRADIENT_BOUND = 0.06
-# Of the loss, as GradScaler has it: without, gradients vanish in float16.
+# Loss scale, as with GradScaler; without it, gradients vanish in float16.
 SCALE = 1024.0
 
 
 class Step(NamedTuple):
     """
-    `values`: each term, without its weight; `inputs`: the gradients of the weighted loss in all
-    that the head reads of the student; `parameters`: those in the head's parameters.
+    `values`: each loss without its weight; `inputs`: gradients of the weighted loss with respect to
+    all that the head reads from the student; `parameters`: those with respect to its parameters.
     """
 
     values: Dict[str, Tensor]
@@ -38,38 +38,38 @@ class Step(NamedTuple):
 
 def check_mixed_precision(case: Case) -> None:
     """
-    Under CUDA's autocast (float16, loss scale 1024) losses are float32 and within 0.5 %, gradients
-    within 6 % of those without, at the same features, predictions and draws.
+    Under CUDA's autocast (float16, loss scale 1024) losses are float32 and within 0.5 % of those in
+    float32, gradients within 6 %, for the same features, predictions and random draws.
     """
     exact, found = compare(case)
     for key, a in exact.values.items():
         b = found.values[key]
         assert b.dtype in (torch.float32, torch.float64), (
             f"{case}: {key} is {b.dtype} under torch.autocast, in which sums overflow or lose "
-            "their small addends. Compute the loss on x.float(); matrix products of it, which "
-            "autocast turns back, under torch.autocast(x.device.type, enabled=False)."
+            "small addends. Compute the loss on x.float(), and matrix products, which autocast "
+            "casts to float16 again, under torch.autocast(x.device.type, enabled=False)."
         )
         assert (a - b).abs() <= VALUE_BOUND * a.abs() + 1e-6, (
             f"{case}: {key} is {a:.6g} in float32 and {b:.6g} under torch.autocast, in float16. "
             "Compute softmax, logarithms, norms and sums on x.float(); draw random numbers with "
-            "dtype=torch.float32, for float16 gives others."
+            "dtype=torch.float32, as float16 gives different ones."
         )
     for what, a, b in (
-        ("what it reads of the student", exact.inputs, found.inputs),
+        ("its inputs from the student", exact.inputs, found.inputs),
         ("its own parameters", exact.parameters, found.parameters),
     ):
         error = relative_error(a, b)
         assert error <= GRADIENT_BOUND, (
-            f"{case}: the gradient in {what} is off by {error:.2g} of its norm under "
+            f"{case}: the gradient of {what} has a relative error of {error:.2g} under "
             f"torch.autocast, in float16, at a loss scale of {SCALE:.0f} (inf: it overflows). "
             "Look for divisions by small norms, differences of nearly equal numbers and sums that "
             "are divided later: compute them on x.float(). Draw random numbers with "
-            "dtype=torch.float32, for float16 gives others."
+            "dtype=torch.float32, as float16 gives different ones."
         )
 
 
 def runs_in_float16() -> bool:
-    """Whether this PyTorch has what :func:`check_mixed_precision` needs, on a CPU."""
+    """Whether :func:`check_mixed_precision` can run on a CPU with this PyTorch."""
     try:
         x = torch.ones(1, 1, 3, 3, dtype=torch.float16, requires_grad=True)
         F.conv2d(x, x, padding=1).sum().backward()
@@ -80,7 +80,7 @@ def runs_in_float16() -> bool:
 
 def compare(case: Case, inputs: Sequence[Any] = ()) -> Tuple[Step, Step]:
     """
-    The head alone in float32 and in float16, given what both detectors say in float16.
+    Run the head alone in float32 and in float16, on the detectors' outputs in float16.
 
     Args:
         inputs: a batch; empty: two images with two boxes each
@@ -101,7 +101,7 @@ def compare(case: Case, inputs: Sequence[Any] = ()) -> Tuple[Step, Step]:
 
 
 def relative_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Norm of the difference over that of `exact`, of all tensors together; inf: not finite."""
+    """Norm of the difference over the norm of `exact`, over all tensors; inf if not finite."""
     if not all(b.isfinite().all() for b in found):
         return math.inf
     norm = sum(float(a.square().sum()) for a in exact) ** 0.5
@@ -129,7 +129,7 @@ def _step(
 
 
 def _view(view: DetectorView, dtype: torch.dtype, leaves: List[Tensor]) -> DetectorView:
-    """A view that says the same with other tensors; those with a gradient are new leaves."""
+    """A copy of a view with new tensors of the same values; those with a gradient are leaves."""
     changed: Dict[int, Tensor] = {}
 
     def change(x: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ def _view(view: DetectorView, dtype: torch.dtype, leaves: List[Tensor]) -> Detec
 
     found = copy.copy(view)
     found._recorded, found._versions = _map(view._recorded, change), {}
-    # A teacher's answers are constants. A student's are computed anew, but for the regions, which
-    # are drawn, and of which the teacher's answers are.
+    # A teacher's cached results are constants. A student's are recomputed, except for the regions:
+    # they are random, and the teacher's results belong to them.
     known = view._answers.items()
     found._answers = {
         k: x if isinstance(x, Regions) else _map(x, change)
@@ -154,7 +154,7 @@ def _view(view: DetectorView, dtype: torch.dtype, leaves: List[Tensor]) -> Detec
 
 
 def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """All numbers in nested containers; what has none, such as boxes, is left as it is."""
+    """Apply `change` to the float tensors in nested containers; keep others, such as boxes."""
     if isinstance(x, Tensor):
         return change(x) if x.is_floating_point() else x
     if isinstance(x, dict):

@@ -1,4 +1,4 @@
-"""Numbers and sizes at which a loss may break: certain classifiers, padding."""
+"""Checks at numerical limits: saturated classifiers and padded images."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from .gradients import backward, check_head_gradients
 
 
 def check_extreme_logits(case: Case) -> None:
-    """Class logits of +120 and -120, of equal and of opposite detectors, leave all finite."""
+    """Losses and gradients are finite for class logits of +120 and -120, equal or opposite."""
     distiller = case.fresh(own_teacher=True)
     saturate(distiller.teacher.model, 1)
     for sign, what in ((1, "equal to"), (-1, "the opposite of")):
@@ -19,13 +19,13 @@ def check_extreme_logits(case: Case) -> None:
             case,
             distiller,
             what=f" when all class logits are +120 or -120, the student's {what} the teacher's. "
-            "In float32 softmax and sigmoid are then exactly 0 and 1: take log_softmax, "
+            "In float32 softmax and sigmoid are then exactly 0 and 1: use log_softmax, "
             "F.logsigmoid or the losses with logits",
         )
 
 
 def saturate(detector: nn.Module, sign: int) -> None:
-    """Make a detector sure of everything: class logits +120, -120, +120, ... times `sign`."""
+    """Saturate a detector's classifier: logits +120, -120, +120, ... times `sign`."""
     score = classifier(detector)
     with torch.no_grad():
         score.weight.zero_()
@@ -34,7 +34,7 @@ def saturate(detector: nn.Module, sign: int) -> None:
 
 
 def check_image_sizes(case: Case) -> None:
-    """Images of several sizes, padded to one, give finite losses and gradients."""
+    """Losses and gradients are finite for images of different sizes, padded to one."""
     inputs = batch(1, height=64, width=64) + batch(1, height=48, width=80, seed=1)
     distiller, what = case.fresh(), " for a batch of a 64 x 64 and a 48 x 80 image"
     backward(case, distiller, inputs, what)

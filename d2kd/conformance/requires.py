@@ -1,4 +1,4 @@
-"""A head asks of a detector what it declares in `requires`, and nothing else."""
+"""Check that a head reads only what it declares in `requires`."""
 
 from typing import Any, Dict, FrozenSet, Tuple
 
@@ -8,7 +8,7 @@ from ..views import DetectorView
 from ..views.wrapped import WrappedView
 from .case import Case
 
-# Members of a DetectorView by the words that ask for them; what is not here is there always.
+# Member of a DetectorView -> words that require it; all other members are always available.
 WORDS: Dict[str, Tuple[str, ...]] = {
     "features": ("features",),
     "dense": ("dense",),
@@ -28,7 +28,7 @@ WORDS: Dict[str, Tuple[str, ...]] = {
 
 
 class RequiredView(WrappedView):
-    """A view that answers only for what a head requires."""
+    """A view that gives access only to what a head requires."""
 
     def __init__(self, view: DetectorView, required: FrozenSet[str], case: Case):
         super().__init__(view)
@@ -38,14 +38,14 @@ class RequiredView(WrappedView):
         words = WORDS.get(name, ())
         assert not words or any(x.startswith(words) for x in self._required), (
             f"{self._case}: forward reads `{name}`, but `requires` is {sorted(self._required)}: "
-            f"add {words[0]!r}. A teacher is told by it what to compute in one pass, and a pair "
-            "that lacks it is refused when the model is built."
+            f"add {words[0]!r}. It determines what the teacher computes in its forward pass, and "
+            "pairs that do not provide it are refused when the model is built."
         )
         return super().__getattr__(name)
 
 
 def watch_views(case: Case, distiller: Any) -> None:
-    """Let the head see nothing but what it requires, from now on."""
+    """Restrict the head's views to what it requires, from now on."""
     required = requires_of(head_class(case.name), case.cfg, distiller.pair)
     distiller.heads[case.name].register_forward_pre_hook(
         lambda module, views: tuple(RequiredView(view, required, case) for view in views)

@@ -1,4 +1,4 @@
-"""A head comes back from a checkpoint as it was, and leaves nothing in the student's."""
+"""Checks of checkpoints: a head is restored exactly, and adds nothing to the student's state."""
 
 import io
 from typing import Any, Dict, List
@@ -16,8 +16,8 @@ from .case import Case, seed_all
 
 def check_checkpoint(case: Case) -> None:
     """
-    After two steps a new head with the saved state gives the very same loss in the next; the
-    student's state has the plain student's keys.
+    After two steps a new head with the saved state gives exactly the same next loss; the student's
+    state_dict has only the plain student's keys.
     """
     distiller = case.fresh()
     keys = list(distiller.student.state_dict())
@@ -33,8 +33,8 @@ def check_checkpoint(case: Case) -> None:
     for key, x in expected.items():
         assert torch.equal(x, found[key]), (
             f"{case}: in the step after a resume {key} is {found[key].item():.9g}, without the "
-            f"interruption {x.item():.9g}. What a head keeps from step to step, and what it draws "
-            "when it is built, belongs in its state_dict: nn.Parameter, register_buffer, or "
+            f"interruption {x.item():.9g}. State between steps, and random values drawn when the "
+            "head is built, belong in its state_dict: nn.Parameter, register_buffer, or "
             "get_extra_state and set_extra_state."
         )
 
@@ -42,13 +42,13 @@ def check_checkpoint(case: Case) -> None:
 def step(
     model: nn.Module, optimizer: torch.optim.Optimizer, inputs: List[Dict[str, Any]], seed: int
 ) -> None:
-    """One step of training; `model` may be inside DistributedDataParallel."""
+    """One training step; `model` may be wrapped in DistributedDataParallel."""
     seed_all(seed)
     optimizer.zero_grad()
     with EventStorage():
         losses = model(inputs)
     sum(losses.values()).backward()
-    # Published weights are made for large images and long schedules, and differ a thousandfold.
+    # Published loss weights are for large images and long schedules, and differ a thousandfold.
     clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
@@ -56,14 +56,14 @@ def step(
 def _check_keys(case: Case, distiller: Distiller, keys: List[str]) -> None:
     more = [k for k in distiller.student.state_dict() if k not in keys]
     assert not more, (
-        f"{case}: the head leaves {', '.join(more[:3])} in the student's state_dict, and so in the "
-        "product. Parameters of a head are its own."
+        f"{case}: the head adds {', '.join(more[:3])} to the student's state_dict. Register its "
+        "parameters in the head itself."
     )
     teacher = {id(x) for x in distiller.teacher.model.state_dict(keep_vars=True).values()}
     held = [k for k, x in distiller.state_dict(keep_vars=True).items() if id(x) in teacher]
     assert not held, (
-        f"{case}: {', '.join(held[:3])} is the teacher's, and would be saved and trained with the "
-        "head. Do not make a teacher's module an attribute of the head."
+        f"{case}: {', '.join(held[:3])} belongs to the teacher, and would be saved and trained "
+        "with the head. Do not make a module of the teacher an attribute of the head."
     )
 
 
@@ -79,7 +79,7 @@ def _load(case: Case, distiller: Distiller, file: io.BytesIO) -> None:
         distiller.heads.load_state_dict(torch.load(file, weights_only=True))
     except Exception as error:
         raise AssertionError(
-            f"{case}: the head's state_dict cannot be saved and loaded again: {error} Extra state "
-            "must be tensors, numbers, strings, lists and dicts; buffers keep their shape, or are "
-            "set in set_extra_state."
+            f"{case}: the head's state_dict cannot be saved and loaded: {error} Extra state must "
+            "consist of tensors, numbers, strings, lists and dicts; buffers whose shape changes "
+            "must be set in set_extra_state."
         ) from error

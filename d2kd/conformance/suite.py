@@ -1,4 +1,4 @@
-"""The checks as a class of pytest tests, for any heads."""
+"""All checks as a pytest class, for any heads."""
 
 from typing import Any, List, Sequence, Tuple, Type
 
@@ -19,9 +19,10 @@ has_gloo = torch.distributed.is_available() and torch.distributed.is_gloo_availa
 
 def conformance(*names: str, opts: Sequence[Any] = ()) -> Type["HeadSuite"]:
     """
-    A test class that puts heads through everything that the contract of a head promises.
+    A test class that checks heads against the whole contract of a head.
 
-    In a test file: `TestCosine = conformance("Cosine")`, after the import of what registers it.
+    In a test file: `TestCosine = conformance("Cosine")`, after importing the module that registers
+    it.
 
     Args:
         names: as in DISTILL.HEADS
@@ -33,7 +34,7 @@ def conformance(*names: str, opts: Sequence[Any] = ()) -> Type["HeadSuite"]:
     for name in names:
         head_class(name)
     if not names:
-        raise ValueError('conformance() needs the name of a head, such as conformance("MGD").')
+        raise ValueError('conformance() needs at least one head, such as conformance("MGD").')
     return type("Conformance", (HeadSuite,), {"names": names, "opts": tuple(opts)})
 
 
@@ -85,7 +86,7 @@ class HeadSuite:
         if not getattr(head_class(case.name), "zero_at_equal", False):
             pytest.skip("the head does not declare zero_at_equal")
         if case.pair.student != case.pair.teacher:
-            pytest.skip("detectors of two kinds are never equal")
+            pytest.skip("detectors of different kinds cannot be equal")
         check_zero_at_equal(case)
 
     @pytest.mark.skipif(not runs_in_float16(), reason="this PyTorch has no float16 on CPUs")

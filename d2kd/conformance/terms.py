@@ -1,4 +1,4 @@
-"""What a head returns: names, scalars, a loss without its weight, 0 where nothing is to learn."""
+"""Checks of a head's output: names, scalars, no loss weight, 0 for equal detectors."""
 
 from typing import Any, Iterator, Set, Tuple
 
@@ -14,9 +14,9 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 def check_names(case: Case) -> None:
     """
-    `forward` returns {"loss_...": scalar, or {level: scalar}}, finite, float32, connected to the
-    student, under names that the student's own losses do not have. It reads only what `requires`
-    names.
+    `forward` returns {"loss_...": scalar, or {level: scalar}}: finite, float32, connected to the
+    student, with names different from the student's own losses. It reads only what `requires`
+    declares.
     """
     distiller = case.fresh()
     watch_views(case, distiller)
@@ -39,10 +39,10 @@ def _check_output(case: Case, output: Any, own: Set[str]) -> None:
     )
     for key, value in output.items():
         assert isinstance(key, str) and key.startswith("loss_"), (
-            f"{case}: forward returns the key {key!r}; Detectron2 sums what is in the dict and "
-            'd2kd tells losses by their names, which must start with "loss_".'
+            f'{case}: forward returns the key {key!r}; all keys must start with "loss_", by '
+            "which d2kd recognises losses."
         )
-        assert key not in own, f"{case}: the student has a loss {key!r} of its own; take another."
+        assert key not in own, f"{case}: the student has its own loss {key!r}; use another name."
         for label, x in _scalars(case, key, value):
             _check_scalar(case, label, x)
 
@@ -51,7 +51,7 @@ def _scalars(case: Case, key: str, value: Any) -> Iterator[Tuple[str, Any]]:
     if not isinstance(value, dict):
         yield key, value
         return
-    assert value, f"{case}: {key} is an empty dict; without levels there is nothing to sum."
+    assert value, f"{case}: {key} is an empty dict; it must have at least one level."
     for level, x in value.items():
         yield f"{key}[{level!r}]", x
 
@@ -62,18 +62,18 @@ def _check_scalar(case: Case, label: str, x: Any) -> None:
         "reduce it to a tensor without dimensions (.mean() or .sum())."
     )
     assert x.dtype in (torch.float32, torch.float64), (
-        f"{case}: {label} is {x.dtype}, in which sums overflow or lose their small addends; "
-        "compute the loss on x.float()."
+        f"{case}: {label} is {x.dtype}, in which sums overflow or lose small addends; compute the "
+        "loss on x.float()."
     )
-    assert x.isfinite(), f"{case}: {label} is {x.item()} on images of noise; look for log(0), 0/0."
+    assert x.isfinite(), f"{case}: {label} is {x.item()} on noise images; look for log(0), 0/0."
     assert x.requires_grad, (
-        f"{case}: {label} is not connected to the student: nothing would learn from it. Look for "
+        f"{case}: {label} is not connected to the student, which would not learn from it. Look for "
         ".detach(), .item(), .data or torch.no_grad() on the student's side."
     )
 
 
 def check_weight(case: Case) -> None:
-    """LOSS_WEIGHT is applied once, by the Distiller: doubled, every term is doubled."""
+    """LOSS_WEIGHT is applied once, by the Distiller: doubling it doubles every loss."""
     cfg = case.cfg.clone()
     cfg.defrost()
     cfg.DISTILL[case.name].LOSS_WEIGHT *= 2
@@ -89,12 +89,12 @@ def check_weight(case: Case) -> None:
 
 
 def check_zero_at_equal(case: Case) -> None:
-    """Where `zero_at_equal` is declared: no loss between two detectors that are the same."""
+    """If `zero_at_equal` is declared, the loss between identical detectors is 0."""
     distiller = _twins(case)
     equal = sum(x.item() for x in case.terms(distiller).values())
     step = distiller.last_step
     for level, x in step.student.features.items():
-        torch.testing.assert_close(x, step.teacher.features[level])  # or the test is void
+        torch.testing.assert_close(x, step.teacher.features[level])  # precondition
     with torch.no_grad():
         for p in distiller.student.parameters():
             p += 0.1 * p.abs().mean() * torch.randn_like(p)
@@ -107,7 +107,7 @@ def check_zero_at_equal(case: Case) -> None:
 
 
 def _twins(case: Case) -> Distiller:
-    """With the teacher's weights in the student, which normalises as in eval mode, too."""
+    """A Distiller whose student has the teacher's weights, with norms in eval mode, too."""
     distiller = case.fresh()
     distiller.student.load_state_dict(distiller.teacher.model.state_dict())
     for module in distiller.student.modules():

@@ -1,4 +1,4 @@
-"""Two processes, gloo on the CPU, in which the images differ: nobody waits for ever."""
+"""Check of distributed training: two gloo processes with different images stay in sync."""
 
 import functools
 import gc
@@ -21,31 +21,31 @@ from .case import Case
 from .saving import step
 
 NUM_PROCESSES = 2
-TIMEOUT = 40.0  # seconds without progress; a step of the toys takes a twentieth of one
+TIMEOUT = 40.0  # seconds without progress; a toy step takes 0.05 s
 DONE = "done"
 
 
 def check_processes(case: Case, together: Sequence[Case] = ()) -> None:
     """
     Three steps of two processes under DistributedDataParallel, one without boxes in the second and
-    with larger images in the third: nobody raises, nobody waits for ever, both stay equal.
+    with larger images in the third: no error, no deadlock, and both stay equal.
 
     Args:
-        together: cases that share the start of the processes, `case` among them
+        together: cases to run in the same processes, including `case`
     """
     cases = tuple(together) or (case,)
     error = _errors(cases)[cases.index(case)]
     assert not error, (
         f"{case}: training in {NUM_PROCESSES} processes, of which process 1 has no boxes in step 2 "
         f"and larger images in step 3, fails.\n{error}\nEvery parameter of the head must take part "
-        "in the loss of every process in every step, and every process in what the head reduces "
-        "or gathers."
+        "in the loss of every process in every step, and every process must take part in each "
+        "collective operation of the head."
     )
 
 
 @functools.lru_cache(maxsize=None)
 def _errors(cases: Tuple[Case, ...]) -> List[str]:
-    """What went wrong with each case, "" for nothing. After an error the processes start anew."""
+    """The error of each case, or "". After an error, new processes are started."""
     errors: List[str] = []
     while len(errors) < len(cases):
         errors += _start(cases[len(errors) :])
@@ -53,9 +53,8 @@ def _errors(cases: Tuple[Case, ...]) -> List[str]:
 
 
 def _start(cases: Sequence[Case]) -> List[str]:
-    """The errors of the first cases, up to the first that has one."""
-    # Forked, the processes have the heads and detectors of this one, whatever file registered
-    # them, and need no seconds of imports.
+    """Start the processes and return the errors of the cases up to the first that fails."""
+    # Forked processes share the registered heads and the detectors of this one, and import nothing.
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -69,7 +68,7 @@ def _start(cases: Sequence[Case]) -> List[str]:
 
 
 def _wait(processes: Sequence[Any], folder: str) -> bool:
-    """Until all have ended; whether they were killed because none made progress."""
+    """Wait until all have ended. Returns: whether they were killed for lack of progress."""
     progress, since = _progress(folder), time.monotonic()
     while any(p.is_alive() for p in processes):
         time.sleep(0.02)
@@ -84,7 +83,7 @@ def _wait(processes: Sequence[Any], folder: str) -> bool:
 
 
 def _progress(folder: str) -> int:
-    return os.stat(folder).st_mtime_ns  # of the latest report
+    return os.stat(folder).st_mtime_ns  # changes with every report
 
 
 def _read(folder: str, num_cases: int, hung: bool) -> List[str]:
@@ -105,12 +104,12 @@ def _report(folder: str, index: int, rank: int) -> str:
         with open(os.path.join(folder, f"{index}_{rank}")) as file:
             return file.read()
     except FileNotFoundError:
-        return "did not begin"
+        return "did not start"
 
 
 def _in_process(rank: int, folder: str, cases: Sequence[Case]) -> None:
-    torch.set_num_threads(1)  # the threads of the process that was forked are not here
-    gc.freeze()  # to look through what it left would copy its memory
+    torch.set_num_threads(1)  # a forked process has no other threads
+    gc.freeze()  # collection would copy the memory shared with the parent
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
@@ -125,24 +124,24 @@ def _in_process(rank: int, folder: str, cases: Sequence[Case]) -> None:
             _train(case, rank, path)
         except Exception as error:
             _write(path, f"{type(error).__name__}: {error}\n{_last_line(error)}")
-            return  # which the other process notices, should it be waiting
+            return  # a waiting peer then fails, too
         _write(path, DONE)
 
 
 def _train(case: Case, rank: int, path: str) -> None:
-    distiller = case.distiller  # that of the process itself, which is a copy of the one at large
+    distiller = case.distiller  # already a copy: the process is forked
     model = data_parallel(distiller)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for i, inputs in enumerate(_batches(rank)):
-        _write(path, f"is in step {i + 1} still")
+        _write(path, f"still in step {i + 1}")
         step(model, optimizer, inputs, seed=10 * i + rank)
-    # Not before: DistributedDataParallel tells in the next forward which gradient it misses.
+    # At the end: DistributedDataParallel reports a missing gradient in the next forward pass.
     _compare({k: p.grad for k, p in distiller.named_parameters()}, "gradient")
     _compare(dict(distiller.named_parameters()), "value after the last step")
 
 
 def _batches(rank: int) -> List[List[Dict[str, Any]]]:
-    """Three steps of this process."""
+    """The batches of this process, one per step."""
     shapes = [(2, 64, 64), (0 if rank else 2, 64, 64), (2, 64, 128 if rank else 64)]
     return [
         batch(2, boxes=boxes, height=height, width=width, seed=10 * i + rank)
@@ -151,7 +150,7 @@ def _batches(rank: int) -> List[List[Dict[str, Any]]]:
 
 
 def _compare(tensors: Dict[str, Tensor], what: str) -> None:
-    """Raises in every process where they are not equal."""
+    """Raise in both processes if the tensors are not equal."""
     flat = {k: torch.zeros(0) if x is None else x.detach().flatten() for k, x in tensors.items()}
     ours = torch.cat(list(flat.values()))
     everywhere = [torch.empty_like(ours) for _ in range(NUM_PROCESSES)]

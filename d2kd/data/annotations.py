@@ -1,4 +1,4 @@
-"""What training and evaluation ask of the annotations in a JSON of COCO's format."""
+"""Check the annotations of a COCO-format JSON for training and evaluation."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,23 +12,23 @@ from .rle import is_rle
 
 KEYS = ("id", "image_id", "category_id", "bbox")
 NUMBERS = (int, float)
-LARGEST = 1e9  # of a box's values, far beyond any image's
+LARGEST = 1e9  # limit for the values of a box, far beyond any image size
 
 
 @dataclass
 class AnnotationFacts:
-    """Of all annotations of a set; of each mask problem the first annotation's id."""
+    """Facts about all annotations of a set; each mask problem holds the id of its first case."""
 
     count: int = 0
-    objects: int = 0  # that are no crowds
+    objects: int = 0  # without crowds
     notes: List[str] = field(default_factory=list)
     no_mask: Optional[int] = None  # crowd or not
     object_without_mask: Optional[int] = None
     object_with_rle: Optional[int] = None
-    other_size: Optional[int] = None  # an RLE of another size than its image
-    broken: List[int] = field(default_factory=list)  # no polygon has three points
+    other_size: Optional[int] = None  # an RLE whose size is not its image's
+    broken: List[int] = field(default_factory=list)  # no polygon has three points or more
     odd_area: List[int] = field(default_factory=list)
-    keypoints: Dict[int, int] = field(default_factory=dict)  # numbers in a list -> the first's id
+    keypoints: Dict[int, int] = field(default_factory=dict)  # length of the list -> first id
 
 
 def check_annotations(
@@ -36,19 +36,19 @@ def check_annotations(
 ) -> AnnotationFacts:
     """
     Args:
-        annotations: with KEYS, and ids that are unique
+        annotations: with KEYS and unique ids
         sizes: width and height of each image, by id
         categories: ids
 
     Raises:
-        ValueError: naming the id of the first that is not sound
+        ValueError: the first invalid annotation, named by its id
     """
     facts = AnnotationFacts(len(annotations))
     for annotation in annotations:
         _check_references(annotation, sizes, categories)
         _check_box(annotation)
         _check_flags(annotation)
-        _look_at_mask(annotation, sizes[annotation["image_id"]], facts)
+        _check_mask(annotation, sizes[annotation["image_id"]], facts)
         facts.objects += not annotation.get("iscrowd", 0)
         facts.keypoints.setdefault(len(annotation.get("keypoints") or ()), annotation["id"])
         if _odd_area(annotation):
@@ -100,30 +100,28 @@ def _check_flags(annotation: Dict[str, Any]) -> None:
         raise ValueError(f"{name} has the iscrowd {crowd!r}; it must be 0 or 1, or be left out")
     if ignore != 0:
         raise ValueError(
-            f"{name} has the ignore {ignore!r}, which Detectron2 does not know: use iscrowd 1 for "
-            "what may be found or not"
+            f"{name} has the ignore {ignore!r}, which Detectron2 does not support: use iscrowd 1 "
+            "for objects that evaluation should ignore"
         )
     area = annotation.get("area")
     if area is not None and not (type(area) in NUMBERS and 0 <= area < math.inf):
         raise ValueError(
-            f"{name} has the area {area!r}; it must be in square pixels, or be left out"
+            f"{name} has the area {area!r}; it must be a number of square pixels, or be left out"
         )
     if annotation.get("keypoints") and not _are_numbers(annotation["keypoints"]):
-        raise ValueError(f"{name} has keypoints that are no list of numbers")
+        raise ValueError(f"{name} has keypoints that are not a list of numbers")
 
 
 def _odd_area(annotation: Dict[str, Any]) -> bool:
-    """Whether nothing in the box can have this area."""
+    """Whether the area is impossible for an object in this box."""
     area, (width, height) = annotation.get("area"), annotation["bbox"][2:]
     if area is None or not width * height:
         return False
     return not 0 < area <= 1.1 * (width + 1) * (height + 1)
 
 
-def _look_at_mask(
-    annotation: Dict[str, Any], size: Tuple[int, int], facts: AnnotationFacts
-) -> None:
-    """Note what a detector with masks cannot take. What no detector can read is an error."""
+def _check_mask(annotation: Dict[str, Any], size: Tuple[int, int], facts: AnnotationFacts) -> None:
+    """Record what a detector with masks cannot use; raise on what no detector can read."""
     mask, name = annotation.get("segmentation"), annotation["id"]
     is_object = not annotation.get("iscrowd", 0)
     if not mask:
@@ -142,15 +140,15 @@ def _look_at_mask(
             facts.other_size = name
     elif not isinstance(mask, list) or not all(map(_are_numbers, mask)):
         raise ValueError(
-            f"annotation {name} has a segmentation that is no list of polygons, each a list of "
-            "numbers [x0, y0, x1, y1, ...], and no RLE"
+            f"annotation {name} has a segmentation that is neither an RLE nor a list of polygons, "
+            "each a list of numbers [x0, y0, x1, y1, ...]"
         )
     elif not any(map(is_polygon, mask)):
         facts.broken.append(name)
 
 
 def is_polygon(values: List[float]) -> bool:
-    """Whether Detectron2 keeps it in training: three points or more."""
+    """Whether Detectron2 keeps this polygon in training: it needs at least three points."""
     return len(values) % 2 == 0 and len(values) >= 6
 
 

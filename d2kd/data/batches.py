@@ -12,12 +12,12 @@ Pick = Tuple[int, int]
 
 class ResumableBatchSampler(Sampler):
     """
-    Batches of picks, without end, from any iteration on. It works on indices alone: skipping to a
+    Endless batches of picks, starting at any iteration. It handles indices only, so skipping to a
     late iteration loads no image.
 
-    All processes draw the same stream and the same total batches, and each takes every
-    `world_size`-th image of a batch. So the images of an iteration do not depend on the number of
-    processes.
+    All processes draw the same stream and the same total batches; each takes every
+    `world_size`-th image of a batch. The images of an iteration therefore do not depend on the
+    number of processes.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class ResumableBatchSampler(Sampler):
     ):
         """
         Args:
-            sampler: a training sampler of Detectron2 with a seed that all processes share
-            groups: a number for each image of the data set; a batch has images of one number
-            total_batch_size: images per iteration, of all processes together
+            sampler: a training sampler of Detectron2, seeded alike in all processes
+            groups: group of each image of the data set; a batch holds images of one group
+            total_batch_size: images per iteration over all processes
             start_iter: the iteration of the first batch
         """
         self.sampler = sampler
@@ -53,8 +53,8 @@ class ResumableBatchSampler(Sampler):
 
     def _total_batches(self) -> Iterator[List[int]]:
         waiting: Dict[int, List[int]] = {}
-        # The samplers' __iter__ is already cut to one process's share. Batches have to be formed
-        # before the cut, or grouping would give other batches for another number of processes.
+        # The samplers' __iter__ already shards by process. Batches are formed before sharding, so
+        # that grouping gives the same batches for every number of processes.
         for index in self.sampler._infinite_indices():
             batch = waiting.setdefault(self.groups[index], [])
             batch.append(index)
@@ -63,12 +63,12 @@ class ResumableBatchSampler(Sampler):
 
 
 def build_sampler(cfg: CfgNode, dataset_dicts: List[Dict[str, Any]], seed: int) -> Sampler:
-    """Returns: Detectron2's sampler that DATALOADER.SAMPLER_TRAIN names, with a seed."""
+    """Returns: the Detectron2 sampler named by DATALOADER.SAMPLER_TRAIN, with a seed."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
         return TrainingSampler(len(dataset_dicts), seed=seed)
     if name == "RepeatFactorTrainingSampler":
-        # REPEAT_SQRT came after Detectron2 0.5, where the square root was always taken.
+        # Detectron2 0.5 has no REPEAT_SQRT and always takes the square root.
         sqrt = {"sqrt": cfg.DATALOADER.REPEAT_SQRT} if "REPEAT_SQRT" in cfg.DATALOADER else {}
         repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dataset_dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **sqrt

@@ -1,4 +1,4 @@
-"""What Detectron2 reads later, or never looks at: files of data sets, proposals, evaluators."""
+"""Check what Detectron2 checks late or never: data set files, proposals, evaluators."""
 
 import importlib.util
 import os
@@ -9,13 +9,13 @@ from detectron2.utils.file_io import PathManager
 
 from ..weights.safe_load import read_arrays
 
-# What metadata tells of a set -> what it is
+# Field of a data set's metadata -> what its path is
 PATHS = {
     "json_file": "annotation file",
     "image_root": "image folder",
     "dirname": "folder",
 }
-# Of a file of proposals; the second is that of Detectron1
+# Keys of a proposal file; the second spelling is Detectron1's
 PROPOSAL_KEYS = (("ids", "indexes"), ("boxes",), ("objectness_logits", "scores"))
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
@@ -23,7 +23,7 @@ EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 def check_files(metadata: Metadata, key: str) -> None:
     """
     Args:
-        metadata: of a registered set; a path that it does not tell is not checked
+        metadata: of a registered set; only the paths that it has are checked
         key: the config key to blame
     """
     for field, what in PATHS.items():
@@ -38,7 +38,7 @@ def check_files(metadata: Metadata, key: str) -> None:
 def check_evaluator(metadata: Metadata) -> None:
     """
     Raises:
-        ValueError: of a test set that d2kd cannot evaluate
+        ValueError: d2kd cannot evaluate this test set
     """
     kind = metadata.get("evaluator_type")
     if kind not in EVALUATOR_TYPES:
@@ -55,8 +55,8 @@ def check_evaluator(metadata: Metadata) -> None:
 
 def check_proposals(cfg: CfgNode, part: str) -> None:
     """
-    Read the files of MODEL.LOAD_PROPOSALS safely, before Detectron2 unpickles them and runs what is
-    in them.
+    Read the files of MODEL.LOAD_PROPOSALS safely, before Detectron2 unpickles them and runs any
+    code in them.
 
     Args:
         part: "TRAIN" or "TEST"
@@ -69,7 +69,9 @@ def check_proposals(cfg: CfgNode, part: str) -> None:
         except FileNotFoundError:
             raise FileNotFoundError(f"DATASETS.{key}: there is no file {path!r}.") from None
         except Exception as error:  # whatever the bytes look like to the reader
-            raise ValueError(f"DATASETS.{key}: {path!r} holds no proposals: {error}") from error
+            raise ValueError(f"DATASETS.{key}: {path!r} is not a proposal file: {error}") from error
         for names in PROPOSAL_KEYS:
             if not isinstance(content, dict) or not set(names) & set(content):
-                raise ValueError(f"DATASETS.{key}: {path!r} holds no proposals: no {names[0]!r}")
+                raise ValueError(
+                    f"DATASETS.{key}: {path!r} is not a proposal file: it has no {names[0]!r}"
+                )

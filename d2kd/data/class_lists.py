@@ -1,4 +1,4 @@
-"""Are the classes of a data set those of the model, and of the other sets?"""
+"""Check that a data set's classes match the model and the other data sets."""
 
 import logging
 from functools import reduce
@@ -20,11 +20,11 @@ MAX_SHOWN = 20
 
 
 def num_classes(cfg: CfgNode, meta_architecture: str) -> Optional[int]:
-    """What the model's key says; None where the architecture has no known one."""
+    """The model's number of classes; None if its config key is not known."""
     key = NUM_CLASSES_KEYS.get(meta_architecture)
     try:
         return reduce(getattr, key.split("."), cfg) if key else None
-    except AttributeError:  # such as MODEL.FCOS where no config function has added it
+    except AttributeError:  # such as MODEL.FCOS in a config without its keys
         return None
 
 
@@ -32,10 +32,10 @@ def check_num_classes(
     cfg: CfgNode, meta_architecture: str, name: str, classes: Sequence[str], is_test: bool = False
 ) -> None:
     """
-    Check a set's classes against the model's key, where the architecture has a known one.
+    Check a set's number of classes against the model's, where the key of the latter is known.
 
     Args:
-        is_test: a test set, where no training set tells what the model has learnt
+        is_test: a test set, without a training set that defines what the model has learnt
     """
     value = num_classes(cfg, meta_architecture)
     if value is None or value == len(classes):
@@ -44,9 +44,9 @@ def check_num_classes(
     advice = f"Set {key} to {len(classes)} or use another data set."
     if is_test:
         advice = (
-            f"A detector that was trained with {value} needs a test set that lists all of them in "
-            f'"categories", also those without annotations; one of {len(classes)}, {key} '
-            f"{len(classes)}."
+            f"A detector trained with {value} classes needs a test set that lists all of them in "
+            f'"categories", even those without annotations. If it was trained with {len(classes)}, '
+            f"set {key} to {len(classes)}."
         )
     raise ValueError(
         f"{key} is {value}, but data set {name} has {len(classes)} classes ({_shown(classes)}). "
@@ -57,20 +57,21 @@ def check_num_classes(
 def check_class_names(name: str, classes: Sequence[str], first: str, known: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: a set's classes are others than those of the first set, which the model learns:
-            its class i would be learnt, or scored, as another class
+        ValueError: the classes differ from those of the first set, which define the model's:
+            class i would be learnt, or scored, as another class
     """
     if list(classes) == list(known):
         return
     if [x.strip().casefold() for x in classes] == [x.strip().casefold() for x in known]:
         logger.warning(
-            f"{name} writes its classes otherwise than {first}: {_shown(classes)}; {_shown(known)}."
+            f"{name} spells its classes differently from {first}: {_shown(classes)}; "
+            f"{_shown(known)}."
         )
         return
     raise ValueError(
-        f"Data set {name} has {len(classes)} classes ({_shown(classes)}), but {first}, which tells "
-        f"what the detector learns, has {len(known)} ({_shown(known)}). Detection i counts as the "
-        f"i-th class by id, so these would be taken for one another. {_advice(classes, known)}"
+        f"Data set {name} has {len(classes)} classes ({_shown(classes)}), but {first}, which "
+        f"defines the detector's classes, has {len(known)} ({_shown(known)}). Classes are matched "
+        f"by their order, so they would be confused. {_advice(classes, known)}"
     )
 
 
@@ -78,19 +79,19 @@ def _advice(classes: Sequence[str], known: Sequence[str]) -> str:
     missing = [x for x in known if x not in classes]
     extra = [x for x in classes if x not in known]
     if not missing and not extra:
-        return 'The ids in its "categories" must give them the same order.'
+        return 'Change the ids in its "categories" so that the order is the same.'
     if missing and extra:
         return (
-            f"If {_shown(extra)} here is {_shown(missing)} there, give it one name in both; list "
-            "what is missing here with the id that it has there."
+            f"If {_shown(extra)} here is {_shown(missing)} there, use one name in both; add the "
+            "classes that are missing here with the ids that they have there."
         )
     if missing:
         return (
-            f'List {_shown(missing)} in its "categories" too, with the ids that they have there: '
-            "classes without annotations are fine."
+            f'Add {_shown(missing)} to its "categories", with the ids that they have there: '
+            "classes without annotations are allowed."
         )
     return (
-        f'Take {_shown(extra)} out of its "categories" and "annotations", or list them in all '
+        f'Remove {_shown(extra)} from its "categories" and "annotations", or add them to all '
         "training sets."
     )
 

@@ -1,4 +1,4 @@
-"""What the classes of a detector are called, told by the data sets in its config."""
+"""Class names of a detector, read from its config's data sets."""
 
 import os
 from typing import Dict, Mapping, Optional, Sequence, Tuple
@@ -14,17 +14,16 @@ from .shapes import SPLITS
 
 def class_names(cfg: CfgNode) -> Tuple[str, ...]:
     """
-    Names of the classes that a detector of this config learns, in their order. No data set is
-    registered for it.
+    Class names of a detector with this config, in order. No data set is registered.
 
     Raises:
-        ValueError: an entry of DATASETS.COCO_FORMAT that is none, or whose JSON is not COCO's
+        ValueError: an invalid entry of DATASETS.COCO_FORMAT, or one whose JSON is not COCO's
     """
     return names_in_sets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], coco_json_files(cfg))
 
 
 def coco_json_files(cfg: CfgNode) -> Dict[str, str]:
-    """Of the entries of DATASETS.COCO_FORMAT, by name."""
+    """Data set name -> JSON, for the entries of DATASETS.COCO_FORMAT."""
     entries = [
         parse_entry(entry, f"DATASETS.COCO_FORMAT[{i}]")
         for i, entry in enumerate(cfg.DATASETS.COCO_FORMAT)
@@ -36,10 +35,10 @@ def names_in_sets(
     datasets: Sequence[str], json_files: Optional[Mapping[str, str]] = None
 ) -> Tuple[str, ...]:
     """
-    Class names of the first data set of which they are known; () where there is none.
+    Class names of the first data set whose names are known; () if there is none.
 
     Args:
-        json_files: of sets that may not be registered, by name
+        json_files: name -> JSON of data sets that may not be registered
     """
     json_files = json_files or {}
     found = (_names(x, json_files.get(x, "")) for x in datasets)
@@ -51,10 +50,10 @@ def _names(dataset: str, json_file: str) -> Tuple[str, ...]:
         return _in_json(json_file, dataset)
     if dataset in SPLITS:
         return tuple(CLASSES)
-    if dataset not in DatasetCatalog.list():  # asking for its metadata would make some
+    if dataset not in DatasetCatalog.list():  # MetadataCatalog.get would create an entry
         return ()
     metadata = MetadataCatalog.get(dataset)
-    # Detectron2 reads those of a COCO set together with its annotations.
+    # Detectron2 knows the names of a COCO set only once it has read the annotations.
     return tuple(metadata.get("thing_classes") or _in_json(metadata.get("json_file"), dataset))
 
 

@@ -21,27 +21,25 @@ def register_datasets(
     draw: bool = True,
 ) -> None:
     """
-    Make every data set that the config names known to Detectron2, and check it before anything
-    expensive is built. Calling it again with the same config is fine.
+    Register every data set of the config with Detectron2, and check it before anything expensive
+    is built. It can be called again with the same config.
 
     1. Register the entries of DATASETS.COCO_FORMAT.
-    2. Draw and register the built-in shapes where they are named. Other settings of the shapes
-       than in an earlier call replace the earlier ones.
-    3. Check every name in DATASETS.TRAIN and DATASETS.TEST: registered, files there, and of sets
-       with a JSON in COCO's format all that training and evaluation will ask of it and of its
-       images. The classes must be the same in all sets, and as many as the model's, where both are
-       known.
+    2. Draw and register the built-in shapes that the config uses. If their settings differ from an
+       earlier call, the new ones apply.
+    3. Check every data set in DATASETS.TRAIN and DATASETS.TEST: it is registered and its files
+       exist; a COCO-format JSON and its images have all that training and evaluation need. All
+       sets must have the same classes, as many as the model, where both are known.
 
     Args:
         cfg: with the keys of :func:`add_data_config`
         meta_architecture: the detector whose number of classes has to fit, such as "RetinaNet";
             empty: MODEL.META_ARCHITECTURE. For a Distiller, that is the student's.
-        parts: ("TEST",) leaves the training sets alone, for evaluation without them
-        draw: False: only the settings of the built-in shapes are looked at
+        parts: ("TEST",) skips the training sets, for evaluation without them
+        draw: False: only check the settings of the built-in shapes
 
     Raises:
-        ValueError, OSError: naming the config key or the file, what is wrong in it, and what would
-            be right
+        ValueError, OSError: naming the config key or file, what is wrong, and what would be right
     """
     for part in parts:
         check_proposals(cfg, part)
@@ -72,7 +70,7 @@ def _register_entries(cfg: CfgNode) -> Dict[str, str]:
 
 def _register(name: str, json_file: str, image_root: str, key: str) -> None:
     if name in SPLITS:
-        raise ValueError(f"{key}: NAME {name} belongs to the built-in set, take another")
+        raise ValueError(f"{key}: NAME {name} is a built-in data set. Take another name.")
     if name not in DatasetCatalog.list():
         register_coco_instances(name, {}, json_file, image_root)
         return

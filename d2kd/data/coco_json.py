@@ -1,4 +1,4 @@
-"""One pass over a JSON of COCO's format: everything that training and evaluation will ask of it."""
+"""Read a COCO-format JSON once: everything that training and evaluation need from it."""
 
 import json
 import os
@@ -24,9 +24,9 @@ PARTS = ("images", "annotations", "categories")
 @dataclass(frozen=True)
 class CocoSummary:
     """
-    What a JSON tells. `classes`: names in the order of their ids, which is Detectron2's class
-    order; `problem`: why no detector can be trained or evaluated on it, "" if one can; all else is
-    only told where there is none.
+    Content of a JSON. `classes`: names ordered by id, which is Detectron2's class order;
+    `problem`: why no detector can be trained or evaluated on it, or "". The other fields are set
+    only if there is no problem.
     """
 
     classes: Tuple[str, ...]
@@ -39,7 +39,7 @@ class CocoSummary:
 def read_summary(json_file: str, key: str) -> CocoSummary:
     """
     Raises:
-        ValueError: not COCO's format as far as training and evaluation need it; `key` is blamed
+        ValueError: not COCO's format as far as training and evaluation need it, naming `key`
     """
     summary = look_at(json_file, key)
     if summary.problem:
@@ -50,10 +50,10 @@ def read_summary(json_file: str, key: str) -> CocoSummary:
 def read_classes(json_file: str, key: str) -> Tuple[str, ...]:
     """
     Returns:
-        the class names in the order of their ids, also where only the rest of the file is odd
+        the class names ordered by id, even if the rest of the file is invalid
 
     Raises:
-        ValueError: no file in COCO's format; `key` is blamed
+        ValueError: not a file in COCO's format, naming `key`
     """
     summary = look_at(json_file, key)
     return summary.classes if summary.has_annotations else read_summary(json_file, key).classes
@@ -61,12 +61,14 @@ def read_classes(json_file: str, key: str) -> Tuple[str, ...]:
 
 def look_at(json_file: str, key: str) -> CocoSummary:
     """
+    Summarise a JSON; a problem in its content is part of the summary.
+
     Raises:
-        ValueError: a file that is not even made of images, annotations and categories
+        ValueError: the file does not have the lists of COCO's format, naming `key`
     """
     path = PathManager.get_local_path(json_file)
     try:
-        return _look_at(path, os.path.getmtime(path))
+        return _summarise(path, os.path.getmtime(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(_not_coco(json_file, key, str(error))) from error
 
@@ -75,8 +77,8 @@ def _not_coco(json_file: str, key: str, why: str) -> str:
     return f"{key}: {PathManager.get_local_path(json_file)} is not in COCO's format: {why}"
 
 
-@lru_cache(maxsize=16)  # a large file takes seconds, and the test set is often checked again
-def _look_at(path: str, modified: float) -> CocoSummary:
+@lru_cache(maxsize=16)  # a large file takes seconds, and test sets are checked repeatedly
+def _summarise(path: str, modified: float) -> CocoSummary:
     with open(path) as f:
         content = json.load(f)
     parts = content if isinstance(content, dict) else {}
@@ -90,11 +92,11 @@ def _look_at(path: str, modified: float) -> CocoSummary:
     if missing:
         return CocoSummary(classes, 'there is no list "annotations"', has_annotations=False)
     try:
-        # Detectron2 knows that the minival sets it ships have some ids twice.
+        # The minival sets of Detectron2 have duplicate ids, which Detectron2 allows.
         return CocoSummary(
             classes, "", True, read_images(content["images"]), _facts(content, "minival" in path)
         )
-    except (ValueError, ArithmeticError) as error:  # such as of a number of 400 digits
+    except (ValueError, ArithmeticError) as error:  # such as from a number of 400 digits
         return CocoSummary(classes, problem=str(error))
 
 

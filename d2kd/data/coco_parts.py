@@ -1,10 +1,10 @@
-"""The lists of a JSON of COCO's format, each by itself: entries, ids, images and categories."""
+"""Check the single lists of a COCO-format JSON: entries, ids, images and categories."""
 
 import os
 from collections import defaultdict
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
-MAX_ID = 2**63  # NumPy's integers, in which pycocotools sorts ids, end there
+MAX_ID = 2**63  # pycocotools sorts ids as NumPy int64
 
 
 class ImageEntry(NamedTuple):
@@ -16,12 +16,12 @@ class ImageEntry(NamedTuple):
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, also as 640.0, which some tools write."""
+    """Whether the value is a whole number; some tools write it as 640.0."""
     return type(value) is int or isinstance(value, float) and value.is_integer()
 
 
 def check_entries(entries: List[Any], part: str, keys: Sequence[str], twice: bool = False) -> None:
-    """Each is a mapping with these keys, and an id of its own unless it may be there `twice`."""
+    """Check that each entry has these keys, and a unique id unless `twice` allows duplicates."""
     seen = set()
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
@@ -47,7 +47,7 @@ def names_by_id(categories: List[Any]) -> Tuple[str, ...]:
 
 
 def check_names_differ(categories: List[Dict[str, Any]]) -> List[str]:
-    """Returns: which names can be taken for one another."""
+    """Check that category names are unique. Returns: warnings about nearly equal names."""
     ids: Dict[str, int] = {}
     spellings: Dict[str, str] = {}
     notes = []
@@ -55,27 +55,27 @@ def check_names_differ(categories: List[Dict[str, Any]]) -> List[str]:
         number, name = category["id"], category["name"]
         if name in ids:
             raise ValueError(
-                f"the categories {ids[name]} and {number} have one name, {name!r}: classes are "
-                "told apart by their names. Give each its own, or join them under one id"
+                f"the categories {ids[name]} and {number} have the same name, {name!r}: classes "
+                "are identified by their names. Rename one, or merge them under one id"
             )
         ids[name] = number
         other = spellings.setdefault(name.strip().casefold(), name)
         if other != name:
             notes.append(
-                f"the categories {ids[other]} and {number}, {other!r} and {name!r}, differ in "
-                "spelling alone and are two classes"
+                f"the categories {ids[other]} and {number}, {other!r} and {name!r}, differ only in "
+                "spelling and are two classes"
             )
     return notes
 
 
 def _check_inside(file_name: str) -> None:
-    """A file from elsewhere may name any path; what is read stays in the image folder."""
+    """Refuse paths outside the image folder, which a JSON of unknown origin could contain."""
     if os.path.isabs(file_name) or os.path.normpath(file_name).split(os.sep)[0] == os.pardir:
         raise ValueError(f"the file_name {file_name!r} leads out of the image folder")
 
 
 def check_same_file(images: List[Dict[str, Any]], annotations: List[Dict[str, Any]]) -> None:
-    """Of a file under two ids, each would be read with a part of the objects in it."""
+    """Refuse one file under two ids with different objects: each would miss some of them."""
     by_file = defaultdict(list)
     for entry in images:
         by_file[os.path.normpath(entry["file_name"])].append(entry["id"])
@@ -88,8 +88,8 @@ def check_same_file(images: List[Dict[str, Any]], annotations: List[Dict[str, An
     for file_name, ids in repeated.items():
         if any(sorted(objects[x]) != sorted(objects[ids[0]]) for x in ids):
             raise ValueError(
-                f"the images {' and '.join(map(str, ids[:2]))} are one file, {file_name}, with "
-                "other annotations each: give the file one id, and all its annotations that"
+                f"the images {' and '.join(map(str, ids[:2]))} are the same file, {file_name}, "
+                "with different annotations: give the file one id, and use it in all of them"
             )
 
 

@@ -1,5 +1,5 @@
 """
-Draws one image of the built-in synthetic set: which objects, and where. S is the image size.
+Draw one image of the built-in synthetic set: choose and place its objects. S is the image size.
 """
 
 from typing import List, NamedTuple, Optional, Tuple
@@ -41,9 +41,9 @@ def draw(
         rng: the only source of randomness
         image_size: S
         num_objects, object_size: smallest and largest number per image, longer side in pixels
-        min_visible: smallest share of an object that is left visible
-        own_colour: probability that an object has about the hue of its class
-        texture: its strength, on the background and on all figures, in [0, 1]
+        min_visible: smallest share of an object that stays visible
+        own_colour: probability that an object has roughly the hue of its class
+        texture: strength of the texture of the background and of all figures, in [0, 1]
         clutter, noise, blur: largest number of figures without a class, largest standard
             deviations of noise (grey levels) and blur (pixels)
     """
@@ -77,19 +77,19 @@ def _find_place(
     min_visible: float,
 ) -> Optional[Tuple[np.ndarray, List[Visible]]]:
     """
-    Look for a place that leaves enough of this object and of all earlier ones visible.
+    Find a place that leaves enough of this object and of all earlier ones visible.
 
     Args:
-        outline, size: what to place, and its longer side in pixels
+        outline, size: the object, and its longer side in pixels
         visible: the earlier objects
 
     Returns:
-        the cover and the new list `visible`, or None where no place was found
+        the cover and the new list `visible`, or None if there is no place
     """
     for attempt in range(TRIES):
-        # The centre keeps a third of the size from the border: truncation, but not too much.
+        # The centre stays a third of the size from the border, which limits truncation.
         centre = rng.uniform(size / 3, image_size - size / 3, size=2)
-        # An image must have an object, and alone in the middle there is always room for it.
+        # Every image needs an object; a single one always fits in the middle.
         last_resort = not visible and attempt == TRIES - 1
         if last_resort:
             centre = np.full(2, image_size / 2)

@@ -1,4 +1,4 @@
-"""Are the images of a data set there, and are they what its JSON says?"""
+"""Check that the images of a data set exist and match its JSON."""
 
 import logging
 import os
@@ -14,25 +14,25 @@ from .image_headers import check_header, is_transparent
 
 logger = logging.getLogger(__name__)
 
-MAX_TRAINING_HEADERS = 2000  # a fraction of a millisecond each, more where the disk is far
-MAX_TRANSPARENT = 20  # images with an alpha channel that are decoded
+MAX_TRAINING_HEADERS = 2000  # a fraction of a millisecond each, more on a network disk
+MAX_TRANSPARENT = 20  # images with an alpha channel to decode
 
 
 def check_images(images: Sequence[ImageEntry], folder: str, part: str, blame: str) -> None:
     """
-    Look for all images. Of a test set the headers of all are read, as what is wrong there would
-    only be met after the last iteration; of a training set those of some, spread over all.
+    Check that all images exist, and read their headers: of a test set all, because an error there
+    would only surface after the last iteration; of a training set an evenly spaced sample.
 
     Args:
-        folder: of the images
+        folder: folder of the images
         part: "TRAIN" or "TEST"
-        blame: who names the images, for errors and warnings
+        blame: where the images are listed, for errors and warnings
 
     Raises:
-        FileNotFoundError, OSError, ValueError: naming the first image that is not there, cannot be
-            read, or is not what the JSON says
+        FileNotFoundError, OSError, ValueError: naming the first image that is missing, cannot be
+            read, or does not match the JSON
     """
-    if not os.path.isdir(folder):  # only PathManager knows it, and may fetch what is asked for
+    if not os.path.isdir(folder):  # not local: PathManager may download what it checks
         few = [*images[:3], images[-1]]
         gone = [x for x in few if not PathManager.exists(os.path.join(folder, x.file_name))]
         _check_found(gone, folder, blame)
@@ -41,9 +41,9 @@ def check_images(images: Sequence[ImageEntry], folder: str, part: str, blame: st
     step = 1 if part == "TEST" else -(-len(images) // MAX_TRAINING_HEADERS)
     chosen = images[::step]
     if len(chosen) >= MAX_TRAINING_HEADERS:
-        logger.info(f"Looking at the headers of {len(chosen)} images in {folder}.")
+        logger.info(f"Checking the headers of {len(chosen)} images in {folder}.")
     with warnings.catch_warnings():
-        # An error only from twice the pixels on: training reads what is below.
+        # Pillow only warns up to twice its pixel limit, and training reads such images.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         _check_headers(chosen, folder, blame)
 
@@ -62,8 +62,8 @@ def _check_headers(images: Sequence[ImageEntry], folder: str, blame: str) -> Non
     if transparent:
         logger.warning(
             f"{blame}: {len(transparent)} of {decoded} images with an alpha channel have "
-            f"transparent pixels, such as {transparent[0]}. Detectors see their colours as if they "
-            "were opaque."
+            f"transparent pixels, such as {transparent[0]}. Their alpha channel is ignored: the "
+            "pixels are read as opaque."
         )
 
 
@@ -71,21 +71,21 @@ def _check_found(missing: Sequence[ImageEntry], folder: str, blame: str) -> None
     if missing:
         name, others = missing[0].file_name, len(missing) - 1
         raise FileNotFoundError(
-            f"{blame} names the image {name}, missing at "
+            f"{blame} lists the image {name}, missing at "
             f"{os.path.abspath(os.path.join(folder, name))}"
-            + (f", and {others} more that are missing" if others else "")
+            + (f", and {others} more missing images" if others else "")
         )
 
 
 def _missing(images: Sequence[ImageEntry], folder: str) -> List[ImageEntry]:
-    """Lists each folder once: a look at each of many thousand files takes minutes on some disks."""
+    """Images that do not exist. Lists each folder once: a stat per file is slow on some disks."""
     listed: Dict[str, Set[str]] = {}
     missing = []
     for image in images:
         inner, name = os.path.split(image.file_name)
         if inner not in listed:
             listed[inner] = _files(os.path.join(folder, inner))
-        # Some disks also find names whose case is another than in the listing.
+        # Case-insensitive file systems also find names that differ in case from the listing.
         if name not in listed[inner]:
             if not os.path.isfile(os.path.join(folder, image.file_name)):
                 missing.append(image)

@@ -14,19 +14,18 @@ from .seeded import SeededDataset
 
 class ResumableLoader:
     """
-    Endless training batches that can be continued at any iteration.
+    Endless training batches that can be resumed at any iteration.
 
-    Guaranteed: the batch of iteration i, that is its images, their order and their augmentation,
-    follows from the seed, i, the rank, the world size and the config alone. It is the same for
-    every DATALOADER.NUM_WORKERS, and the same whether iteration 0 or i was the first of this
-    process. For a given seed and SOLVER.IMS_PER_BATCH the batches of all ranks together hold the
-    same samples for every world size, and no place in the stream of images is given to two ranks.
-    (One image can be in a batch twice: where a pass over the data ends and the next begins, where
-    the sampler repeats rare classes, and where the mapper refused an image.)
+    The batch of iteration i (its images, their order and their augmentation) depends only on the
+    seed, i, the rank, the world size and the config: neither on DATALOADER.NUM_WORKERS nor on the
+    iteration at which the process started. For a given seed and SOLVER.IMS_PER_BATCH the batches of
+    all ranks together hold the same samples for every world size, and no place in the stream of
+    images goes to two ranks. (One image can be in a batch twice: at the end of an epoch, when the
+    sampler repeats rare classes, or when the mapper rejected an image.)
 
     Attributes:
-        start_iter: iteration of the first batch. Set it before the first `next()`: until then
-            no worker is started and no image is read.
+        start_iter: iteration of the first batch. Set it before the first `next()`, which starts
+            the workers.
     """
 
     @configurable
@@ -45,12 +44,12 @@ class ResumableLoader:
         """
         Args:
             dataset_dicts: in Detectron2's format
-            mapper: dataset dict -> sample, or None to have another image instead
+            mapper: dataset dict -> sample, or None to draw another image instead
             sampler: a training sampler of Detectron2, seeded alike in all processes
-            total_batch_size: images per iteration of all processes together
-            seed: >= 0, of the augmentation, alike in all processes
+            total_batch_size: images per iteration over all processes
+            seed: >= 0, for augmentation, the same in all processes
             aspect_ratio_grouping: a total batch has only images wider than high, or only others
-            num_workers: processes that load; 0: this one
+            num_workers: loader processes; 0: load in this one
             pin_memory: see :class:`torch.utils.data.DataLoader`
         """
         world_size = comm.get_world_size()
@@ -78,7 +77,7 @@ class ResumableLoader:
         cls, cfg: CfgNode, seed: int, mapper: Optional[Callable[..., Any]] = None
     ) -> Dict[str, Any]:
         if not cfg.DATASETS.TRAIN:
-            raise ValueError("DATASETS.TRAIN is empty: name the data sets to train on.")
+            raise ValueError("DATASETS.TRAIN is empty: list the data sets to train on.")
         keypoints, proposals = cfg.MODEL.KEYPOINT_ON, cfg.MODEL.LOAD_PROPOSALS
         dataset_dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
@@ -89,7 +88,7 @@ class ResumableLoader:
         if not isinstance(dataset_dicts, list):
             raise ValueError(
                 f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} is a {type(dataset_dicts).__name__}: "
-                "only sets that are lists of dicts can be resumed"
+                "only data sets that are lists of dicts can be resumed"
             )
         return {
             "dataset_dicts": dataset_dicts,
@@ -104,7 +103,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
         """Yields: lists of total_batch_size / world_size samples; see the mapper for a sample."""
-        # A generator function: nothing below runs before the first next().
+        # As a generator function, nothing below runs before the first next().
         yield from DataLoader(
             self.dataset,
             batch_sampler=ResumableBatchSampler(
@@ -118,7 +117,7 @@ class ResumableLoader:
             num_workers=self.num_workers,
             collate_fn=_as_list,
             pin_memory=self.pin_memory,
-            # Without one of its own, the DataLoader would draw from the training's generator.
+            # Without its own generator, the DataLoader would draw from the global one.
             generator=torch.Generator(),
         )
 
@@ -135,6 +134,6 @@ def build_train_loader(
     Args:
         cfg: Detectron2's keys DATASETS, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH
         seed: >= 0, the same in all processes
-        mapper: None: :class:`CheckedMapper`, Detectron2's with a look at what it reads
+        mapper: None: :class:`CheckedMapper`, Detectron2's mapper with checks of the image
     """
     return ResumableLoader(cfg, seed, mapper=mapper)

@@ -1,4 +1,4 @@
-"""Detectron2's mapper, which refuses what it would read wrongly; errors that name the image."""
+"""Detectron2's mapper with checks of the image, and errors that name it."""
 
 import math
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from .image_headers import check_mode
 
 
 class CheckedMapper(DatasetMapper):
-    """Reads images for training, evaluation and pictures: one reader, so that all see the same."""
+    """Read images for training, evaluation and visualisation, all in the same way."""
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
         """
         Args:
-            dataset_dict: of one image, in Detectron2's format
+            dataset_dict: one image in Detectron2's format
 
         Raises:
             OSError, ValueError, RuntimeError: naming the image
@@ -33,7 +33,7 @@ class CheckedMapper(DatasetMapper):
 
 @contextmanager
 def image_in_errors(dataset_dict: Dict[str, Any]) -> Iterator[None]:
-    """Let any error tell the image that is read, and the annotation where one is to blame."""
+    """Add the image, and the annotation if one is invalid, to any error raised inside."""
     try:
         yield
     except Exception as error:
@@ -48,7 +48,7 @@ def image_in_errors(dataset_dict: Dict[str, Any]) -> Iterator[None]:
 
 
 def _odd_box(dataset_dict: Dict[str, Any]) -> str:
-    """What is wrong with the box of the first annotation whose box is none; "" if all are."""
+    """Describe the first annotation with an invalid box; "" if all boxes are valid."""
     for i, annotation in enumerate(dataset_dict.get("annotations") or ()):
         box = annotation.get("bbox")
         try:
@@ -57,5 +57,5 @@ def _odd_box(dataset_dict: Dict[str, Any]) -> str:
         except TypeError:
             pass
         name = annotation.get("id", f"{i} (counted from 0)")
-        return f"its annotation {name} has the bbox {box}, which is no box."
+        return f"its annotation {name} has the bbox {box}, which is not a valid box."
     return ""

@@ -9,9 +9,9 @@ def noise_batch(
     num_images: int, height: int, width: int, boxes: int, num_classes: int, num_keypoints: int = 0
 ) -> List[Dict[str, Any]]:
     """
-    Images of noise with random boxes, on the host, as a data loader gives them in training. Every
-    box is its own mask, which Mask R-CNN alone reads, and with MODEL.LOAD_PROPOSALS its own
-    proposal; its keypoints are anywhere in it.
+    Training input of random noise with random boxes, on the CPU like that of a data loader. Each
+    box is also its own mask (for Mask R-CNN) and its own proposal (for MODEL.LOAD_PROPOSALS); its
+    keypoints are random points inside it.
     """
     batch = []
     for _ in range(num_images):

@@ -1,6 +1,6 @@
 """
 Outlines of the built-in synthetic set. An outline is a list of polygons, each (P, 2) in XY, inside
-the unit circle; a pixel is inside the figure where an odd number of polygons contains it.
+the unit circle; a pixel is inside the figure if an odd number of polygons contains it.
 """
 
 from typing import Callable, Dict, List
@@ -34,8 +34,8 @@ def _cross(rng: np.random.Generator) -> Outline:
     return [np.concatenate([quarter @ turn for turn in turns])]
 
 
-# Class name -> outline, in the order of the category ids, from 1 on. Some differ by little on
-# purpose: a disc and a ring with a small hole.
+# Class name -> outline, in the order of the category ids, which start at 1. Some are deliberately
+# similar: a disc and a ring with a small hole.
 CLASSES: Dict[str, Callable[[np.random.Generator], Outline]] = {
     "disc": lambda rng: [regular(64)],
     "ring": _ring,
@@ -67,7 +67,7 @@ def _wave(rng: np.random.Generator) -> Outline:
     return [np.concatenate([up, down[::-1]])]
 
 
-# Figures without a class, for the background: too long, cut or bent to be one of the classes.
+# Background figures without a class: too long, cut or bent to be taken for one of the classes.
 DISTRACTORS: List[Callable[[np.random.Generator], Outline]] = [
     _bar,
     _half_disc,
@@ -82,7 +82,7 @@ def place(
     outline: Outline, rng: np.random.Generator, size: float, centre: np.ndarray, stretch: float
 ) -> Outline:
     """
-    Stretch along a random axis, turn by a random angle, scale and move.
+    Stretch along a random axis, rotate by a random angle, scale and move.
 
     Args:
         outline: polygons of (P, 2) in the unit circle

@@ -3,7 +3,7 @@ A contact sheet of the built-in shapes:
 
     python -m d2kd.data.preview preview.png DATASETS.SHAPES.CLUTTER 20
 
-The upper half shows images as they are, the lower half others with their boxes and classes.
+The upper half shows plain images, the lower half other images with their boxes and classes.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def annotate(
 ) -> np.ndarray:
     """
     Args:
-        image: (H, W, 3) uint8 BGR, already `zoom` times as large as the boxes say
+        image: (H, W, 3) uint8 BGR, already enlarged by `zoom`, unlike the boxes
         annotations: COCO's, boxes XYWH
         names: category id -> class name
 
@@ -46,7 +46,7 @@ def annotate(
         name = names[annotation["category_id"]]
         cv2.rectangle(image, (x, y), (x + w - 1, y + h - 1), WHITE, 1)
         (text_width, _), _ = cv2.getTextSize(name, FONT, 0.4, 1)
-        # Above the box, inside the image: on the box it would hide a small object.
+        # Above the box, because inside it the label would hide a small object.
         left, top = min(x, image.shape[1] - text_width - 4), max(y - 14, 0)
         cv2.rectangle(image, (left, top), (left + text_width + 4, top + 14), WHITE, -1)
         cv2.putText(image, name, (left + 2, top + 11), FONT, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
@@ -57,7 +57,7 @@ def contact_sheet(folder: str, rows: int, columns: int, zoom: int) -> np.ndarray
     """
     Args:
         folder: with `annotations.json` and `images`
-        rows: half of them, rounded down, without boxes
+        rows: number of rows; half of them, rounded down, are drawn without boxes
 
     Returns:
         (H, W, 3) uint8 BGR

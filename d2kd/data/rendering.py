@@ -1,7 +1,7 @@
 """
-Pixels of the built-in synthetic set.
+Render the built-in synthetic set.
 
-Shape shorthand: S is the image size in pixels, an image is (S, S, 3) floats, BGR in [0, 255], a
+Shape shorthand: S is the image size in pixels; an image is (S, S, 3) floats, BGR in [0, 255]; a
 cover is (S, S) float32 in [0, 1], the share of each pixel that a figure covers.
 """
 
@@ -18,7 +18,7 @@ SUPERSAMPLING = 3  # covers are drawn this many times larger and then averaged
 def cover_of(outline: Outline, image_size: int) -> np.ndarray:
     """Returns: the (S, S) cover of an outline in pixels."""
     large = np.zeros((image_size * SUPERSAMPLING,) * 2, dtype=np.uint8)
-    # Pixel centres are at integers in OpenCV, and `shift` gives it 4 bits behind the point.
+    # OpenCV puts pixel centres at integers; `shift` adds 4 fractional bits to coordinates.
     points = [np.round((p * SUPERSAMPLING - 0.5) * 16).astype(np.int32) for p in outline]
     cv2.fillPoly(large, points, 255, shift=4)
     small = cv2.resize(large, (image_size, image_size), interpolation=cv2.INTER_AREA)
@@ -28,7 +28,7 @@ def cover_of(outline: Outline, image_size: int) -> np.ndarray:
 def _colour_field(
     rng: np.random.Generator, image_size: int, colour: np.ndarray, cells: int, spread: float
 ) -> np.ndarray:
-    """Returns: (S, S, 3), a colour that wanders smoothly, by about `spread` grey levels."""
+    """Returns: (S, S, 3), a smoothly varying colour with a spread of about `spread` grey levels."""
     grid = np.clip(colour + rng.normal(0, spread, size=(cells, cells, 3)), 0, 255)
     field = cv2.resize(grid.astype(np.float32), (image_size,) * 2, interpolation=cv2.INTER_CUBIC)
     return np.clip(field, 0, 255)
@@ -84,8 +84,8 @@ def paint(
     hue: Optional[float] = None,
 ) -> np.ndarray:
     """
-    Returns: the image with one figure on top, of about the given hue (None: any colour), at least
-        `contrast` grey levels off what is behind it, with a texture of the given strength
+    Returns: the image with one textured figure on top, in roughly the given hue (None: any
+        colour), at least `contrast` grey levels away from what it covers
     """
     size = len(image)
     behind = cover.reshape(-1) @ image.reshape(-1, 3) / max(cover.sum(), 1)
@@ -104,7 +104,7 @@ def paint(
 
 
 def camera(rng: np.random.Generator, image: np.ndarray, noise: float, blur: float) -> np.ndarray:
-    """Returns: (S, S, 3) uint8, the image after uneven light, blur, contrast and noise."""
+    """Returns: (S, S, 3) uint8, the image with uneven light, blur, changed contrast and noise."""
     light = cv2.resize(rng.uniform(0.7, 1.1, size=(2, 2)).astype(np.float32), image.shape[:2])
     image = image * light[..., None]
     sigma = rng.uniform(0, blur)

@@ -3,7 +3,8 @@ from typing import Any, Dict, List
 
 def is_rle(mask: Dict[str, Any]) -> bool:
     """
-    Whether a mask's runs fill its size. pycocotools does not look: it compares others for ever.
+    Whether a mask's runs add up to its size. pycocotools does not check this and loops forever on
+    others.
 
     Args:
         mask: {"size": [height, width], "counts": runs, as numbers or in COCO's compressed text}
@@ -22,11 +23,11 @@ def is_rle(mask: Dict[str, Any]) -> bool:
 
 def _uncompressed(text: str) -> List[int]:
     """
-    The runs in COCO's text: groups of 5 bits, the lowest first, a sixth that says whether more
-    follow, from 48 on in ASCII; from the fourth run on, the difference to the last but one.
+    Decode COCO's compressed runs: groups of 5 bits, lowest first, with a sixth bit for "more
+    follow", as ASCII from 48 on; from the fourth run on, the difference to the last but one.
 
     Returns:
-        [] where it breaks off
+        the runs; [] if the text is incomplete
     """
     counts: List[int] = []
     value = shift = 0

@@ -11,16 +11,16 @@ from detectron2.utils.serialize import PicklableWrapper
 
 from .mapper import image_in_errors
 
-MAX_TRIES = 100  # images in a row that the mapper may refuse
+MAX_TRIES = 100  # images in a row that the mapper may reject
 
 
 class SeededDataset(Dataset):
     """
-    Maps dataset dicts to training samples with randomness that belongs to the sample's place in
-    the stream, whichever process computes it, and whatever was computed before.
+    Map dataset dicts to training samples. Randomness depends only on the seed and the sample's
+    place in the stream, not on the process or on earlier samples.
 
     Augmentation may draw from `random`, `np.random` (as Detectron2's does) or torch's CPU
-    generator. A mapper with a generator of its own is on its own.
+    generator. A mapper with its own generator must seed it itself.
     """
 
     def __init__(
@@ -32,12 +32,11 @@ class SeededDataset(Dataset):
         """
         Args:
             dataset_dicts: in Detectron2's format
-            mapper: dataset dict -> sample; None where the image cannot be used, then another one
-                takes its place
+            mapper: dataset dict -> sample; None if the image cannot be used: another is drawn
             seed: >= 0
         """
         self.dataset = DatasetFromList(dataset_dicts, copy=False)
-        self.mapper = PicklableWrapper(mapper)  # so that a lambda survives a spawned worker
+        self.mapper = PicklableWrapper(mapper)  # a lambda can then be sent to spawned workers
         self.seed = seed
 
     def __getitem__(self, pick: Tuple[int, int]) -> Dict[str, Any]:
@@ -53,8 +52,8 @@ class SeededDataset(Dataset):
                 if sample is not None:
                     return sample
                 refused.append(index)
-                # Not from np.random: the mapper may have re-seeded it, and would be asked for
-                # the same image for ever.
+                # Not from np.random: if the mapper re-seeds it, the same image would be drawn
+                # forever.
                 rng = np.random.default_rng([self.seed, place, len(refused)])
                 index = int(rng.integers(len(self.dataset)))
         raise RuntimeError(
@@ -71,12 +70,12 @@ class SeededDataset(Dataset):
 
 @contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """Seed `random`, `np.random` and torch's CPU generator for a while, then put them back."""
+    """Seed `random`, `np.random` and torch's CPU generator; restore their states on leaving."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     a, b, c = np.random.SeedSequence(seed).generate_state(3)
     random.seed(int(a))
     np.random.seed(int(b))
-    # Not torch.manual_seed: it would seed the GPUs' generators too.
+    # Not torch.manual_seed, which would also seed the GPUs' generators.
     torch.default_generator.manual_seed(int(c))
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a data set's summary means for the part that it plays in a run."""
+"""Check a data set's summary for its use in a run: training or evaluation."""
 
 import logging
 from typing import List
@@ -16,47 +16,47 @@ def check_role(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) -> Non
     """
     Args:
         part: "TRAIN" or "TEST"
-        blame: who is wrong, for errors and warnings
+        blame: the config key and file, for errors and warnings
 
     Raises:
-        ValueError: it cannot be trained or evaluated on
+        ValueError: the set cannot be trained or evaluated on
     """
     facts = summary.facts
     for note in facts.notes:
         logger.warning(f"{blame}: {note}.")
     if part == "TEST" and not facts.objects:
         raise ValueError(
-            f'{blame} has no object in "annotations": there would be no AP. Give it some, or leave '
-            "the set out of DATASETS.TEST."
+            f'{blame} has no object in "annotations", so that AP is undefined. Annotate it, or '
+            "remove the set from DATASETS.TEST."
         )
     if cfg.MODEL.MASK_ON:
         _check_masks(summary, part, cfg.INPUT.MASK_FORMAT, blame)
     if cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(summary, part, cfg, blame)
     if part == "TRAIN":
-        _tell(
+        _report(
             blame,
             facts.broken,
             facts.count,
-            "no polygon of three points or more in the segmentation: Detectron2 leaves such "
-            "objects out of training, also their boxes. Without a segmentation they stay",
+            "no polygon of three points or more in the segmentation: Detectron2 does not train on "
+            "such objects, not even on their boxes. Without a segmentation it does",
         )
     else:
-        _tell(
+        _report(
             blame,
             facts.odd_area,
             facts.count,
-            "an area that is 0 or larger than the box, by which evaluation tells small, medium and "
-            "large objects. Where it is left out, it is that of the mask or box",
+            "an area that is 0 or larger than the box; evaluation uses it to separate small, "
+            "medium and large objects. If left out, it is computed from the mask or box",
         )
 
 
-def _tell(blame: str, ids: List[int], count: int, what: str) -> None:
+def _report(blame: str, ids: List[int], count: int, what: str) -> None:
     """
-    Warn of what is so of some annotations.
+    Warn of annotations that have the problem `what`.
 
     Raises:
-        ValueError: it is so of more than half
+        ValueError: more than half of them have it
     """
     if ids:
         text = f"{blame}: {len(ids)} of {count} annotations, such as {ids[0]}, have {what}."
@@ -74,7 +74,7 @@ def _check_masks(summary: CocoSummary, part: str, mask_format: str, blame: str) 
     if without is not None:
         raise ValueError(
             f"{blame}: annotation {without} has no segmentation, but with MODEL.MASK_ON True the "
-            f"detector {what} masks. Set it to False, or give all annotations one."
+            f"detector {what} masks. Set it to False, or add a segmentation to all annotations."
         )
     if facts.other_size is not None:
         raise ValueError(
@@ -91,7 +91,7 @@ def _check_masks(summary: CocoSummary, part: str, mask_format: str, blame: str) 
 def _check_keypoints(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) -> None:
     count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     for length, number in summary.facts.keypoints.items():
-        # Detectron2 trains on images whose objects have none without them.
+        # In training Detectron2 accepts objects without keypoints.
         if length != 3 * count and (length or part == "TEST"):
             raise ValueError(
                 f"{blame}: annotation {number} has {length} numbers in its keypoints; with "
@@ -101,6 +101,6 @@ def _check_keypoints(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) 
     sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or COCO_KEYPOINTS
     if part == "TEST" and sigmas != count:
         raise ValueError(
-            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values, but the detector {count} keypoints "
-            "(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS). Give each its own; empty are COCO's 17."
+            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values, but the detector has {count} keypoints "
+            "(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS). Give one value each; [] means COCO's 17."
         )

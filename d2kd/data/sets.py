@@ -1,4 +1,4 @@
-"""The checks of all data sets of a run: each by itself, and together."""
+"""Check all data sets of a run, one by one and together."""
 
 import logging
 import os
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 class SetChecks:
-    """Checks a run's sets one after the other, the training sets first."""
+    """Checks a run's data sets one by one, training sets first."""
 
     def __init__(self, cfg: CfgNode, meta_architecture: str, owned: Mapping[str, str]):
         """
         Args:
             meta_architecture: the detector whose number of classes has to fit
-            owned: sets that d2kd registers, by name: the config key to blame
+            owned: name of each set that d2kd registers -> the config key to blame
         """
         self.cfg = cfg
         self.meta_architecture = meta_architecture
         self.owned = owned
-        # The set that tells what the model learns, and its classes
+        # The set that defines the model's classes, and its class names
         self.learnt: Optional[Tuple[str, Sequence[str]]] = None
         self.files: Dict[str, Set[str]] = {"TRAIN": set(), "TEST": set()}
         self.objects: Dict[str, int] = {}  # of training sets
@@ -41,7 +41,7 @@ class SetChecks:
         """
         Args:
             part: "TRAIN" or "TEST"
-            is_there: False: of the built-in shapes, not drawn yet
+            is_there: False: a set of the built-in shapes that has not been drawn yet
 
         Raises:
             ValueError, OSError: naming what is wrong and what would be right
@@ -60,22 +60,21 @@ class SetChecks:
     def check_together(self) -> None:
         """
         Raises:
-            ValueError: nothing in the training sets can be learnt
+            ValueError: the training sets have no objects
         """
         if self.objects and not any(self.objects.values()):
             raise ValueError(
-                f"DATASETS.TRAIN: {', '.join(self.objects)} have no object in their annotations."
+                f"DATASETS.TRAIN: no objects in the annotations of {', '.join(self.objects)}."
             )
         both = self.files["TRAIN"] & self.files["TEST"]
         if both:
             logger.warning(
-                f"{len(both)} of the {len(self.files['TEST'])} images of DATASETS.TEST are in "
-                f"DATASETS.TRAIN too, such as {min(both)}: the AP says little of images that the "
-                "detector has not seen."
+                f"{len(both)} of the {len(self.files['TEST'])} images of DATASETS.TEST are also in "
+                f"DATASETS.TRAIN, such as {min(both)}: the AP does not measure generalisation."
             )
 
     def _check_set(self, name: str, part: str) -> Optional[Sequence[str]]:
-        """Returns: the names of its classes; None where they are not known."""
+        """Returns: the set's class names; None if they are not known."""
         key = f"DATASETS.{part}"
         if name not in DatasetCatalog.list():
             near = nearest(name, DatasetCatalog.list(), count=3)
@@ -95,7 +94,7 @@ class SetChecks:
         key = self.owned.get(name, f"DATASETS.{part}")
         summary = look_at(json_file, key)
         if name not in self.owned and part == "TEST" and not summary.has_annotations:
-            return summary.classes  # of a server's test set: it is predicted, and not evaluated
+            return summary.classes  # a test set without public annotations: inference only
         summary = read_summary(json_file, key)
         blame = f"{key}: {json_file}"
         check_role(summary, part, self.cfg, blame)
@@ -108,13 +107,13 @@ class SetChecks:
         return summary.classes
 
     def _learnt_elsewhere(self) -> Optional[Tuple[str, Sequence[str]]]:
-        """What training sets tell of the classes that are not checked, for evaluation alone."""
+        """First training set and its classes, for an evaluation that skips the training sets."""
         try:
             names = names_in_sets(self.cfg.DATASETS.TRAIN, coco_json_files(self.cfg))
-        except ValueError:  # a JSON that nothing is read of
+        except ValueError:  # an invalid JSON, which this evaluation does not read
             return None
         count = num_classes(self.cfg, self.meta_architecture)
-        # The sets of a config that this one is based on tell nothing of this detector.
+        # Training sets inherited from a base config need not be this detector's.
         is_ours = names and (count is None or count == len(names))
         return (self.cfg.DATASETS.TRAIN[0], names) if is_ours else None
 

@@ -2,9 +2,9 @@
 The built-in synthetic detection set: shapes of 6 classes on cluttered backgrounds, in COCO's
 format, so that d2kd can be tried without a download.
 
-Boxes are of the visible part, as in COCO; an object is drawn only where MIN_VISIBLE of it stays
-visible, so that everything drawn is labelled. There are no masks: "area" is that of the box. The
-same settings give the same bytes as long as the installed OpenCV and NumPy stay the same.
+Boxes enclose the visible part, as in COCO; an object is only drawn where MIN_VISIBLE of it stays
+visible, so that everything drawn is labelled. There are no masks: "area" is the area of the box.
+The same settings give the same bytes for the same versions of OpenCV and NumPy.
 """
 
 import hashlib
@@ -27,22 +27,22 @@ from .outlines import CLASSES
 
 logger = logging.getLogger(__name__)
 
-# In this order: an image is drawn from the place of its split here, so new ones go to the end.
+# The index of a split seeds its images, so new splits go to the end.
 SPLITS = {"d2kd_shapes_train": "train", "d2kd_shapes_val": "val", "d2kd_shapes_test": "test"}
 _NOT_DRAWN = ("ROOT", "NUM_TRAIN", "NUM_VAL", "NUM_TEST")
-FORMAT_VERSION = 1  # raise it whenever the drawing changes, so that old sets are not taken for new
+FORMAT_VERSION = 1  # increase it when the drawing changes, so that old sets are drawn again
 
 
 def make_shapes(cfg: CfgNode, split: str) -> str:
     """
-    Draw a split unless it is there. On each machine one process draws and the others wait for it.
+    Draw a split unless it exists. One process per machine draws while the others wait.
 
     Args:
         cfg: with the keys of :func:`add_data_config`
         split: "train", "val" or "test"
 
     Returns:
-        the split's folder, with `annotations.json` and the folder `images`
+        the split's folder, with `annotations.json` and `images/`
     """
     settings = read_settings(cfg.DATASETS.SHAPES, split)
     root = cfg.DATASETS.SHAPES.ROOT or os.getenv("DETECTRON2_DATASETS", "datasets")
@@ -53,7 +53,7 @@ def make_shapes(cfg: CfgNode, split: str) -> str:
             _write(folder, settings)
         except (OSError, ValueError) as error:
             raise OSError(
-                f"DATASETS.SHAPES.ROOT: no set can be written to {root!r}: {error}"
+                f"DATASETS.SHAPES.ROOT: the set cannot be written to {root!r}: {error}"
             ) from error
     comm.synchronize()
     return folder
@@ -61,8 +61,8 @@ def make_shapes(cfg: CfgNode, split: str) -> str:
 
 def _write(folder: str, settings: Dict[str, Any]) -> None:
     """
-    Draw into a temporary folder beside the final one and rename it at the end: a killed first use
-    leaves no half set, and of two at the same time one wins.
+    Draw into a temporary folder beside the final one and rename it at the end: a killed process
+    leaves no incomplete set, and of two concurrent processes one wins.
     """
     parent = os.path.dirname(folder)
     os.makedirs(parent, exist_ok=True)
@@ -107,7 +107,7 @@ def _draw_all(folder: str, settings: Dict[str, Any]) -> None:
 
 
 def draw_one(settings: Dict[str, Any], index: int) -> Drawing:
-    """Returns: the :class:`Drawing` of image `index`, which no other image has influence on."""
+    """Returns: the :class:`Drawing` of image `index`, independent of all other images."""
     split = list(SPLITS.values()).index(settings["SPLIT"])
     size = settings["IMAGE_SIZE"]
     return draw(
@@ -125,7 +125,7 @@ def draw_one(settings: Dict[str, Any], index: int) -> Drawing:
 
 
 def read_settings(node: CfgNode, split: str) -> Dict[str, Any]:
-    """Returns: everything that the bytes of a split depend on, checked."""
+    """Returns: all settings that the bytes of a split depend on, after checking their ranges."""
     for key, (low, high) in _ranges(node).items():
         if not low <= node[key] <= high:
             raise ValueError(f"DATASETS.SHAPES.{key} is {node[key]}: must be in [{low}, {high}]")

@@ -22,13 +22,14 @@ from ..pairing.pair import DistillPair
 from ..teacher import Teacher
 from ..utils.atomic_file import explain_full_disk
 from .evaluator import build_evaluator
+from .facts import write_fact
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
 from .monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .monitor.liveness import liveness_hooks
 from .monitor.show_panel import ShowPanel
 from .optimizer import build_optimizer, parameter_names, placed_state, schedule_in_errors
 from .parallel import data_parallel
-from .preflight.summary import summary
+from .preflight.summary import summary, summary_facts
 from .resume import RunRecord
 from .resume_point import ResumePoint
 from .stages import LogStage, Stage, move_to, only_stage
@@ -71,6 +72,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         if getattr(model, "teacher", None):
             logger.info(summary(model))
+            facts = summary_facts(cfg, model)
+            write_fact(cfg.OUTPUT_DIR, "distillation", stage=stage.index, **facts)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         inner = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
@@ -81,6 +84,7 @@ class Trainer(DefaultTrainer):
         if self.lr_start:
             move_to(self.scheduler, self.lr_start)
         self.record = RunRecord(self.stage.run, self.seed, data_loader.dataset.dataset)
+        write_fact(cfg.OUTPUT_DIR, "environment", **self.record.environment)
         self.checkpointer = PlainCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = self.stage.start, self.stage.end
         if not self.stage.is_whole_run:

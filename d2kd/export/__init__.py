@@ -1,4 +1,4 @@
-"""Hand over a student: plain weights and a stock YAML, and a proof that they need no d2kd."""
+"""Export a student as plain weights and a stock YAML, and verify that it runs without d2kd."""
 
 from .student import export_student, stock_config, why_no_yaml
 from .verify import verify

@@ -1,4 +1,4 @@
-"""Export the student of a run for machines without d2kd, and prove that it works there."""
+"""Export the student of a run for machines without d2kd, and verify that it works there."""
 
 import argparse
 import json
@@ -14,11 +14,12 @@ from .student import export_student, find_weights, why_no_yaml
 from .verify import verify
 
 EPILOG = """
-The folder receives student.pth (weights), student.yaml (for stock Detectron2) and report.json. The
-proof is a fresh process in which d2kd cannot be imported: it builds the YAML, loads the weights
-without a missing or unexpected key, and must detect in fixed images, to the bit, what the run's
-student detects. Exit code 0: verified, and so are the graphs of --formats; 1: not. A student that
-Detectron2 cannot build from YAML (FCOS, Swin, a plug-in) has weights and a TorchScript graph alone.
+The output folder gets student.pth (weights), student.yaml (for stock Detectron2) and report.json.
+They are verified in a fresh process in which d2kd cannot be imported: it builds the YAML, loads the
+weights without missing or unexpected keys, and must reproduce the detections of the run's student
+on fixed images, to the bit. Exit code 0: verified, including the graphs of --formats; 1: not. A
+student that Detectron2 cannot build from YAML (FCOS, Swin, a plug-in) is exported as weights and a
+TorchScript graph only.
 
 Examples:
   d2kd export --config-file configs/quickstart/pkd.yaml --output exported
@@ -30,16 +31,14 @@ Examples:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     Returns:
-        0 where everything that was written is verified, else 1
+        0 if everything that was written is verified, else 1
     """
     args = parse_args(argv)
     cfg = read_config(args)
     weights = args.weights or find_weights(cfg)
     reason = why_no_yaml(cfg)
     if reason and "torchscript" not in args.formats:
-        raise ValueError(
-            f"There is no stock YAML of this student: {reason}. Add --formats torchscript."
-        )
+        raise ValueError(f"This student has no stock YAML: {reason}. Add --formats torchscript.")
     report = {"config_file": args.config_file, "weights": weights}
     export_student(cfg, weights, args.output)
     report.update({"no_yaml": reason} if reason else verify(cfg, weights, args.output))

@@ -1,6 +1,6 @@
 """
-Run by verify.py in a process of its own, in which d2kd cannot be imported: build the exported
-student with stock Detectron2, load it, and run it on given images.
+Run by verify.py in a separate process, in which d2kd cannot be imported: build the exported
+student with stock Detectron2, load its weights, and run it on given images.
 
     python fresh_process.py FOLDER IMAGES RESULT
 """
@@ -9,11 +9,11 @@ import sys
 
 
 class NoD2kd:
-    """Refuses to import d2kd, as a machine without it does."""
+    """Import hook that makes d2kd unavailable, as on a machine without it."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "d2kd":
-            raise ImportError("d2kd is not to be imported here")
+            raise ImportError("d2kd must not be imported here")
 
 
 sys.meta_path.insert(0, NoD2kd())
@@ -50,7 +50,7 @@ def main(folder: str, images: str, result: str) -> None:
 
 
 def plain(value):
-    """A config as dicts and lists, which can be written down."""
+    """A config as plain dicts and lists, which can be saved."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value

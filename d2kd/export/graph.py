@@ -1,4 +1,4 @@
-"""TorchScript and ONNX of a student, through Detectron2's own exporters."""
+"""Export a student to TorchScript and ONNX with Detectron2's exporters."""
 
 import inspect
 import os
@@ -18,29 +18,30 @@ FORMATS = ("torchscript", "onnx")
 # image (3, H, W) -> the tensors of its detections
 Graph = Callable[[Tensor], Sequence[Tensor]]
 
-# Of two detections that are the same one: pixels of each coordinate, and score. ONNX's runtimes
-# round otherwise than PyTorch.
+# Tolerances within which two detections are equal: pixels per coordinate, and score. ONNX runtimes
+# round differently from PyTorch.
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.05, 1e-3
-# And so a box at the edge of a threshold may be kept by one of them alone.
+# Share of detections that must be equal: boxes near a threshold may be kept by only one of them.
 WANTED_SHARE = 0.95
 
 
 def export_graph(cfg: CfgNode, weights: str, name: str, folder: str) -> Dict[str, Any]:
     """
-    Trace a student on one image: image (3, H, W) in INPUT.FORMAT -> what Detectron2's
-    TracingAdapter makes of its detections, boxes in pixels of that image. Run the file on two sizes
-    of image, and so a second graph that detects at any score: random images may hold no object.
+    Trace a student on one image: image (3, H, W) in INPUT.FORMAT -> its detections as flattened by
+    Detectron2's TracingAdapter, boxes in pixels of that image. Verify the file on images of two
+    sizes, together with a second graph without score threshold, because random images may have no
+    detection above it.
 
     Args:
-        cfg: of the run
+        cfg: config of the run
         weights: the checkpoint to export
         name: one of FORMATS
-        folder: receives student.ts or student.onnx
+        folder: output folder for student.ts or student.onnx
 
     Returns:
-        "file"; "verified": the graphs' detections are the student's, TorchScript's to the bit,
-        ONNX's in onnxruntime all but a few, and these nearly; "detections", "equal": how many there
-        were, and how many were the same. "error" where the export failed, or nothing can run it
+        "file"; "verified": the graphs reproduce the student's detections, TorchScript to the bit,
+        ONNX in onnxruntime within tolerances and except for a few; "detections", "equal": number of
+        detections, and how many were equal. "error" if the export failed or the graph does not run
     """
     try:
         from detectron2.export import TracingAdapter
@@ -65,14 +66,14 @@ def export_graph(cfg: CfgNode, weights: str, name: str, folder: str) -> Dict[str
                     found, expected = (_instances(adapter, x) for x in (found, expected))
                     total += max(len(found), len(expected))
                     equal += count(found, expected)
-    except Exception as error:  # whatever the installed torch and its exporters say
+    except Exception as error:  # the exporters raise many types
         return {"error": f"{type(error).__name__}: {error}"[:500]}
     verified = total > 0 and equal >= wanted * total
     return {"file": path, "verified": verified, "detections": total, "equal": equal}
 
 
 def _detect(student: nn.Module, inputs: List[Dict[str, Tensor]]) -> List[Dict[str, Any]]:
-    """Detections in pixels of what was given: nothing is known of an image before its resizing."""
+    """Detections in pixels of the input: the graph does not know the size before resizing."""
     if hasattr(student, "roi_heads"):
         return [{"instances": x} for x in student.inference(inputs, do_postprocess=False)]
     return student(inputs)
@@ -83,8 +84,8 @@ def _to_torchscript(adapter: nn.Module, image: Tensor, path: str) -> None:
 
 
 def _to_onnx(adapter: nn.Module, image: Tensor, path: str) -> None:
-    # Detectron2's adapter is made for tracing; torch.export, the default of newer PyTorch, cannot
-    # follow it.
+    # Detectron2's adapter needs tracing; torch.export, the default of newer PyTorch, does not
+    # support it.
     traced = (
         {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     )
@@ -106,7 +107,7 @@ def _torchscript(path: str) -> Graph:
 def _onnx(path: str) -> Graph:
     import onnxruntime
 
-    # A runtime that also knows GPUs wants to be told.
+    # Builds with GPU support require explicit providers.
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda image: [torch.from_numpy(x) for x in session.run(None, {"image": image.numpy()})]
 
@@ -116,7 +117,7 @@ def _instances(adapter: nn.Module, flattened: Sequence[Tensor]) -> Instances:
 
 
 def _count_same(found: Instances, expected: Instances) -> int:
-    """All of them or none: every field is equal to the bit, in the same order."""
+    """All detections if every field is equal to the bit and in the same order, else 0."""
     ours, theirs = (
         [getattr(v, "tensor", v) for v in x.get_fields().values()] for x in (found, expected)
     )
@@ -124,7 +125,7 @@ def _count_same(found: Instances, expected: Instances) -> int:
 
 
 def _count_alike(found: Instances, expected: Instances) -> int:
-    """How many of the expected detections were found, in whatever order, within the tolerances."""
+    """Number of expected detections that were found, in any order, within the tolerances."""
     if not (len(found) and len(expected)):
         return 0
     scaled = [

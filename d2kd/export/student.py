@@ -1,4 +1,4 @@
-"""Write the student alone: what a machine with stock Detectron2 needs, and nothing else."""
+"""Write the student alone, as weights and YAML for stock Detectron2."""
 
 import os
 from typing import Any, Dict, List
@@ -19,21 +19,21 @@ from ..weights.trained_config import check_same_detector
 WEIGHTS, CONFIG = "student.pth", "student.yaml"
 
 
-# Detections of any score, so that there is something to compare on images of noise.
+# Set to 0 for verification, so that there are detections to compare even on noise images.
 SCORE_KEYS = ("MODEL.RETINANET.SCORE_THRESH_TEST", "MODEL.ROI_HEADS.SCORE_THRESH_TEST")
 
 
 def export_student(cfg: CfgNode, weights: str, folder: str) -> None:
     """
-    Write the student's weights and, where there is one, its stock YAML.
+    Write the student's weights and, if there is one, its stock YAML.
 
     Args:
-        cfg: of a distillation run, or of a plain detector
-        weights: any checkpoint of the run, also one from the middle of it
-        folder: receives student.pth and student.yaml
+        cfg: config of a distillation run or of a plain detector
+        weights: any checkpoint of the run, including intermediate ones
+        folder: output folder for student.pth and student.yaml
 
     Raises:
-        ValueError: a checkpoint that is none, or does not cover the student
+        ValueError: not a checkpoint, or it does not cover the student
     """
     student = load_student(cfg, weights)
     os.makedirs(folder, exist_ok=True)
@@ -49,7 +49,7 @@ def load_student(cfg: CfgNode, weights: str, any_score: bool = False) -> nn.Modu
     The student of a checkpoint, in eval mode, on the CPU.
 
     Args:
-        any_score: let it detect at any score
+        any_score: set its score threshold to 0
     """
     cfg = student_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
@@ -64,7 +64,7 @@ def load_student(cfg: CfgNode, weights: str, any_score: bool = False) -> nn.Modu
 
 
 def why_no_yaml(cfg: CfgNode) -> str:
-    """A reason why stock Detectron2 has no YAML of the student; "" if it has."""
+    """Why stock Detectron2 cannot build the student from YAML; "" if it can."""
     cfg = student_config(cfg)
     names = {
         "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
@@ -77,21 +77,21 @@ def why_no_yaml(cfg: CfgNode) -> str:
     listed = ", ".join(f"{k} {names[k][1]}" for k in ours)
     if all(v.startswith("d2kd.") for v in ours.values()):
         return f"{listed}: Detectron2 builds this from LazyConfig only, or not at all"
-    return f"{listed}: a plug-in of yours builds this, not Detectron2"
+    return f"{listed}: built by your plug-in, not by Detectron2"
 
 
 def stock_config(cfg: CfgNode) -> Dict[str, Any]:
-    """What a student's config says beyond Detectron2's defaults, without d2kd's keys."""
+    """The student's values that differ from Detectron2's defaults, without d2kd's keys."""
     values = _differences(student_config(cfg), get_cfg())
     values.setdefault("MODEL", {})["WEIGHTS"] = WEIGHTS
-    values["MODEL"].pop("DEVICE", None)  # where it is to run is for its user to say
+    values["MODEL"].pop("DEVICE", None)  # chosen by whoever runs it
     for key in ("OUTPUT_DIR", "SEED", "DATASETS", "DATALOADER", "SOLVER", "VIS_PERIOD"):
-        values.pop(key, None)  # of how it was trained
+        values.pop(key, None)  # only for training
     return values
 
 
 def _differences(cfg: CfgNode, defaults: CfgNode) -> Dict[str, Any]:
-    """Keys that `defaults` has too, with other values."""
+    """Keys of `defaults` whose values differ in `cfg`."""
     found: Dict[str, Any] = {}
     for key, default in defaults.items():
         value = cfg.get(key)
@@ -105,7 +105,7 @@ def _differences(cfg: CfgNode, defaults: CfgNode) -> Dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """YAML without Python's own types: tuples as lists."""
+    """A value for plain YAML: tuples become lists."""
     if isinstance(value, (list, tuple)):
         return [plain(x) for x in value]
     return value
@@ -121,13 +121,13 @@ def find_weights(cfg: CfgNode) -> str:
     path = last_whole_checkpoint(cfg.OUTPUT_DIR)
     if not path:
         raise ValueError(
-            f"There is no checkpoint in {cfg.OUTPUT_DIR!r} (OUTPUT_DIR): name one with --weights."
+            f"There is no checkpoint in {cfg.OUTPUT_DIR!r} (OUTPUT_DIR): give one with --weights."
         )
     return path
 
 
 def fixed_images(cfg: CfgNode, count: int = 2) -> List[Dict[str, Any]]:
-    """Detectron2's inference input: images of smooth noise, the same each time, at test size."""
+    """Detectron2's inference input: fixed images of smooth noise at test size."""
     height = cfg.INPUT.MIN_SIZE_TEST or 320
     generator, inputs = torch.Generator().manual_seed(0), []
     for i in range(count):

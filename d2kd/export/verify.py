@@ -1,4 +1,4 @@
-"""Prove that an exported student is the student, in a process that has no d2kd."""
+"""Verify in a process without d2kd that an exported student equals the run's student."""
 
 import os
 import subprocess
@@ -18,18 +18,18 @@ from .student import SCORE_KEYS, WEIGHTS, fixed_images, load_student, plain
 
 def verify(cfg: CfgNode, weights: str, folder: str) -> Dict[str, Any]:
     """
-    Build and load the export in a fresh process and compare it with the run's student, exactly.
+    Build and load the export in a fresh process and compare it bitwise with the run's student.
 
     Args:
-        cfg: of the run
-        weights: the checkpoint that was exported
-        folder: of the export
+        cfg: config of the run
+        weights: the exported checkpoint
+        folder: folder of the export
 
     Returns:
-        "verified": nothing is wrong; "missing_keys", "unexpected_keys": of the weights;
-        "different_weights", "different_config", "different_outputs": entries, keys and fields of
-        detections that are not equal, to the bit; "imported_d2kd": modules that were;
-        "detections": how many were compared; "error": of the fresh process, "" without
+        "verified": whether all checks passed; "missing_keys", "unexpected_keys": of the weights;
+        "different_weights", "different_config", "different_outputs": weights, config keys and
+        detection fields that are not equal to the bit; "imported_d2kd": imported modules of d2kd;
+        "detections": number of compared detections; "error": of the fresh process, or ""
     """
     inputs = fixed_images(cfg)
     found = _in_fresh_process(folder, inputs)
@@ -54,7 +54,7 @@ def verify(cfg: CfgNode, weights: str, folder: str) -> Dict[str, Any]:
 
 
 def _in_fresh_process(folder: str, inputs: List[Dict[str, Any]]) -> Any:
-    """What fresh_process.py found; what it said, a string, if it failed."""
+    """The result of fresh_process.py; its error output, a string, if it failed."""
     with TemporaryDirectory() as scratch:
         images, result = os.path.join(scratch, "images.pth"), os.path.join(scratch, "result.pth")
         given = {"inputs": inputs, "score_keys": SCORE_KEYS, "threads": torch.get_num_threads()}
@@ -93,7 +93,7 @@ def _other_values(found: Dict[str, Any], expected: Dict[str, Any], prefix: str =
         if isinstance(value, dict):
             names += _other_values(value, expected[key], f"{name}.")
         elif name == "MODEL.WEIGHTS":
-            names += [name] if value != WEIGHTS else []  # or what was compared is another file
+            names += [name] if value != WEIGHTS else []  # else the wrong file was compared
         elif value != plain(expected[key]) and name != "MODEL.DEVICE":
             names.append(name)
     return names

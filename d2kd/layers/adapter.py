@@ -6,7 +6,7 @@ from ..pairing.levels import LevelPair
 
 
 def build_adapters(levels: Sequence[LevelPair], always: bool = False) -> nn.ModuleDict:
-    """An adapter for each pair of levels, by the student's name; see build_adapter."""
+    """One adapter per level pair, by the name of the student level; see build_adapter."""
     return nn.ModuleDict(
         {p.student: build_adapter(p.student_channels, p.teacher_channels, always) for p in levels}
     )
@@ -16,11 +16,11 @@ def build_adapter(student_channels: int, teacher_channels: int, always: bool = F
     """
     A 1x1 convolution (N, Cs, H, W) -> (N, Ct, H, W), or the identity where Cs == Ct.
 
-    PyTorch's default initialisation, as the released code of the methods that use it.
+    Uses PyTorch's default initialisation, like the released code of the methods that use it.
 
     Args:
-        always: a convolution also where Cs == Ct, so that the student may find a basis of its own;
-            it starts as the identity, for a student that inherits has the teacher's
+        always: use a convolution even if Cs == Ct, so that the student may learn a different basis;
+            it starts as the identity, because a student that inherits has the teacher's basis
     """
     if student_channels == teacher_channels and not always:
         return nn.Identity()

@@ -1,4 +1,4 @@
-"""Attention maps of FGD (https://arxiv.org/abs/2111.11837): the mean is exactly 1."""
+"""Attention maps of FGD (https://arxiv.org/abs/2111.11837), normalised to mean 1."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -14,12 +14,12 @@ SOURCES = ("teacher", "student")
 
 def spatial_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
     """
-    Which cells a detector responds to: softmax of the mean magnitude over channels.
+    Attention over cells: softmax of the mean magnitude over channels.
 
     Args:
         x: features, (N, C, H, W)
         temperature: divides the magnitudes, > 0; published: 0.5, and 0.8 for FCOS
-        inside: (N, 1, H, W), cells that hold a part of their image; None: all do
+        inside: (N, 1, H, W), cells inside the image; None: all
 
     Returns:
         (N, 1, H, W) in float32, mean 1 over the cells inside each image, 0 outside
@@ -29,7 +29,7 @@ def spatial_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = 
 
 def channel_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
     """
-    Which channels a detector responds with: softmax of the mean magnitude over cells.
+    Attention over channels: softmax of the mean magnitude over cells.
 
     Args:
         x, temperature, inside: as for spatial_attention
@@ -43,17 +43,17 @@ def channel_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = 
 
 def mean_one_softmax(scores: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
     """
-    Softmax over everything but the first dimension, times the number of entries: mean 1.
+    Softmax over all but the first dimension, scaled by the number of entries to mean 1.
 
     Args:
         scores: (N, 1, H, W) or (N, C, 1, 1)
         temperature: divides the scores, > 0
-        inside: as `scores`, boolean; what is outside gets 0 and does not count
+        inside: boolean, shaped as `scores`; entries outside get 0 and are not counted
     """
     scores = scores.float() / temperature
     if inside is None:
         return scores.flatten(1).softmax(dim=1).view_as(scores) * scores[0].numel()
-    # Not -inf, which would give NaN where nothing at all is inside.
+    # Not -inf, which gives NaN for an image without any cell inside.
     scores = scores.masked_fill(~inside, torch.finfo(scores.dtype).min)
     count = inside.flatten(1).sum(dim=1).view(-1, 1, 1, 1)
     return scores.flatten(1).softmax(dim=1).view_as(scores) * count * inside
@@ -65,7 +65,7 @@ class AttentionGuide:
     Attention of the teacher's or of the student's features, without gradient.
 
     Attributes:
-        temperature: tau of FGD's attention; larger: flatter
+        temperature: tau of FGD's attention; larger values give a flatter map
         source: "teacher" or "student"
     """
 
@@ -77,14 +77,14 @@ class AttentionGuide:
         check_choice("attention_from", self.source, SOURCES)
 
     def of(self, x: Tensor, target: Tensor) -> Tensor:
-        """The features that guide: of the student, x, or of the teacher, target; no gradient."""
+        """The features of `source`: the student's, x, or the teacher's, target; detached."""
         return (target if self.source == "teacher" else x).detach()
 
     def cells(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
         """
         Args:
             x, target: adapted student's and teacher's features, (N, C, H, W)
-            inside: (N, 1, H, W), cells that hold a part of their image; None: all do
+            inside: (N, 1, H, W), cells inside the image; None: all
 
         Returns:
             (N, 1, H, W), mean 1 over the cells inside

@@ -1,20 +1,20 @@
-"""Maps drawn from boxes: which cells are on objects, and how much each counts."""
+"""Draw boxes as weight maps over cells."""
 
 import torch
 from torch import Tensor
 
-# Boxes painted at a time: 10,000 of them on a map of 100x168 cells would take 670 MB together.
+# Boxes painted at once: 10,000 boxes on a map of 100x168 cells would take 670 MB.
 _CHUNK = 256
 
 
 def paint(rows: Tensor, columns: Tensor, image: Tensor, num_images: int) -> Tensor:
     """
-    Of all boxes of an image the largest value in each cell. A box's value is the product of what
-    it gives to the cell's row and to its column.
+    The largest value in each cell over all boxes of an image, where a box's value in a cell is the
+    product of its values for the cell's row and column.
 
     Args:
-        rows, columns: (M, H) and (M, W) of M boxes, 0 or more
-        image: (M,), the index of each box's image
+        rows, columns: (M, H) and (M, W), values of M boxes, >= 0
+        image: (M,), index of each box's image
 
     Returns:
         (num_images, 1, H, W), 0 where there is no box
@@ -44,7 +44,7 @@ def gaussian(first: Tensor, last: Tensor, size: int) -> Tensor:
         first, last: (M,), the two sides of boxes, in cells
 
     Returns:
-        (M, size): a bell over each box, 1 at its centre, exp(-1/2) at its sides
+        (M, size): a Gaussian over each box, 1 at its centre, exp(-1/2) at its sides
     """
     centres = torch.arange(size, device=first.device) + 0.5
     middle, half = (first + last) / 2, (last - first).clamp(min=1e-3) / 2

@@ -1,7 +1,7 @@
 """
-Cells that hold a part of their image; the others are padding.
+Masks of the cells inside the image; all others are padding.
 
-`inside` is boolean, (N, 1, H, W); None says that all cells are inside, and saves the arithmetic.
+`inside` is boolean, (N, 1, H, W); None means that all cells are inside and saves computation.
 """
 
 from typing import Optional
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def zero_outside(x: Tensor, inside: Optional[Tensor]) -> Tensor:
-    """(N, C, H, W) with zeros in padding, as if there were none."""
+    """(N, C, H, W) with the padding set to zero."""
     return x if inside is None else x * inside
 
 

@@ -1,4 +1,4 @@
-"""Which cells or channels of a map a generator does not get to see."""
+"""Masks that hide cells or channels of a map from a generator."""
 
 import math
 from dataclasses import dataclass
@@ -21,13 +21,12 @@ class MaskRule:
 
     Attributes:
         ratio: in [0, 1): the share to hide; published for MGD: 0.65 dense, 0.45 two-stage
-        rule: "ratio": hide a fixed share, so that methods differ in where they hide and not in how
-            much; "threshold": hide where attention is above THRESHOLD, a share that depends on the
-            image
-        threshold: attention has mean 1, so 1.0 hides what is above average
-        hide: "sampled": drawn anew in proportion to attention. The abstracts want the important
-            regions rebuilt; but the "most" attended are the same ones every time, and what is
-            hidden gets no gradient, so the student would never learn them (MODEL_ZOO.md: 8 AP for
+        rule: "ratio": hide a fixed share, so that methods differ only in where they hide;
+            "threshold": hide where attention is above THRESHOLD, a share that depends on the image
+        threshold: attention has mean 1, so 1.0 hides entries above average
+        hide: "sampled": drawn in each step, in proportion to attention. The abstracts ask to
+            rebuild important regions, but the "most" attended ones are always the same, and hidden
+            entries get no gradient, so the student would never learn them (MODEL_ZOO.md: 8 AP for
             DMKD). "least" attended and "random" are for ablations
     """
 
@@ -54,10 +53,10 @@ class MaskRule:
         """
         Args:
             attention: (N, 1, H, W) over cells or (N, C, 1, 1) over channels, mean 1
-            inside: cells that hold a part of their image; None: all do
+            inside: cells inside the image; None: all
 
         Returns:
-            boolean, as `attention`: True is visible, False is hidden; outside is never visible
+            boolean, shaped as `attention`: True is visible; cells outside are hidden
         """
         if self.rule == "threshold":
             most = attention >= self.threshold
@@ -67,7 +66,7 @@ class MaskRule:
             "most": lambda: attention,
             "least": lambda: -attention,
             "random": lambda: torch.rand_like(attention),
-            # The largest are a sample without replacement in proportion to attention.
+            # The top k are a sample without replacement, weighted by attention.
             "sampled": lambda: attention / torch.empty_like(attention).exponential_(),
         }
         return hide_top(scores[self.hide](), self.ratio, inside)
@@ -75,22 +74,22 @@ class MaskRule:
 
 def hide_top(scores: Tensor, ratio: float, inside: Optional[Tensor] = None) -> Tensor:
     """
-    Hide exactly ceil(ratio * n) of the n entries of each image that are inside it.
+    Hide exactly ceil(ratio * n) of the n entries inside each image.
 
     Args:
         scores: (N, ...), the largest are hidden
         ratio: in [0, 1)
-        inside: boolean, as `scores`; None: everything is
+        inside: boolean, shaped as `scores`; None: all
 
     Returns:
-        boolean, as `scores`: True is visible
+        boolean, shaped as `scores`: True is visible
     """
     flat = scores.flatten(1)
     visible = torch.ones_like(flat, dtype=torch.bool) if inside is None else inside.flatten(1)
     # In float64, as in Python: in float32 0.6 * 50000 is above 30000.
     counts = (ratio * visible.sum(dim=1, keepdim=True).double() - _TINY).ceil()
     largest = math.ceil(ratio * flat.shape[1] - _TINY)
-    # topk and not quantile, which neither gives exact counts nor takes large maps.
+    # Not quantile, which neither gives exact counts nor supports large maps.
     order = flat.masked_fill(~visible, -math.inf).topk(largest, dim=1).indices
     shown = torch.arange(largest, device=flat.device) >= counts
     return visible.scatter(1, order, shown & visible.gather(1, order)).view_as(scores)

@@ -1,4 +1,4 @@
-"""Features brought to a common scale: per channel, or per cell."""
+"""Normalise features per channel or per cell."""
 
 from typing import Optional
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 def standardise(x: Tensor, inside: Optional[Tensor] = None) -> Tensor:
     """
-    Each channel of (N, C, H, W) to mean 0 and deviation 1 over the batch and all cells.
+    Normalise each channel of (N, C, H, W) to zero mean and unit variance over batch and cells.
 
-    With a single value per channel there is no deviation (Bessel's correction divides by zero):
-    such a map carries no correlation and becomes 0.
+    With a single value per channel the variance is undefined (Bessel's correction divides by zero):
+    such a map has no correlation and becomes 0.
 
     Args:
-        inside: (N, 1, H, W), cells that count; what is outside becomes 0; None: all count
+        inside: (N, 1, H, W), cells to use; the others become 0; None: all
     """
     if inside is None:
         std = x.std(dim=(0, 2, 3), keepdim=True) if x[:, 0].numel() > 1 else 0.0
@@ -21,16 +21,16 @@ def standardise(x: Tensor, inside: Optional[Tensor] = None) -> Tensor:
     count = inside.sum()
     centred = (x - (x * inside).sum(dim=(0, 2, 3), keepdim=True) / count) * inside
     variance = centred.square().sum(dim=(0, 2, 3), keepdim=True) / (count - 1).clamp(min=1)
-    # A root has no gradient at 0, where a channel is constant.
+    # sqrt has an infinite gradient at 0, the variance of a constant channel.
     return centred / (variance.clamp(min=1e-24).sqrt() + 1e-6)
 
 
 def unit_vectors(x: Tensor) -> Tensor:
     """
-    (N, C, ...) with vectors of length 1 along C, float32.
+    Normalise (N, C, ...) to unit length along C, in float32.
 
-    A vector of zeros, where all of a ReLU is dead, stays one and gets no gradient: 1 / length would
-    overflow half precision, and with it the whole step.
+    Zero vectors, from ReLUs that are all inactive, stay zero and get no gradient: 1 / length would
+    overflow half precision.
     """
     x = x.float()
     length = x.norm(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""MGD's and DMKD's generators, and the error of what they rebuild."""
+"""Generators of MGD and DMKD, and the reconstruction error."""
 
 from typing import Optional
 
@@ -25,25 +25,25 @@ class Generator(nn.Sequential):
         """
         Args:
             x: masked features, 0 where hidden and outside the image
-            inside: (N, 1, H, W), cells that hold a part of their image; None: all do
-            scale: scalar that multiplies the result
+            inside: (N, 1, H, W), cells inside the image; None: all
+            scale: scalar factor of the result
 
         Returns:
-            (N, C, H, W); inside an image it does not depend on how far it was padded
+            (N, C, H, W); inside an image it does not depend on the amount of padding
         """
         first, relu, second = self
-        # What the second convolution would see were there no padding.
+        # Zero the padding again, so that the second convolution sees the image border.
         hidden = zero_outside(relu(first(x)), inside)
         if scale is None:
             return second(hidden)
-        # In the weights: multiplied later, the whole result would be kept for the backward.
+        # Scale the weights: scaling the result would keep all of it for the backward pass.
         return F.conv2d(hidden, second.weight * scale, second.bias * scale, padding=1)
 
 
 class DualGenerator(nn.Module):
     """
-    DMKD's reconstruction: one generator sees the visible cells, the other the visible channels, and
-    two learned weights (softmax, equal at first) fuse what they rebuild.
+    DMKD's reconstruction: one generator gets the visible cells, the other the visible channels;
+    their outputs are fused with two learned weights (softmax, initially equal).
     """
 
     def __init__(self, channels: int):
@@ -60,7 +60,7 @@ class DualGenerator(nn.Module):
             x: adapted student features, (N, C, H, W)
             cells: visible cells, (N, 1, H, W), False outside the image
             channels: visible channels, (N, C, 1, 1)
-            inside: cells that hold a part of their image, (N, 1, H, W); None: all do
+            inside: cells inside the image, (N, 1, H, W); None: all
 
         Returns:
             (N, C, H, W)
@@ -77,10 +77,10 @@ def squared_error(rebuilt: Tensor, target: Tensor, inside: Optional[Tensor] = No
 
     Args:
         rebuilt, target: (N, C, H, W); the target gets no gradient
-        inside: (N, 1, H, W); None: all cells count
+        inside: (N, 1, H, W), cells inside the image; None: all
 
     Returns:
-        scalar in float32 also under AMP: a sum over 100,000 cells overflows half precision
+        scalar, float32 also under AMP, as a sum over 100,000 cells overflows half precision
     """
     rebuilt, target = rebuilt.float(), target.detach().float()
     error = F.mse_loss(zero_outside(rebuilt, inside), zero_outside(target, inside), reduction="sum")

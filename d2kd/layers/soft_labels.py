@@ -1,4 +1,4 @@
-"""Imitating what a teacher says of each anchor or region: class probabilities, and a box."""
+"""Losses on the teacher's predictions per anchor or region: class probabilities and boxes."""
 
 from typing import Tuple
 
@@ -10,14 +10,14 @@ from torchvision.ops import generalized_box_iou_loss
 
 def difference_weighted(logits: Tensor, target_logits: Tensor) -> Tuple[Tensor, Tensor]:
     """
-    Binary cross entropy with the teacher's probabilities, weighted by how far the student's are
-    from them: |sigmoid(x) - sigmoid(t)| BCE(x, sigmoid(t)). The weight has a gradient too.
+    Binary cross entropy with the teacher's probabilities, weighted by their distance to the
+    student's: |sigmoid(x) - sigmoid(t)| BCE(x, sigmoid(t)). The weight has a gradient, too.
 
-    Quality Focal Loss (https://arxiv.org/abs/2006.04388) with exponent 1. 0 at equal logits, finite
-    at any finite ones.
+    This is Quality Focal Loss (https://arxiv.org/abs/2006.04388) with exponent 1. It is 0 at equal
+    logits and finite for all finite logits.
 
     Args:
-        logits, target_logits: of equal shape; the target gets no gradient
+        logits, target_logits: same shape; the target gets no gradient
 
     Returns:
         the loss and the weight, the latter without gradient; both of the same shape, float32
@@ -30,15 +30,15 @@ def difference_weighted(logits: Tensor, target_logits: Tensor) -> Tuple[Tensor, 
 
 def class_divergence(logits: Tensor, target_logits: Tensor, activation: str) -> Tensor:
     """
-    What each class adds to KL(target || student) between the class probabilities of a region.
+    Per-class summands of KL(target || student) between the class probabilities of a region.
 
     Args:
         logits, target_logits: (R, K+1), or (R, K); the target gets no gradient
-        activation: "softmax", one distribution over all columns; "sigmoid", a yes or no for each
+        activation: "softmax": one distribution over all classes; "sigmoid": a Bernoulli per class
 
     Returns:
-        of the shape of the logits, float32, 0 at equal logits, finite at any finite ones; summed
-        over classes it is the divergence, or with sigmoids the sum of their divergences
+        shaped as the logits, float32, 0 at equal logits, finite for all finite logits; the sum over
+        classes is the divergence, or with sigmoids the sum of the divergences
     """
     x, target = logits.float(), target_logits.detach().float()
     if activation == "softmax":
@@ -58,8 +58,8 @@ def largest_probability(logits: Tensor, num_anchors: int) -> Tensor:
 
 def giou_distance(boxes: Tensor, target: Tensor, num_anchors: int) -> Tensor:
     """
-    1 - GIoU of the boxes of each anchor; 0 where the target is empty, as FCOS can predict it:
-    nothing overlaps with such a box, not even an equal one.
+    1 - GIoU of each anchor's boxes; 0 where the target box is empty, which FCOS can predict: no box
+    overlaps with it, not even an identical one.
 
     Args:
         boxes, target: (N, A*4, H, W) XYXY; the target gets no gradient
@@ -72,7 +72,7 @@ def giou_distance(boxes: Tensor, target: Tensor, num_anchors: int) -> Tensor:
 
 
 def log_iou_distance(boxes: Tensor, target: Tensor, num_anchors: int) -> Tensor:
-    """As giou_distance, with -log(IoU), in [0, 13.8]; without gradient where boxes do not meet."""
+    """As giou_distance, with -log(IoU), in [0, 13.8]; no gradient where boxes do not overlap."""
     boxes, target = _per_anchor(boxes, num_anchors), _per_anchor(target.detach(), num_anchors)
     size = torch.minimum(boxes[..., 2:], target[..., 2:]) - torch.maximum(
         boxes[..., :2], target[..., :2]

@@ -1,4 +1,4 @@
-"""Which classes of a teacher are which of its student's, told by their names."""
+"""Match the classes of teacher and student by their names."""
 
 import logging
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ Groups = Tuple[Tuple[int, ...], ...]
 @dataclass(frozen=True)
 class CommonClasses:
     """
-    The C classes that student and teacher have in common. Each is a group: one class of either, or
-    several where aliases join them.
+    The C common classes of student and teacher. Each is a group of classes of both: one of each,
+    or several that aliases merge.
 
-    `student_names`, `teacher_names`: all classes, in their order; `student`, `teacher`: the indices
-    in each of the C groups.
+    `student_names`, `teacher_names`: names of all classes, in order; `student`, `teacher`: class
+    indices of each of the C groups.
     """
 
     student_names: Tuple[str, ...]
@@ -31,14 +31,14 @@ class CommonClasses:
 
     @property
     def same(self) -> bool:
-        """Class i of the student is class i of the teacher, and there are no others."""
+        """Whether class i of the student is class i of the teacher, for all classes of both."""
         one_by_one = tuple((i,) for i in range(len(self.student_names)))
         same_count = len(self.student_names) == len(self.teacher_names)
         return same_count and self.student == self.teacher == one_by_one
 
     def __str__(self) -> str:
         if self.same and self.student_names == self.teacher_names:
-            return f"  both know the same {len(self.student)}, in the same order"
+            return f"  both have the same {len(self.student)} classes, in the same order"
         sides = (self.student_names, self.student), (self.teacher_names, self.teacher)
         lines = [
             f"  {_listed(self.student_names, ours)} <- {_listed(self.teacher_names, theirs)}"
@@ -47,10 +47,10 @@ class CommonClasses:
         for side, (names, groups) in zip(("student", "teacher"), sides):
             alone = set(range(len(names))).difference(*groups)
             if alone:
-                lines.append(f"  only the {side} knows: {_listed(names, sorted(alone))}")
-        near = _nearly_alike(self)
+                lines.append(f"  only in the {side}: {_listed(names, sorted(alone))}")
+        near = _suggest_aliases(self)
         if near:
-            lines.append(f"  perhaps DISTILL.TEACHER.ALIASES: {near}")
+            lines.append(f"  similar names, possibly DISTILL.TEACHER.ALIASES: {near}")
         return "\n".join(lines)
 
 
@@ -61,15 +61,16 @@ def common_classes(
     Match the classes of the run's data set with the teacher's.
 
     Args:
-        num_student, num_teacher: foreground classes that each detector predicts
-        teacher_names: what the teacher's config tells of its classes; () where it does not
+        num_student, num_teacher: number of foreground classes of each detector
+        teacher_names: class names from the teacher's config; () if unknown
 
     Returns:
-        None where the names of either's classes are not known
+        None if the class names of either detector are unknown
 
     Raises:
-        ValueError: DISTILL.TEACHER.CLASSES or ALIASES do not fit the detectors, or one of these has
-            no names; or no class is in both and DISTILL.TEACHER.ALLOW_OTHER_CLASSES is False
+        ValueError: DISTILL.TEACHER.CLASSES or ALIASES do not fit the detectors, or are set although
+            the class names of one are unknown; or there is no common class and
+            DISTILL.TEACHER.ALLOW_OTHER_CLASSES is False
     """
     node = cfg.DISTILL.TEACHER
     student = _fitting(class_names(cfg), num_student, "student")
@@ -81,9 +82,9 @@ def common_classes(
     found = match_classes(student, teacher, node.ALIASES)
     if not (found.student or node.ALLOW_OTHER_CLASSES):
         raise ValueError(
-            f"DISTILL.TEACHER: student and teacher have no class in common:\n{found}\nName equal "
-            "ones in DISTILL.TEACHER.ALIASES. (ALLOW_OTHER_CLASSES True goes on with heads that "
-            "compare features.)"
+            f"DISTILL.TEACHER: student and teacher have no class in common:\n{found}\nList equal "
+            "classes in DISTILL.TEACHER.ALIASES, or set ALLOW_OTHER_CLASSES True for heads that "
+            "compare features."
         )
     return found
 
@@ -92,20 +93,19 @@ def match_classes(
     student: Sequence[str], teacher: Sequence[str], aliases: Sequence[Sequence[str]] = ()
 ) -> CommonClasses:
     """
-    Equal names are the same class, unless an alias says otherwise.
+    Match classes by equal names; classes with an alias are matched by their aliases only.
 
     Args:
-        student, teacher: names of all classes of each, in their order
-        aliases: pairs of (student's name, teacher's name). A class may be in several: they are
-            joined. "" on one side: the other is no class that both know
+        student, teacher: names of all classes, in order
+        aliases: pairs of (student's name, teacher's name). If a class is in several, its partners
+            are merged. "" on one side: the other class has no counterpart
 
     Raises:
-        ValueError: an alias that is no such pair; two classes of one name, which a name cannot tell
-            apart
+        ValueError: an invalid alias; two classes with the same name
     """
     for alias in aliases:
         _check_alias(alias, student, teacher)
-    if tuple(student) == tuple(teacher) and not aliases:  # also where a name is there twice
+    if tuple(student) == tuple(teacher) and not aliases:  # even with duplicate names
         one_by_one = tuple((i,) for i in range(len(student)))
         return CommonClasses(tuple(student), tuple(teacher), one_by_one, one_by_one)
     for side, names in (("student", student), ("teacher", teacher)):
@@ -130,12 +130,12 @@ def _indices(names: Sequence[str], chosen: Set[str]) -> Tuple[int, ...]:
 
 
 def _fitting(names: Sequence[str], count: int, side: str) -> Tuple[str, ...]:
-    """The names that a data set gives, unless the detector has another number of classes."""
+    """The data set's class names, or () if the detector has a different number of classes."""
     if names and len(names) != count:
-        hint = " Give them in DISTILL.TEACHER.CLASSES." if side == "teacher" else ""
+        hint = " Set DISTILL.TEACHER.CLASSES." if side == "teacher" else ""
         logger.warning(
-            f"The data set in the {side}'s config has {len(names)} classes, the {side} {count}: "
-            f"their names are not known.{hint}"
+            f"The data set in the {side}'s config has {len(names)} classes, but the {side} has "
+            f"{count}: their names are unknown.{hint}"
         )
         return ()
     return tuple(names)
@@ -156,22 +156,22 @@ def _check_distinct(names: Sequence[str], side: str) -> None:
         indices = ", ".join(str(i) for i, x in enumerate(names) if x == twice[0])
         where = "DISTILL.TEACHER.CLASSES" if side == "teacher" else "the data set's categories"
         raise ValueError(
-            f"The {side}'s classes {indices} are all called {twice[0]!r}, so that names do not "
-            f"tell which is which. Give each a name of its own in {where}."
+            f"The {side}'s classes {indices} are all named {twice[0]!r}, so they cannot be matched "
+            f"by name. Use unique names in {where}."
         )
 
 
 def _check_unnamed(node: CfgNode, side: str) -> None:
-    """Names that would be given for nothing."""
+    """Refuse ALIASES and CLASSES, which have no effect if the names of a side are unknown."""
     hints = {
-        "student": "They are those of the data set in DATASETS.TRAIN.",
-        "teacher": "Give them in DISTILL.TEACHER.CLASSES.",
+        "student": "They come from the data set in DATASETS.TRAIN.",
+        "teacher": "Set DISTILL.TEACHER.CLASSES.",
     }
     for key in ("ALIASES", "CLASSES"):
         if node[key]:
             raise ValueError(
                 f"DISTILL.TEACHER.{key} {list(node[key])}: the names of the {side}'s classes are "
-                f"not known. {hints[side]}"
+                f"unknown. {hints[side]}"
             )
 
 
@@ -187,8 +187,8 @@ def _check_alias(alias: Any, student: Sequence[str], teacher: Sequence[str]) -> 
             raise ValueError(f"{key}, but the {side} has no class {name!r}. {hint}")
 
 
-def _nearly_alike(found: CommonClasses) -> List[List[str]]:
-    """Classes without a partner whose names are nearly equal, as aliases."""
+def _suggest_aliases(found: CommonClasses) -> List[List[str]]:
+    """Unmatched classes with similar names, as aliases."""
     ours, theirs = (
         [name for i, name in enumerate(names) if not any(i in group for group in groups)]
         for names, groups in (

@@ -1,4 +1,4 @@
-"""Which student level learns from which teacher level, decided once when the model is built."""
+"""Pair pyramid levels of student and teacher, once, when the model is built."""
 
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -34,18 +34,18 @@ def pair_levels(
     named: Sequence[Sequence[str]] = (),
 ) -> Tuple[LevelPair, ...]:
     """
-    Pair levels of equal stride, or those that `named` lists.
+    Pair levels of equal stride, or those listed in `named`.
 
-    A stride is how much of the image one cell stands for, so equal strides see objects of equal
-    size; names do not say that (p3 of one detector may be another's p2).
+    Levels of equal stride represent objects of equal size; levels of equal name need not (p3 of one
+    detector may have the stride of another's p2).
 
     Args:
         student, teacher: level name to shape, as a backbone's output_shape() gives it
         named: pairs of (student level, teacher level) from DISTILL.LEVELS; empty: by stride
 
     Raises:
-        ValueError: a named level does not exist, strides of a named pair differ, a level is named
-            twice, or nothing is left to pair.
+        ValueError: a named level does not exist, strides of a named pair differ, a student level is
+            named twice, or there is no pair.
     """
     if named:
         chosen = [_named_pair(pair, student, teacher) for pair in named]
@@ -81,7 +81,8 @@ def match_levels(
     Yield (name, student feature, teacher feature) of every pair, over the same part of the image.
 
     Detectors with different size divisibility pad the same batch to different sizes. Padding is
-    added to the right and below, so cropping both maps to what they share loses only padding.
+    added on the right and at the bottom, so cropping both maps to the common size removes only
+    padding.
 
     Args:
         student, teacher: level name to (N, Cs, Hi, Wi) and (N, Ct, Hi', Wi')
@@ -96,7 +97,7 @@ def match_levels(
 def match_level(
     pair: LevelPair, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
 ) -> Tuple[Tensor, Tensor]:
-    """match_levels of a single pair, without its name."""
+    """As match_levels, for a single pair and without its name."""
     x, target = student[pair.student], teacher[pair.teacher]
     assert pair.student_stride == pair.teacher_stride, (
         f"{pair.student} (stride {pair.student_stride}) and {pair.teacher} (stride "
@@ -109,18 +110,18 @@ def match_inside(
     pairs: Sequence[LevelPair], student: DetectorView, teacher: DetectorView
 ) -> Iterator[Tuple[str, Tensor, Tensor, Optional[Tensor]]]:
     """
-    match_levels on two views, with the cells that are not padding.
+    As match_levels, for two views and with a mask of the cells that are not padding.
 
     Yields:
         the student level's name, (N, Cs, H, W), (N, Ct, H, W) without gradient, boolean
-        (N, 1, H, W) that is True in cells which hold a part of their image; None: all do
+        (N, 1, H, W) that is True in cells inside the image; None: all are
     """
     for level, x, target in match_levels(pairs, student.features, teacher.features):
         yield level, x, target.detach(), student.inside_image(level, like=x)
 
 
 def crop_to(x: Tensor, other: Tensor) -> Tensor:
-    """(..., H, W) without the rows below and the columns to the right that `other` lacks."""
+    """Crop (..., H, W) at the bottom and right to the size of `other`, where that is smaller."""
     if x.shape[-2] <= other.shape[-2] and x.shape[-1] <= other.shape[-1]:
         return x
     return x[..., : other.shape[-2], : other.shape[-1]]
@@ -131,7 +132,7 @@ def describe_plan(
     student: Mapping[str, ShapeSpec],
     teacher: Mapping[str, ShapeSpec],
 ) -> str:
-    """The level plan as lines of text, with what is left out on either side."""
+    """The paired levels, and the unused levels of either side, as lines of text."""
     lines = [
         f"  {p.student} (stride {p.student_stride}, {p.student_channels} channels) <- "
         f"{p.teacher} (stride {p.teacher_stride}, {p.teacher_channels} channels)"
@@ -143,7 +144,7 @@ def describe_plan(
     ):
         unused = [k for k in shapes if k not in used]
         if unused:
-            lines.append(f"  not used of the {side}: {', '.join(unused)}")
+            lines.append(f"  unused levels of the {side}: {', '.join(unused)}")
     return "\n".join(lines)
 
 
@@ -171,8 +172,8 @@ def _named_pair(
     if s.stride != t.stride:
         raise ValueError(
             f"DISTILL.LEVELS pairs {pair[0]!r} (stride {s.stride}) with {pair[1]!r} (stride "
-            f"{t.stride}): cells of different size are never resized in silence. Pair equal "
-            "strides, or use a head that resizes by itself (PKD with MATCH: index)."
+            f"{t.stride}): d2kd does not resize maps implicitly. Pair equal strides, or use a head "
+            "that resizes (PKD with MATCH: index)."
         )
     return tuple(pair)
 

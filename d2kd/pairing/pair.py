@@ -1,4 +1,4 @@
-"""Student, teacher, and which kinds of them a method takes."""
+"""A student and its teacher, and the kinds of pairs that a method supports."""
 
 from dataclasses import dataclass, replace
 from typing import Dict, Optional, Tuple
@@ -7,7 +7,7 @@ from ..views import DetectorInfo, anchor_order
 from .classes import CommonClasses
 from .levels import LevelPair
 
-# "teacher -> student". A dense detector predicts at every cell of its pyramid, a two-stage one in
+# "teacher -> student". A dense detector predicts in every cell of its pyramid, a two-stage one in
 # regions.
 DENSE = frozenset({"dense -> dense"})
 TWO_STAGE = frozenset({"two-stage -> two-stage"})
@@ -18,10 +18,10 @@ ANY_PAIR = SAME_KIND | {"two-stage -> dense", "dense -> two-stage"}
 @dataclass(frozen=True)
 class DistillPair:
     """
-    A student, a teacher, and the levels on which the one learns from the other.
+    A student, its teacher, and the levels to distil.
 
-    `classes`: those that both know; None: their names are not known, and class i of one is taken
-    for class i of the other.
+    `classes`: the common classes; None: their names are unknown, and class i of one is assumed to
+    be class i of the other.
     """
 
     student: DetectorInfo
@@ -37,12 +37,12 @@ class DistillPair:
 
     @property
     def same_classes(self) -> bool:
-        """Class i of one is class i of the other, as far as is known."""
+        """Whether class i of one is class i of the other; True if names are unknown."""
         return self.classes is None or self.classes.same
 
     @property
     def in_common_classes(self) -> "DistillPair":
-        """The pair as a head sees it that compares class logits: with the classes of both."""
+        """The pair restricted to the common classes, for heads that compare class logits."""
         if self.same_classes:
             return self
         count = len(self.classes.student)
@@ -52,8 +52,8 @@ class DistillPair:
     @property
     def anchor_orders(self) -> Dict[str, Tuple[int, ...]]:
         """
-        Where each of the student's anchors stands in a cell of the teacher's, by the teacher's
-        level; without the levels on which they stand in the same order, or are not the same.
+        Index of each of the student's anchors among the teacher's, by the teacher's level. Levels
+        with the same order, or with different anchors, are left out.
         """
         orders = {}
         for level in self.levels:
@@ -69,17 +69,17 @@ class DistillPair:
     @property
     def dense_levels(self) -> Tuple[LevelPair, ...]:
         """
-        The pairs of levels on which both detectors predict something at every cell.
+        The level pairs on which both detectors have dense predictions.
 
         Raises:
-            ValueError: there is none
+            ValueError: there are none
         """
         ours, theirs = self.student.dense_levels, self.teacher.dense_levels
         levels = tuple(p for p in self.levels if p.student in ours and p.teacher in theirs)
         if not levels:
             raise ValueError(
-                f"DISTILL.LEVELS: of the paired levels, {', '.join(p.student for p in self.levels)}"
-                ", there is none on which both detectors predict; the student does on "
+                "DISTILL.LEVELS: both detectors predict on none of the paired levels "
+                f"{', '.join(p.student for p in self.levels)}; the student predicts on "
                 f"{', '.join(ours)}, the teacher on {', '.join(theirs)}."
             )
         return levels

@@ -1,4 +1,4 @@
-"""What a student learns from its teacher, as one picture."""
+"""Draw the maps of a distillation step as one image."""
 
 import os
 from typing import Sequence
@@ -29,22 +29,22 @@ from .tiles import (
 @torch.no_grad()
 def draw_panel(distiller: Distiller, index: int = 0, class_names: Sequence[str] = ()) -> np.ndarray:
     """
-    Draw an image of the latest batch: its ground truth, then for each pair of levels the teacher's
-    attention, the maps that the heads left (masks), and the energies of teacher and student.
+    Draw one image of the latest batch: its ground truth, then for each level pair the teacher's
+    attention, the maps recorded by the heads (masks), and the energies of teacher and student.
 
     Args:
-        distiller: after a forward in training mode, with a teacher
-        index: of the image in the batch
-        class_names: of the ground truth; a class without a name is drawn as its number
+        distiller: after a forward pass in training mode, with a teacher
+        index: index of the image in the batch
+        class_names: names of the ground-truth classes; classes without one are drawn as numbers
 
     Returns:
         (H, W, 3) uint8, RGB
 
     Raises:
-        ValueError: there was no such forward
+        ValueError: there was no such forward pass
     """
     if distiller.last_step is None:
-        raise ValueError("There is nothing to draw: no training forward with a teacher was made.")
+        raise ValueError("Nothing to draw: run a training forward pass with a teacher first.")
     view = distiller.last_step.student
     size, boxes = view.image_sizes[index], view.gt_instances[index].gt_boxes.tensor.cpu().numpy()
     rows = [
@@ -60,7 +60,7 @@ def draw_panel(distiller: Distiller, index: int = 0, class_names: Sequence[str] 
 def _ground_truth(
     distiller: Distiller, index: int, boxes: np.ndarray, names: Sequence[str]
 ) -> np.ndarray:
-    """The image as the student was shown it, large, with boxes and class names."""
+    """The student's input image, enlarged, with boxes and class names."""
     view = distiller.last_step.student
     image = view.batched_inputs[index]["image"].permute(1, 2, 0)
     image = convert_image_to_rgb(image, distiller.image_format).clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Which of the student's levels a head mixes for a region: a table, and a picture of it."""
+"""Table and heat map of the weights with which a head mixes the student's levels per region."""
 
 from typing import Dict, List, Mapping, NamedTuple, Sequence
 
@@ -17,11 +17,11 @@ from .tiles import BLACK, FONT, GAP, GREY, WHITE, join, text_line
 
 ROW, COLUMN = 56, 88  # height and width of a cell, pixels
 NO_REGION = (238, 238, 238)  # colour of a cell without a mean
-FINER = 3  # rows of smaller and smaller regions that all belong to the teacher's finest level
+FINER = 3  # number of additional rows for small regions, all on the teacher's finest level
 
 
 class Row(NamedTuple):
-    """Regions of a teacher's level and of sides (square roots of areas) in pixels."""
+    """Regions of one teacher level and one range of sides (square root of the area) in pixels."""
 
     level: str
     stride: int
@@ -30,17 +30,17 @@ class Row(NamedTuple):
 
 class LevelWeights:
     """
-    Mean weights of the student's L levels in a mixture, for each of T rows of regions.
+    Mean mixing weights of the student's L levels, for each of T rows of regions.
 
-    `rows`: finest first; `student`: level name to stride, finest first; `counts`: (T,), regions of
-    each row.
+    `rows`: finest first; `student`: level name to stride, finest first; `counts`: (T,), number of
+    regions per row.
     """
 
     def __init__(self, rows: Sequence[Row], student: Mapping[str, int]):
         """
         Args:
             rows: see rows_of
-            student: level name to stride, in the order of the weights that will be added
+            student: level name to stride, in the order of the weights given to `add`
         """
         names = list(student)
         self._columns = sorted(range(len(names)), key=lambda i: student[names[i]])
@@ -52,8 +52,8 @@ class LevelWeights:
     def add(self, weights: Tensor, assigned: Tensor) -> None:
         """
         Args:
-            weights: of a batch's R regions, (R, L)
-            assigned: the row of each, (R,) in [0, T)
+            weights: (R, L), for the R regions of a batch
+            assigned: (R,) in [0, T), the row of each region
         """
         rows = assigned.cpu().numpy()
         np.add.at(self._sums, rows, weights.double().cpu().numpy()[:, self._columns])
@@ -61,13 +61,13 @@ class LevelWeights:
 
     @property
     def means(self) -> np.ndarray:
-        """(T, L), rows that sum to 1; NaN for a row without any region."""
+        """(T, L), each row sums to 1; NaN in rows without regions."""
         with np.errstate(invalid="ignore"):
             return self._sums / self.counts[:, None]
 
     @property
     def cells(self) -> List[List[str]]:
-        """The means in words, T rows of L."""
+        """The means as text, T rows of L."""
         return [["-" if np.isnan(x) else f"{x:.2f}" for x in row] for row in self.means]
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class LevelWeights:
 
 
 def level_tables(distiller: Distiller) -> Dict[str, LevelWeights]:
-    """An empty table for each head that weighs the student's levels: has `latest_weights`."""
+    """An empty table for each head that weights the student's levels: has `latest_weights`."""
     detectors = {"student": distiller.student, "teacher": distiller.teacher.model}
     student, teacher = (find_view(x, role)(x) for role, x in detectors.items())
     return {
@@ -91,7 +91,7 @@ def level_tables(distiller: Distiller) -> Dict[str, LevelWeights]:
 
 
 def add_level_weights(tables: Mapping[str, LevelWeights], distiller: Distiller) -> None:
-    """Add the regions of the latest batch, a forward in training mode, to the tables of heads."""
+    """Add the regions of the latest batch, after a training forward pass, to the heads' tables."""
     for name, table in tables.items():
         weights, boxes = distiller.heads[name].latest_weights
         table.add(weights, assigned_rows(distiller.last_step.teacher, boxes))
@@ -99,8 +99,8 @@ def add_level_weights(tables: Mapping[str, LevelWeights], distiller: Distiller) 
 
 def rows_of(teacher: DetectorView) -> List[Row]:
     """
-    An octave of sides for each level that the teacher pools from, and FINER more for the finest,
-    where all the regions of a small image belong.
+    One octave of sides per level that the teacher pools from, and FINER more for the finest level,
+    to which all regions of a small image belong.
     """
     names, rule = list(teacher.pooled_levels), teacher.pooler
     names = names[:1] * FINER + names
@@ -117,7 +117,7 @@ def assigned_rows(teacher: DetectorView, boxes: List[Boxes]) -> Tensor:
         boxes: one Boxes per image, XYXY in input pixels, R in all
 
     Returns:
-        (R,), indices into rows_of(teacher), by the rule of its RoIAlign
+        (R,), indices into rows_of(teacher), by the level assignment of its RoIAlign
     """
     rule = teacher.pooler
     sizes = rule.max_level, rule.canonical_box_size, rule.canonical_level
@@ -131,7 +131,7 @@ def draw_level_weights(tables: Mapping[str, LevelWeights]) -> np.ndarray:
 
 
 def _heat_map(name: str, table: LevelWeights) -> np.ndarray:
-    """A row of cells for each of the table's, from black, 0, to the highest mean."""
+    """The table as coloured cells, from black for 0 to the highest mean."""
     means, total = np.nan_to_num(table.means), max(table.counts.sum(), 1)
     shades = (means / max(means.max(), 1e-9) * 255).astype(np.uint8)
     colours = cv2.applyColorMap(shades, WEIGHTS)[..., ::-1]
@@ -154,7 +154,7 @@ def _heat_map(name: str, table: LevelWeights) -> np.ndarray:
 
 
 def _tile(text: str, note: str = "", colour: Sequence[int] = WHITE, framed: bool = False):
-    """(ROW, COLUMN, 3): words and a note below, black or white, whichever the colour shows."""
+    """(ROW, COLUMN, 3): text with a note below, black or white, whichever is readable."""
     tile = np.full((ROW, COLUMN, 3), colour, dtype=np.uint8)
     ink = BLACK if tile[0, 0] @ np.array([0.299, 0.587, 0.114]) > 128 else WHITE
     middle = ROW // 2 - (8 if note else 0)

@@ -1,4 +1,4 @@
-"""What of a batch is drawn: maps of one image, level by level."""
+"""Collect the maps to draw for one image of a batch, level by level."""
 
 import math
 from typing import List, NamedTuple, Optional
@@ -14,7 +14,7 @@ from ..pairing.levels import LevelPair, crop_to, pair_levels
 from ..views import DetectorView
 
 WEIGHTS, ENERGIES = cv2.COLORMAP_INFERNO, cv2.COLORMAP_VIRIDIS
-TEMPERATURE = 0.5  # of the attention, as published for FGD
+TEMPERATURE = 0.5  # attention temperature, as published for FGD
 
 
 class Map(NamedTuple):
@@ -31,17 +31,17 @@ class Map(NamedTuple):
     colours: int
 
 
-Row = List[Optional[Map]]  # a map for each pair of levels; None: there is none
+Row = List[Optional[Map]]  # one map per level pair, or None
 
 
 def image_maps(distiller: Distiller, index: int) -> List[Row]:
     """
     Args:
         distiller: with a latest batch
-        index: of the image in the batch
+        index: index of the image in the batch
 
     Returns:
-        rows of the teacher's attention, of each map that a head left, and of the energies of
+        a row each for the teacher's attention, the maps recorded by the heads, and the energies of
         teacher and student
     """
     student, teacher = distiller.last_step.student, distiller.last_step.teacher
@@ -50,14 +50,16 @@ def image_maps(distiller: Distiller, index: int) -> List[Row]:
     for head, maps in distiller.last_step.maps.items():
         for name, levels in maps.items():
             title, row = f"{head} {name}", [levels.get(p.student) for p in pairs]
-            rows.append([_left(student, teacher, p, x, title, index) for p, x in zip(pairs, row)])
+            rows.append(
+                [_head_map(student, teacher, p, x, title, index) for p, x in zip(pairs, row)]
+            )
     rows.append([_energy(teacher, p.teacher, "teacher", index) for p in pairs])
     rows.append([_energy(student, p.student, "student", index) for p in pairs])
     return [row for row in rows if any(row)]
 
 
 def _level_pairs(distiller: Distiller) -> List[LevelPair]:
-    """Those that the heads read, finest first; those of equal stride where no head says it."""
+    """The level pairs of the heads, finest first; if none has any, pairs of equal stride."""
     levels = [p for head in distiller.heads.values() for p in getattr(head, "levels", ())]
     pairs = dict.fromkeys(p for p in levels if isinstance(p, LevelPair))
     if not pairs:
@@ -67,7 +69,7 @@ def _level_pairs(distiller: Distiller) -> List[LevelPair]:
 
 
 def _attention(view: DetectorView, level: str, index: int) -> Map:
-    """Where a detector responds: softmax over the cells of the image, mean 1."""
+    """The attention of a detector: softmax over the cells of the image, scaled to mean 1."""
     inside = view.inside_image(level)
     inside = inside if inside is None else inside[index : index + 1]
     values = spatial_attention(view.features[level][index : index + 1], TEMPERATURE, inside)
@@ -80,7 +82,7 @@ def _energy(view: DetectorView, level: str, side: str, index: int) -> Map:
     return Map(f"{level} energy ({side})", _array(values), view.strides[level], ENERGIES)
 
 
-def _left(
+def _head_map(
     student: DetectorView,
     teacher: DetectorView,
     pair: LevelPair,
@@ -88,7 +90,7 @@ def _left(
     title: str,
     index: int,
 ) -> Optional[Map]:
-    """What a head left for a pair of levels, (N, 1, H, W), also on a coarser grid than theirs."""
+    """A head's recorded map for a level pair, (N, 1, H, W), possibly coarser than the features."""
     if values is None:
         return None
     grid = student.features[pair.student]

@@ -1,4 +1,4 @@
-"""The pixels of a picture of maps: cells in colours, boxes, words. All pictures are RGB, uint8."""
+"""Drawing of maps: coloured cells, boxes and text. All pictures are RGB, uint8."""
 
 import math
 from typing import Sequence, Tuple
@@ -13,7 +13,7 @@ LINE = 18  # height of a line of text
 GAP = 8  # between tiles
 FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.4
 WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (110, 110, 110)
-# Of a boolean map: False (hidden), True
+# Colours of a boolean map: False (hidden), True
 TWO_COLOURS = np.array([(24, 28, 58), (250, 214, 102)], dtype=np.uint8)
 
 
@@ -21,18 +21,18 @@ def map_tile(map: Map, size: Tuple[int, int], boxes: np.ndarray) -> np.ndarray:
     """
     Args:
         size: (height, width) of the image in input pixels
-        boxes: to outline, (M, 4) XYXY in input pixels
+        boxes: boxes to outline, (M, 4) XYXY in input pixels
 
     Returns:
-        (H, TILE, 3): the title, the range of values (of a boolean map the share of True), and the
-        cells that hold a part of the image
+        (H, TILE, 3): title, range of values (for a boolean map the share of True), and the cells
+        inside the image
     """
     inside = map.values[: math.ceil(size[0] / map.cell), : math.ceil(size[1] / map.cell)]
     if inside.dtype == bool:
         colours, note = TWO_COLOURS[inside.astype(int)], f"{inside.mean():.0%}"
     else:
         low, high = float(inside.min()), float(inside.max())
-        # A map of one value, such as a single cell, is neither dark nor bright.
+        # A constant map, such as a single cell, gets the middle colour.
         shade = (inside - low) / (high - low) if low < high else np.full(inside.shape, 0.5)
         colours = _colour(shade, map.colours)
         note = f"{low:.3g} to {high:.3g}" if low < high else f"{low:.3g}"
@@ -43,7 +43,7 @@ def map_tile(map: Map, size: Tuple[int, int], boxes: np.ndarray) -> np.ndarray:
 
 
 def _spread(colours: np.ndarray, cell: int, size: Tuple[int, int]) -> np.ndarray:
-    """Cells, (Hi, Wi, 3), as squares where they lie in the image; the last ones end with it."""
+    """Cells, (Hi, Wi, 3), as squares at their place in the image, cut at its border."""
     scale = TILE / max(size)
     rows, columns = (
         np.minimum((np.arange(max(round(pixels * scale), 1)) / scale / cell).astype(int), cells - 1)
@@ -75,7 +75,7 @@ def resize(image: np.ndarray, longer_side: int) -> np.ndarray:
 
 
 def outline(picture: np.ndarray, boxes: np.ndarray, scale: float) -> np.ndarray:
-    """A copy with boxes, (M, 4) XYXY before scaling, in white on black: seen on every colour."""
+    """A copy with boxes, (M, 4) XYXY before scaling, in white on black, visible on any colour."""
     picture = np.array(picture, order="C")
     for x0, y0, x1, y1 in (boxes * scale).astype(int).tolist():
         cv2.rectangle(picture, (x0 - 1, y0 - 1), (x1, y1), BLACK)
@@ -95,7 +95,7 @@ def text_line(text: str, colour: Tuple[int, int, int] = BLACK) -> np.ndarray:
 
 
 def join(pictures: Sequence[np.ndarray], axis: int, gap: int = GAP) -> np.ndarray:
-    """One below the other (axis 0) or left to right (axis 1), on white."""
+    """Stack pictures from top to bottom (axis 0) or left to right (axis 1), on white."""
     longest = max(x.shape[1 - axis] for x in pictures)
     padded = []
     for i, picture in enumerate(pictures):

@@ -1,4 +1,4 @@
-"""Write files atomically: complete or not at all, whenever a run is killed."""
+"""Write files atomically: complete or not at all, even if the process is killed."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 @contextmanager
 def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     """
-    Open a file for writing that is renamed to `path` only when all of it is on the disk.
+    Open a temporary file for writing and rename it to `path` once it is complete on disk.
 
     Raises:
-        OSError: it cannot be written; a file that was there before is unchanged
+        OSError: it cannot be written; an existing file at `path` is unchanged
     """
-    unfinished = f"{path}.unfinished"  # what a killed process leaves, the next save overwrites
+    unfinished = f"{path}.unfinished"  # left by a killed process, overwritten by the next save
     try:
         with open(unfinished, mode) as file:
             yield file
@@ -32,18 +32,18 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
         if not disk_errors:
             raise
         raise OSError(
-            f"{path} could not be written: {disk_errors[0]}. What had that name before is as it "
-            "was. Make room, or name another folder; a run goes on with --resume."
+            f"{path} could not be written: {disk_errors[0]}. An existing file of that name is "
+            "unchanged. Free disk space, or use another folder; --resume continues a run."
         ) from error
     finally:
-        with suppress(OSError):  # a read-only disk's must not hide the first error
+        with suppress(OSError):  # on a read-only disk; must not hide the first error
             os.remove(unfinished)
 
 
 def check_writable(folder: str) -> None:
     """
     Raises:
-        OSError: OUTPUT_DIR cannot be made, or nothing can be written there
+        OSError: OUTPUT_DIR cannot be created or is not writable
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -51,17 +51,17 @@ def check_writable(folder: str) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"OUTPUT_DIR: nothing can be written to {folder!r}: {error}. Name another folder."
+            f"OUTPUT_DIR: {folder!r} is not writable: {error}. Choose another folder."
         ) from error
 
 
 @contextmanager
 def explain_full_disk(folder: str) -> Iterator[None]:
     """
-    Let the error of a full disk name OUTPUT_DIR, unless it names a file itself.
+    Add OUTPUT_DIR to the error of a full disk, unless it already names a file.
 
     Raises:
-        OSError: the disk was full
+        OSError: the disk is full
     """
     try:
         yield
@@ -69,8 +69,8 @@ def explain_full_disk(folder: str) -> Iterator[None]:
         if error.filename or error.errno not in _NO_ROOM:
             raise
         raise OSError(
-            f"OUTPUT_DIR: no more can be written to {folder!r}: {error}. Its last checkpoint is as "
-            "it was. Make room; the run goes on with --resume."
+            f"OUTPUT_DIR: cannot write to {folder!r}: {error}. Its last checkpoint is unchanged. "
+            "Free disk space and continue with --resume."
         ) from error
 
 

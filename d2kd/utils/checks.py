@@ -4,17 +4,17 @@ import difflib
 import math
 from typing import Iterable, List, Sequence
 
-# Of a layer that a key makes: beyond what anybody means, below what no memory holds.
+# Limit for layers whose width is a config key: more than anyone needs, but fits in memory.
 MAX_CHANNELS = 65536
 
 
 def nearest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> List[str]:
     """
-    The known names that somebody may have meant, most alike first; one that differs in case and
-    underscores alone is the only one: "crosskd" is CrossKD, and not CKD.
+    The most similar known names, best first. A name that differs only in case and underscores is
+    the only result: "crosskd" is CrossKD, not CKD.
 
     Args:
-        cutoff: 0 to 1, how alike they are at least
+        cutoff: smallest similarity, 0 to 1
     """
     wanted, plain = _plain(name), {_plain(x): x for x in known}
     if wanted in plain:
@@ -42,26 +42,27 @@ def check_temperature(key: str, value: float) -> None:
     """
     if not 0 < value < math.inf:
         raise ValueError(
-            f"{key} must be above 0, got {value}: it is finite and divides what goes into softmax."
+            f"{key} must be above 0, got {value}; it divides the logits of a softmax and must be "
+            "finite."
         )
 
 
 def check_weight(key: str, value: float) -> None:
     """
-    Of one of several terms, which 0 leaves out.
+    Check the weight of one of several terms; 0 disables the term.
 
     Raises:
         ValueError: below 0, or not finite
     """
     if not 0 <= value < math.inf:
-        raise ValueError(f"{key} must be 0 or above, got {value}: it is a finite weight.")
+        raise ValueError(f"{key} must be 0 or above, got {value}; a weight must be finite.")
 
 
 def check_range(key: str, value: float, low: float, high: float, why: str = "") -> None:
     """
     Args:
         low, high: the smallest and the largest value
-        why: the end of the error
+        why: explanation at the end of the error
 
     Raises:
         ValueError: `value` is outside, or NaN

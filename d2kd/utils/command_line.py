@@ -25,12 +25,12 @@ def parse_command_line(
     """
     Parse options and overrides in any order; a list option ends where a config key begins.
 
-    argparse alone gives all words that follow to a list option, and all options that follow the
+    argparse alone would assign all following words to a list option, and all options after the
     first override to the overrides.
 
     Args:
-        parser: of a command whose overrides are its positional "opts"
-        argv: default: of this process
+        parser: parser of a command whose overrides are the positional "opts"
+        argv: default: sys.argv[1:]
 
     Returns:
         the options, and "opts": [KEY, VALUE, ...]
@@ -44,7 +44,7 @@ def parse_command_line(
 def _split(parser: argparse.ArgumentParser, words: List[str]) -> Tuple[List[str], List[str]]:
     """
     Returns:
-        what is for argparse, and the overrides
+        the words for argparse, and the overrides
     """
     positionals = sum(not x.option_strings and x.dest != "opts" for x in parser._actions)
     options: List[str] = []
@@ -70,7 +70,7 @@ def _split(parser: argparse.ArgumentParser, words: List[str]) -> Tuple[List[str]
 
 
 def _option(parser: argparse.ArgumentParser, word: str) -> Optional[argparse.Action]:
-    """The option that a word names, perhaps shortened or with its value behind "="."""
+    """The option that a word names, possibly abbreviated or followed by "=" and a value."""
     known, name = parser._option_string_actions, word.partition("=")[0]
     if name in known:
         return known[name]
@@ -81,7 +81,7 @@ def _option(parser: argparse.ArgumentParser, word: str) -> Optional[argparse.Act
 def _values_of(
     parser: argparse.ArgumentParser, action: argparse.Action, words: List[str]
 ) -> List[str]:
-    """Take from `words` the values of an option; argparse tells if they are too few."""
+    """Take the values of an option from `words`; argparse reports if there are too few."""
     several = action.nargs in ("+", "*")
     count = 1 if action.nargs is None else action.nargs
     values: List[str] = []
@@ -93,12 +93,12 @@ def _values_of(
 
 
 def _begins_overrides(word: str) -> bool:
-    """Whether a word is a config key and not one more value of a list, such as a head's name."""
+    """Whether a word is a config key, not another value of a list, such as a head's name."""
     return bool(_KEY.fullmatch(word)) and ("." in word or word in get_cfg())
 
 
 def _value_of(parser: argparse.ArgumentParser, key: str, words: List[str]) -> str:
-    """Take from `words` the value of an override."""
+    """Take the value of an override from `words`."""
     name, equals, value = key.partition("=")
     if equals and _KEY.fullmatch(name):
         parser.error(f"overrides are written KEY VALUE: {name} {value}, not {key}")

@@ -1,4 +1,4 @@
-"""The only file that knows which Detectron2 is installed, from 0.5 to upstream's newest."""
+"""All code that depends on the installed Detectron2 version, from 0.5 to the newest."""
 
 import importlib
 from types import ModuleType
@@ -9,11 +9,11 @@ from detectron2.utils.events import get_event_storage
 
 def require(module: str, wanted_by: str) -> ModuleType:
     """
-    Import a part that older Detectron2s lack.
+    Import a module that older versions of Detectron2 lack.
 
     Args:
         module: dotted name
-        wanted_by: the key and value that ask for it, for the error
+        wanted_by: the config key and value that need it, for the error
 
     Raises:
         ValueError: the installed Detectron2 does not have it
@@ -38,7 +38,7 @@ def current_iteration() -> int:
 
 
 def create_local_process_group(processes_per_machine: int, machine_rank: int) -> None:
-    """Tell detectron2.utils.comm which processes share this machine; call on every process."""
+    """Set up detectron2.utils.comm's group of this machine's processes; call in every process."""
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(processes_per_machine)
         return

@@ -1,22 +1,22 @@
-"""The configs that d2kd comes with, and the weights beside them, from any folder."""
+"""Find the configs and weights that come with d2kd, from any working folder."""
 
 import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel has them inside the package, a checkout beside it.
+# In a wheel they are inside the package, in a checkout beside it.
 _PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def find_file(path: str) -> str:
     """
-    Find a file that a user, or a key of a YAML, names.
+    Find a file named by a user or in a YAML.
 
     Args:
-        path: as it is named, relative to the working folder
+        path: absolute, or relative to the working folder
 
     Returns:
-        `path` itself where it exists; else :func:`packaged_file`; else `path`
+        `path` if it exists; else :func:`packaged_file`; else `path`
     """
     return path if os.path.exists(path) else packaged_file(path) or path
 
@@ -27,7 +27,7 @@ def packaged_file(name: str) -> str:
         name: such as "configs/quickstart/cwd.yaml", or "quickstart/cwd.yaml"
 
     Returns:
-        path of the file that d2kd comes with; "": none of this name
+        path of d2kd's own file of this name; "" if there is none
     """
     if not name or "://" in name or os.path.isabs(name):
         return ""

@@ -1,4 +1,4 @@
-"""Import a user's file, so that what it registers can be named in YAML."""
+"""Import a user's file, so that the YAML can use what it registers."""
 
 import hashlib
 import importlib.util
@@ -8,7 +8,7 @@ import sys
 
 def import_file(path: str) -> None:
     """
-    Run a Python file once in this process; it registers heads, views or detectors of its own.
+    Run a Python file, once per process; it registers its heads, views or detectors.
 
     Raises:
         FileNotFoundError: no such file

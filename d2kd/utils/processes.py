@@ -1,4 +1,4 @@
-"""What the processes of a run, one per GPU, have to agree on."""
+"""Means and concatenations over the processes of a run, one per GPU."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from detectron2.utils import comm
 
 def mean_over_processes(x: Tensor) -> Tensor:
     """
-    The mean of every process's x, without gradient. Every process must ask.
+    The mean of x over all processes, without gradient. All processes must call it.
 
-    DistributedDataParallel averages gradients over processes. A loss that each of them divided by a
-    count of its own would let an object count more in the processes that have few.
+    DistributedDataParallel averages gradients over processes. If each divided its loss by its own
+    count, objects would weigh more in processes that have few.
     """
     x, processes = x.detach().float(), comm.get_world_size()
     if processes == 1:
@@ -23,14 +23,14 @@ def mean_over_processes(x: Tensor) -> Tensor:
 
 def gather_rows(x: Tensor, counts: Tensor) -> Tensor:
     """
-    The rows of all processes, in the order of their ranks, without gradient.
+    Concatenate the rows of all processes, in the order of ranks, without gradient.
 
-    all_gather wants equal sizes, so each process pads to the largest count and the padding is cut
-    off again.
+    all_gather needs equal sizes, so each process pads to the largest count; the padding is removed
+    afterwards.
 
     Args:
         x: (R, D), R may differ between processes and be 0
-        counts: (processes,), R of each
+        counts: (processes,), R of each process
 
     Returns:
         (sum of counts, D)

@@ -1,4 +1,4 @@
-"""Read a YAML with its _BASE_ without running code that somebody may have put into it."""
+"""Read a YAML and its _BASE_ files without running code in them."""
 
 import os
 from typing import Any, Dict, Tuple
@@ -13,17 +13,17 @@ from .packaged import packaged_file
 
 def read_yaml(path: str, above: Tuple[str, ...] = ()) -> Dict[str, Any]:
     """
-    What Detectron2 reads from a YAML, and below it from those that its _BASE_ names, but safely.
+    Read a YAML and merge it over its _BASE_ files, as Detectron2 does, but safely.
 
     Only files of the installed Detectron2 may run code (its Base-RetinaNet.yaml computes anchor
-    sizes): they are as trusted as its Python.
+    sizes): they are as trusted as its Python code.
 
     Args:
-        path: of the YAML; of a _BASE_ also its URL
-        above: the files whose _BASE_ led here
+        path: path of the YAML; a _BASE_ may also be a URL
+        above: chain of files whose _BASE_ led to this one
 
     Raises:
-        ValueError, OSError: naming the file that is wrong, and how
+        ValueError, OSError: naming the file and what is wrong with it
     """
     if path in above:
         raise ValueError(f"{path}: its _BASE_ leads back to itself ({', '.join(above)}).")
@@ -34,7 +34,7 @@ def read_yaml(path: str, above: Tuple[str, ...] = ()) -> Dict[str, Any]:
         if not isinstance(base, str) or not base:
             raise ValueError(f"{path}: _BASE_ must name a YAML or a list of them, got {base!r}.")
         base = os.path.expanduser(base)
-        if not _is_url(base):  # relative to the YAML, which may be a URL itself
+        if not _is_url(base):  # relative to the YAML, which may also be a URL
             beside = os.path.join(os.path.dirname(path), base)
             found = _is_url(beside) or os.path.isfile(beside)
             base = beside if found else packaged_file(base) or beside
@@ -46,7 +46,7 @@ def read_yaml(path: str, above: Tuple[str, ...] = ()) -> Dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML asks for keys that differ. PyYAML takes the last, as if the first were not there."""
+    """A loader that refuses duplicate keys, of which PyYAML silently uses the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key.value, str) and key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                    problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark
                 )
             seen.add(key.value if isinstance(key.value, str) else None)
         return node
@@ -71,18 +71,18 @@ def _parse(path: str) -> Dict[str, Any]:
         if "a constructor for the tag" not in error.problem:
             raise ValueError(f"{path} is not YAML: {error}") from None
         raise ValueError(
-            f"{path} wants to run code ({error.problem.strip()}), which d2kd does not "
-            "let a YAML do. Write the values out; for a detector of Detectron2's model zoo, "
-            "give its name instead of a path."
+            f"{path} wants to run code ({error.problem.strip()}), which d2kd does not allow in a "
+            "YAML. Write the values out; for a detector of Detectron2's model zoo, give its name "
+            "instead of a path."
         ) from None
     except (yaml.YAMLError, ValueError) as error:  # such as the date 2020-13-13
         raise ValueError(f"{path} is not YAML: {error}") from None
-    except OSError as error:  # such as a URL's, which does not say which
+    except OSError as error:  # such as of a URL, whose error does not name it
         raise OSError(f"{path} cannot be read: {error}") from error
     if content is None:
         raise ValueError(f"{path} is empty.")
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not keys with values.")
+        raise ValueError(f"{path} holds {type(content).__name__}, not a mapping of config keys.")
     return content
 
 
@@ -91,13 +91,13 @@ def _is_url(path: str) -> bool:
 
 
 def _update(merged: Dict[str, Any], new: Dict[str, Any], path: str, prefix: str = "") -> None:
-    """Let the values of `new` take the place of those in `merged`, mapping by mapping."""
+    """Override the values of `merged` with those of `new`, recursively."""
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             _update(merged[key], value, path, f"{prefix}{key}.")
         elif isinstance(value, dict) and key in merged:
             raise ValueError(
-                f"{path}: {prefix}{key} is a mapping, but in its _BASE_ {merged[key]!r}."
+                f"{path}: {prefix}{key} is a mapping, but in its _BASE_ it is {merged[key]!r}."
             )
         else:
             merged[key] = value

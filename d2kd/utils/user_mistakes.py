@@ -1,12 +1,11 @@
 """
-Tell a user's mistake, which one line explains, from a bug, which needs its traceback.
+Distinguish user mistakes, which one line explains, from bugs, which need their traceback.
 
-No exception class marks the one or the other. What users give is checked before the first step, by
-code of d2kd that raises a built-in exception with the key, the value and the remedy. So the origin
-decides: an error is a user's mistake if a `raise` statement of d2kd's own code made it, outside
-training steps. The same ValueError from PyTorch, from Detectron2, from a user's plug-in, from an
-operation inside d2kd (int("x")), or from a training step keeps its traceback. A check that is
-written tomorrow need not know of this file.
+There is no exception class for either. User input is checked before the first step, by code of d2kd
+that raises a built-in exception with the key, the value and the remedy. So the origin decides: an
+error is a user mistake if a `raise` statement in d2kd's own code raised it, outside training steps.
+The same ValueError from PyTorch, from Detectron2, from a user's plug-in, from an operation inside
+d2kd (int("x")), or from a training step keeps its traceback. New checks need no special handling.
 """
 
 import dis
@@ -16,14 +15,14 @@ from types import FrameType, TracebackType
 from typing import Callable, List, Optional, Sequence
 
 KINDS = (ValueError, OSError, ImportError)
-# Of modules, by the first part of their name; a script in tools/ is __main__.
+# First parts of module names; a script in tools/ is __main__.
 OURS = ("d2kd", "d2kd_cli", "__main__")
 TRAINING_STEPS = "detectron2.engine.train_loop"
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def is_users_mistake(error: BaseException) -> bool:
-    """Whether an exception, as it was caught, tells a user what to do differently."""
+    """Whether a caught exception is a user mistake, as defined above."""
     if not isinstance(error, KINDS) or error.__traceback__ is None:
         return False
     trace = _trace(error)
@@ -40,15 +39,15 @@ def run_command(
     argv: Optional[Sequence[str]] = None,
 ) -> int:
     """
-    Run a command; a user's mistake ends in one line on stderr, or with --traceback in a traceback.
+    Run a command; a user mistake prints one line to stderr, or a traceback with --traceback.
 
     Args:
-        name: of the command, before the line
+        name: name of the command, which starts the line
         command: gets argv; returns an exit code, None for 0
-        argv: default: of this process
+        argv: default: sys.argv[1:]
 
     Returns:
-        the command's exit code; 2 after a user's mistake
+        the command's exit code; 2 after a user mistake
 
     Raises:
         Exception: any other error
@@ -66,7 +65,7 @@ def run_command(
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception; the lines of a list in it are joined with semicolons."""
+    """The message of an exception on one line; list items are joined with semicolons."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = "".join(f"{x} " if x.endswith((":", ".")) else f"{x}; " for x in lines)
     return text.rstrip("; ")

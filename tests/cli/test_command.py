@@ -45,6 +45,12 @@ def test_help_lists_all_commands_and_imports_no_torch() -> None:
         assert f"  {name} " in done.stdout and command.summary in done.stdout
 
 
+def test_bash_completes_what_the_help_tells_it_to() -> None:
+    line = d2kd_cli.help_text().splitlines()[-1]
+    done = subprocess.run(["bash", "-c", f"{line} && complete -p d2kd"], capture_output=True)
+    assert done.returncode == 0 and b"draw-detections" in done.stdout
+
+
 @pytest.mark.parametrize("name", d2kd_cli.COMMANDS)
 def test_each_command_has_a_help_with_examples(name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -75,7 +81,7 @@ MISTAKES = {
         "MODEL.RETINANET.NUM_CLASSES is 3, but data set d2kd_shapes_train has 6 classes",
     ),
     "nothing to evaluate": (["eval", *CWD, *FEW], "MODEL.WEIGHTS is empty"),
-    "nothing to export": (["export", *CWD, "--output", "x"], "name one with --weights"),
+    "nothing to export": (["export", *CWD, "--output", "x"], "give one with --weights"),
     "unknown head": (["heads", "crosskd"], "Did you mean 'CrossKD'?"),
     "unknown key to look up": (["keys", "SOLVER.BASELR"], "Did you mean SOLVER.BASE_LR?"),
     "doctor": (["doctor", *CWD, "DISTILL.HEADS", "['DKD']"], "DKD takes two-stage -> two-stage"),

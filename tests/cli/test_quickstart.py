@@ -1,36 +1,77 @@
-"""The quickstart: both students at once, one mistake ends both, busy cores are told."""
+"""The quickstart: two steps at once, one mistake ends both, and how finished the student was."""
 
 import os
+import re
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, Sequence
+from typing import Dict, List, Sequence
 
 import pytest
 
 from d2kd.cli import quickstart
 from d2kd.cli.steps import METRICS, Steps
 
-STUDENTS = {
-    "student alone": "configs/quickstart/student.yaml",
-    "student distilled": "configs/quickstart/cwd.yaml",
-}
+ALONE, DISTILLED = "configs/quickstart/student_continued.yaml", "configs/quickstart/cwd.yaml"
 FOUND = ["copypaste: Task: bbox", "copypaste: " + ",".join(METRICS), "copypaste: 1,2,3,4,5"]
 
 
-def test_both_students_run_at_the_same_time() -> None:
+def steps(*words: str) -> Dict[str, quickstart.Step]:
+    return quickstart.plan(quickstart.parse_args(words))[1]
+
+
+def test_two_steps_run_at_the_same_time() -> None:
     both = threading.Barrier(2, timeout=20)
 
     class Together(Steps):
-        def run(self, config_file: str, opts: Sequence[str], **rest: Any) -> Dict[str, float]:
+        def run(
+            self, config_file: str, opts: Sequence[str], weights: str = "", name: str = ""
+        ) -> Dict[str, float]:
             both.wait()
             return {"AP": len(opts)}
 
-    opts = ["SEED", "2", "DISTILL.CWD.LOSS_WEIGHT", "3"]
-    found = quickstart.run_students(Together(), STUDENTS, opts, jobs=2)
-    assert found == {"student alone": {"AP": 2}, "student distilled": {"AP": 4}}
-    assert list(found) == list(STUDENTS)
+    opts = ["SEED", "2", "DISTILL.CWD.LOSS_WEIGHT", "3.0"]
+    found = quickstart.run_all(Together(), steps(*opts), jobs=2)
+    assert list(found.items()) == [("trained on alone", {"AP": 2}), ("distilled", {"AP": 4})]
+
+
+def test_overrides_reach_the_steps_that_read_them() -> None:
+    words = ["SEED", "2", "MODEL.DEVICE", "cpu", "DISTILL.CWD.LOSS_WEIGHT", "3.0"]
+    first, second = quickstart.plan(quickstart.parse_args(words))
+    assert list(first) == ["teacher", "student"]
+    assert [opts for _, opts, _ in first.values()] == [["MODEL.DEVICE", "cpu"]] * 2
+    assert [opts for _, opts, _ in second.values()] == [words[:4], words]
+    assert not any(weights for _, _, weights in second.values())
+
+
+def test_student_from_nothing_has_no_start_to_evaluate() -> None:
+    args = quickstart.parse_args(["--student", "configs/quickstart/student.yaml"])
+    assert list(quickstart.plan(args)[0]) == ["teacher"]
+
+
+def results(**ap: float) -> Dict[str, Dict[str, float]]:
+    names = {"start": "student", "alone": "trained on alone"}
+    return {names.get(k, k): dict.fromkeys(METRICS, v) for k, v in ap.items()}
+
+
+@pytest.mark.parametrize(
+    "found, told",
+    [
+        (
+            results(start=30.0, alone=30.4, distilled=33.0),
+            ["gain: +2.6", "+0.4 AP, .*was finished"],
+        ),
+        (results(start=30.0, alone=32.0, distilled=31.0), ["gain: -1.0", "was not finished"]),
+        (results(alone=2.0, distilled=30.0), ["gain: +28.0", "start from nothing"]),
+    ],
+)
+def test_report_says_how_far_the_student_was(
+    found: Dict[str, Dict[str, float]], told: List[str]
+) -> None:
+    report = quickstart.make_report(found, 60.0)
+    for words in told:
+        assert re.search(words.replace("+", r"\+"), report)
 
 
 @pytest.fixture
@@ -54,7 +95,7 @@ def test_a_mistake_in_one_ends_the_other(
     begin = time.monotonic()
     with pytest.raises(SystemExit) as ended:
         opts = ["OUTPUT_DIR", str(tmp_path)]
-        quickstart.run_students(Steps(), STUDENTS, opts, jobs=2)
+        quickstart.run_all(Steps(), steps(*opts), jobs=2)
     assert ended.value.code == 2 and time.monotonic() - begin < 50
     assert capsys.readouterr().err == "DISTILL.X is wrong\n"
 
@@ -64,15 +105,17 @@ def test_a_finished_step_is_not_repeated(
 ) -> None:
     write(scripted, *(f"echo '{x}'" for x in FOUND), "echo $OMP_NUM_THREADS > threads")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     opts = ["OUTPUT_DIR", str(tmp_path)]
-    found = Steps().run(STUDENTS["student alone"], opts)
+    found = Steps().run(ALONE, opts)
     assert found == dict(zip(METRICS, [1, 2, 3, 4, 5]))
+    assert Path("threads").read_text() == "1\n"
     write(scripted, "exit 1")
-    assert Steps().run(STUDENTS["student alone"], opts) == found
+    assert Steps().run(ALONE, opts) == found
     with pytest.raises(SystemExit, match="failed"):
-        Steps(fresh=True).run(STUDENTS["student alone"], opts)
+        Steps(fresh=True).run(ALONE, opts)
     with pytest.raises(SystemExit, match="failed"):
-        Steps().run(STUDENTS["student alone"], [*opts, "SEED", "9"])
+        Steps().run(ALONE, [*opts, "SEED", "9"])
 
 
 @pytest.mark.parametrize(

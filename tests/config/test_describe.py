@@ -32,7 +32,7 @@ def test_keys_of_distillation_are_explained() -> None:
 def test_default_and_meaning_of_a_key() -> None:
     assert describe(["DISTILL.TEACHER.MIN_AP"]) == (
         "DISTILL.TEACHER.MIN_AP: 1.0\n"
-        "    COCO's box AP in percent below which the run is refused then"
+        "    Smallest box AP (COCO, percent) of this evaluation with which training starts"
     )
     text = describe(["DISTILL.MGD.SCHEDULE", "SOLVER.CHECKPOINT_PERIOD"])
     assert "DISTILL.MGD.SCHEDULE.STOP_ITER: -1\n    iteration from which" in text

@@ -62,7 +62,7 @@ def test_unknown_key_in_yaml_is_refused_with_the_nearest(
     tmp_path: Path, text: str, message: str
 ) -> None:
     path = write(tmp_path / "a.yaml", text)
-    with pytest.raises(ValueError, match=r"a\.yaml has keys that nobody reads:\n.*" + message):
+    with pytest.raises(ValueError, match=r"a\.yaml has unknown keys:\n.*" + message):
         load_config(path)
 
 
@@ -83,7 +83,9 @@ def test_unknown_key_in_a_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_key_on_the_command_line_is_refused_with_the_nearest() -> None:
-    message = r"the command line has keys .*\n  DISTILL\.HAEDS \(did you mean DISTILL\.HEADS\?\)"
+    message = (
+        r"the command line has unknown keys:\n  DISTILL\.HAEDS \(did you mean DISTILL\.HEADS\?\)"
+    )
     with pytest.raises(ValueError, match=message):
         load_config(opts=["DISTILL.HAEDS", ["MGD"]])
 

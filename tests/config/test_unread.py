@@ -88,7 +88,7 @@ def run_yaml(tmp_path: Path) -> Dict[str, Any]:
 # On the command line, of a distilled RetinaNet
 UNREAD = [
     ("DISTILL.MGD.LOSS_WEIGHT", 1.0, r"where 'MGD' is in DISTILL.HEADS, which is \['PKD'\]"),
-    ("DISTILL.REGIONS.PER_IMAGE", 8, "by heads that look at regions"),
+    ("DISTILL.REGIONS.PER_IMAGE", 8, "by heads that use regions"),
     ("DISTILL.PKD.SCHEDULE.DECAY_FROM", 8, "with DISTILL.PKD.SCHEDULE.DECAY linear or cosine"),
     ("DISTILL.STAGE_LR", "continue", "with DISTILL.STAGES"),
     ("MODEL.FCOS.SCORE_THRESH_TEST", 0.3, "by FCOS"),
@@ -102,7 +102,7 @@ UNREAD = [
     ("DATALOADER.REPEAT_THRESHOLD", 0.1, "SAMPLER_TRAIN RepeatFactorTrainingSampler"),
     ("DATASETS.SHAPES.NOISE", 1.0, "with a built-in set in DATASETS"),
     ("TEST.EVAL_PERIOD", 5, "with a set in DATASETS.TEST"),
-    ("TEST.AUG.FLIP", False, "by what d2kd does not do"),
+    ("TEST.AUG.FLIP", False, "by features that d2kd does not support"),
 ]
 
 
@@ -170,10 +170,10 @@ def test_override_of_a_stage_is_refused_where_its_head_is_not() -> None:
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("SOLVER.BASE_LR", 0.1, "SOLVER.BASE_LR, which would have no effect.*neither trained"),
+        ("SOLVER.BASE_LR", 0.1, "SOLVER.BASE_LR, which would have no effect.*neither trains"),
         ("INPUT.MIN_SIZE_TEST", 300, "INPUT.MIN_SIZE_TEST, which would have no effect"),
         ("MODEL.WEIGHTS", "x.pth", "MODEL.WEIGHTS, .*: DISTILL.TEACHER.WEIGHTS names its weights"),
-        ("MODEL.DEVICE", "cuda", "MODEL.DEVICE, .*: it is where the student is"),
+        ("MODEL.DEVICE", "cuda", "MODEL.DEVICE, .*: it runs on the student's device"),
         ("MODEL.FCOS.NUM_CONVS", 2, "OPTS has keys .*\n  MODEL.FCOS.NUM_CONVS .read only by FCOS"),
     ],
 )

@@ -174,11 +174,11 @@ class RefusesCurtly(SoundHead):
 DEFECTS = [
     (Misnamed, check_names, "key 'distance'.* must start with \"loss_\""),
     (Unreduced, check_names, r"loss_defective is \(2, 32, 8, 8\); reduce it"),
-    (TakenName, check_names, "the student has a loss 'loss_cls' of its own|a name that is taken"),
+    (TakenName, check_names, "the student has its own loss 'loss_cls'|a name that is taken"),
     (ReadsWhatItDoesNotRequire, check_names, r"reads `dense`, but `requires` is \['features'\]"),
-    (DetachesTheStudent, check_gradients, "no parameter of the student gets a gradient"),
+    (DetachesTheStudent, check_gradients, "all gradients of the student .* are missing or 0"),
     (WeighsItself, check_weight, "LOSS_WEIGHT doubled, 4 times as much"),
-    (TrainsTheTeacher, check_gradients, "depends on head.* of the teacher.* must be detached"),
+    (TrainsTheTeacher, check_gradients, "gradient for head.* of the teacher. Detach"),
     (MovesTheTeacher, check_gradients, "changes backbone.*running_.* of the teacher.*eval mode"),
     (HasAnUnusedParameter, check_gradients, "forgotten.weight, forgotten.bias of the head got no"),
     (HasAnUnusedParameter, check_processes, "finished reduction in the prior iteration"),
@@ -189,7 +189,7 @@ DEFECTS = [
     (ForgetsItsMemory, check_checkpoint, "after a resume loss_defective is .*register_buffer"),
     (MultipliesInHalfPrecision, check_mixed_precision, "float16 under torch.autocast.*enabled"),
     (CancelsInHalfPrecision, check_mixed_precision, "in float32 and .* in float16. Compute"),
-    (OverflowsInTheBackward, check_mixed_precision, "gradient in .* is off by inf of its norm"),
+    (OverflowsInTheBackward, check_mixed_precision, "gradient of .* has a relative error of inf"),
     (PromisesZero, check_zero_at_equal, "zero_at_equal is declared, but the loss .* is"),
 ]
 
@@ -234,7 +234,7 @@ def test_curt_refusal_is_caught(build: Callable) -> None:
 def test_unknown_head_is_refused_when_the_suite_is_made() -> None:
     with pytest.raises(ValueError, match="unknown head 'Xyz'"):
         conformance("Xyz")
-    with pytest.raises(ValueError, match="needs the name of a head"):
+    with pytest.raises(ValueError, match="needs at least one head"):
         conformance()
 
 

@@ -44,14 +44,14 @@ def centres(boxes: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (shares, "boxes lie within 0..1, .*shares of the image"),
-        (lambda x: shares(centres(x)), "shares of the image"),
-        (lambda x: shares(corners(x)), "shares of the image"),
-        (corners, r"would not as \[x0, y0, x1, y1\]: they seem to be corners"),
+        (shares, "boxes lie within 0..1, .*fractions of the image"),
+        (lambda x: shares(centres(x)), "fractions of the image"),
+        (lambda x: shares(corners(x)), "fractions of the image"),
+        (corners, r"but not if read as \[x0, y0, x1, y1\]: they seem to be corners"),
         (centres, "they seem to be centres"),
         (lambda x: 2 * x + 80, "boxes end beyond their image"),
         (lambda x: np.r_[x[:120], corners(x[120:])], "they seem to be corners"),  # a part of them
-        (lambda x: x - np.array([2000, 0, 0, 0]), "have no pixel in their image"),
+        (lambda x: x - np.array([2000, 0, 0, 0]), "lie outside their image or are empty"),
     ],
 )
 def test_other_units_are_refused_with_an_example(change: Callable, reason: str, seed: int) -> None:

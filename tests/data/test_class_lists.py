@@ -23,12 +23,12 @@ def classes(*names: str, ids: List[int] = None) -> Callable[[Content], None]:
 
 
 OTHERS = [
-    (classes("dog", "cat"), 'ids in its "categories" must give them the same order'),
-    (classes("cat", "dog", ids=[2, 1]), 'ids in its "categories" must give them the same order'),
-    (classes("cat"), 'List dog in its "categories" too, with the ids that they have there'),
-    (classes("dog"), 'List cat in its "categories" too'),
-    (classes("cat", "dog", "ape"), 'Take ape out of its "categories" and "annotations"'),
-    (classes("cat", "ape"), "If ape here is dog there, give it one name in both"),
+    (classes("dog", "cat"), 'the ids in its "categories" so that the order is'),
+    (classes("cat", "dog", ids=[2, 1]), 'the ids in its "categories" so that the order is'),
+    (classes("cat"), 'Add dog to its "categories", with the ids that they have there'),
+    (classes("dog"), 'Add cat to its "categories"'),
+    (classes("cat", "dog", "ape"), 'Remove ape from its "categories" and "annotations"'),
+    (classes("cat", "ape"), "If ape here is dog there, use one name in both"),
 ]
 
 
@@ -65,7 +65,7 @@ def test_following_the_advice_for_fewer_classes_leads_out(
 ) -> None:
     write_set(tmp_path, "train")
     write_set(tmp_path, "val", classes("dog", ids=[2]))
-    with pytest.raises(ValueError, match='List cat in its "categories"'):
+    with pytest.raises(ValueError, match='Add cat to its "categories"'):
         register_datasets(config_of(tmp_path, ["train"], ["val"]))
 
     def advised(said: Content) -> None:
@@ -82,7 +82,7 @@ def test_other_spelling_is_told(
     write_set(tmp_path, "train")
     write_set(tmp_path, "val", classes("Cat", "dog "))
     register_datasets(config_of(tmp_path, ["train"], ["val"]))
-    assert "val writes its classes otherwise than train: Cat, dog ; cat, dog." in caplog.text
+    assert "val spells its classes differently from train: Cat, dog ; cat, dog." in caplog.text
 
 
 def test_number_of_classes_is_the_training_set_s_where_it_is_known(
@@ -95,7 +95,7 @@ def test_number_of_classes_is_the_training_set_s_where_it_is_known(
     with pytest.raises(ValueError, match="NUM_CLASSES is 3, but data set train has 2 .* to 2 or"):
         register_datasets(cfg)
     # Evaluated alone, the set of 2 classes cannot be what a detector of 3 was trained on.
-    with pytest.raises(ValueError, match="is 3, but data set val has 1 .*was trained with 3 needs"):
+    with pytest.raises(ValueError, match="data set val has 1 .*trained with 3 classes needs"):
         register_datasets(cfg, parts=("TEST",))
 
 

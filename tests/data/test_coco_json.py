@@ -55,7 +55,7 @@ UNSOUND = [
     (second("annotations", ignore=1), "annotation 2 has the ignore 1"),
     (second("annotations", area="big"), "annotation 2 has the area 'big'"),
     (second("annotations", area=-4), "annotation 2 has the area -4"),
-    (second("annotations", segmentation="x"), "annotation 2 has a segmentation that is no list"),
+    (second("annotations", segmentation="x"), "annotation 2 has a segmentation that is neither"),
     (second("annotations", segmentation=[1, 2, 3, 4, 5, 6]), "annotation 2 has a segmentation"),
     (second("annotations", segmentation=[["1"] * 6]), "annotation 2 has a segmentation"),
     (
@@ -72,10 +72,10 @@ UNSOUND = [
     (second("images", file_name=7), "image 2 has the file_name 7"),
     (without("images", "width"), r'images\[0\] has no "width"'),
     (without("annotations", "id"), r'annotations\[0\] has no "id"'),
-    (twice_one_name, "the categories 1 and 2 have one name, 'cat'"),
+    (twice_one_name, "the categories 1 and 2 have the same name, 'cat'"),
     (second("categories", name=None), "category 2 has the name None"),
     (second("categories", name=" "), "category 2 has the name ' '"),
-    (one_file_of_two_ids, "the images 2 and 5 are one file, 2.png, with other annotations"),
+    (one_file_of_two_ids, "the images 2 and 5 are the same file, 2.png, with different"),
 ]
 
 

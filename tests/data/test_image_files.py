@@ -90,20 +90,20 @@ def stencil(path: Path) -> None:
 
 
 DAMAGES: Dict[Callable, str] = {
-    remove: "names the image 6.png, missing at {path}",
-    dangling: "names the image 6.png, missing at {path}",
-    as_folder: "names the image 6.png, missing at {path}",
+    remove: "lists the image 6.png, missing at {path}",
+    dangling: "lists the image 6.png, missing at {path}",
+    as_folder: "lists the image 6.png, missing at {path}",
     halve: "{path} cannot be read",
     halve_jpeg: "{path} cannot be read",
     empty: "{path} cannot be read",
     as_text: "{path} cannot be read",
     resize: "{path} has 48x64 pixels .*in the JSON it has the width 64 and the height 48",
-    turn: "{path} has 48x64 pixels .*as its EXIF orientation turns it",
-    deep: r"{path} has pixels of more than 8 bits \(PIL's mode I;16\)",
-    deep_tiff: r"{path} has pixels of more than 8 bits \(PIL's mode I;16\)",
-    floats: r"{path} has pixels of more than 8 bits \(PIL's mode F\)",
-    integers: r"{path} has pixels of more than 8 bits \(PIL's mode I\)",
-    stencil: "{path} is of one colour, and only its transparency",
+    turn: "{path} has 48x64 pixels .*after its EXIF rotation",
+    deep: r"{path} has pixels of more than 8 bits \(PIL mode I;16\)",
+    deep_tiff: r"{path} has pixels of more than 8 bits \(PIL mode I;16\)",
+    floats: r"{path} has pixels of more than 8 bits \(PIL mode F\)",
+    integers: r"{path} has pixels of more than 8 bits \(PIL mode I\)",
+    stencil: "{path} has a single colour; only its transparency",
 }
 
 
@@ -191,7 +191,7 @@ def test_all_that_are_missing_are_counted(tmp_path: Path, forget_sets: None) -> 
     write_set(tmp_path, "a")
     for i in (2, 5, 6):
         (tmp_path / "a" / f"{i}.png").unlink()
-    with pytest.raises(FileNotFoundError, match="2.png, .*and 2 more that are missing"):
+    with pytest.raises(FileNotFoundError, match="2.png, .*and 2 more missing images"):
         register_datasets(config_of(tmp_path, ["a"], []))
 
 

@@ -66,7 +66,7 @@ FAULTS = {
     no_box: (ValueError, r"its annotation 1 \(counted from 0\) has the bbox None"),
     no_box_of_a_known_id: (ValueError, r"its annotation 77 has the bbox \[1, None, 3, 4\]"),
     odd_mode: (RuntimeError, "cannot be used: .*Error"),
-    sixteen_bits: (ValueError, r"more than 8 bits \(PIL's mode I;16\)"),
+    sixteen_bits: (ValueError, r"more than 8 bits \(PIL mode I;16\)"),
 }
 OF_BOXES = (no_box, no_box_of_a_known_id, odd_mode)
 

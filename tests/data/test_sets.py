@@ -65,10 +65,10 @@ OTHER_SIZE = {"segmentation": {**RLE, "size": [64, 48]}}
 @pytest.mark.parametrize(
     "part, change, values, message",
     [
-        ("TEST", clear, {}, 'bad.json has no object in "annotations": there would be no AP'),
+        ("TEST", clear, {}, 'bad.json has no object in "annotations", so that AP is undefined'),
         ("TEST", every("annotations", all_crowds), {}, "bad.json has no object"),
-        ("TRAIN", clear, {}, "DATASETS.TRAIN: bad have no object"),
-        ("TRAIN", every("annotations", all_crowds), {}, "DATASETS.TRAIN: bad have no object"),
+        ("TRAIN", clear, {}, "DATASETS.TRAIN: no objects in the annotations of bad"),
+        ("TRAIN", every("annotations", all_crowds), {}, "DATASETS.TRAIN: no objects in .* of bad"),
         ("TRAIN", no_mask, MASKS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
         ("TEST", no_mask, MASKS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
         ("TEST", second("annotations", **TWO_POINTS), MASKS, "annotation 2 has no segmentation"),
@@ -150,12 +150,12 @@ def test_images_in_training_and_test_sets_are_counted(
     write_set(tmp_path, "b", lambda said: said["images"].pop() and drop_orphans(said))
     cfg = config_of(tmp_path, ["a"], ["b"])
     register_datasets(cfg)
-    assert "DATASETS.TRAIN too" not in caplog.text
+    assert "also in DATASETS.TRAIN" not in caplog.text
     (tmp_path / "link").symlink_to(tmp_path / "a")
     cfg.DATASETS.COCO_FORMAT[1].update(NAME="c", IMAGES=str(tmp_path / "link"))
     cfg.DATASETS.TEST = ("c",)
     register_datasets(cfg)
-    assert "7 of the 7 images of DATASETS.TEST are in DATASETS.TRAIN too, such as" in caplog.text
+    assert "7 of the 7 images of DATASETS.TEST are also in DATASETS.TRAIN, such as" in caplog.text
 
 
 def drop_orphans(said: Content) -> None:
@@ -213,4 +213,4 @@ def test_names_of_other_spelling_are_told(
 ) -> None:
     write_set(tmp_path, "a", second("categories", name="CAT "))
     register_datasets(config_of(tmp_path, ["a"], ["a"]))
-    assert "the categories 1 and 2, 'cat' and 'CAT ', differ in spelling alone" in caplog.text
+    assert "the categories 1 and 2, 'cat' and 'CAT ', differ only in spelling" in caplog.text

@@ -315,7 +315,7 @@ def stops(match: str, cfg: CfgNode, *hooks: HookBase, resume: bool = True) -> No
 
 
 def resume_by_command(cfg: CfgNode, config_file: str) -> None:
-    with pytest.raises(OSError, match=f"^OUTPUT_DIR: nothing can be written to '{cfg.OUTPUT_DIR}'"):
+    with pytest.raises(OSError, match=f"^OUTPUT_DIR: '{cfg.OUTPUT_DIR}' is not writable"):
         train_main(["--config-file", config_file, "--resume"])
 
 
@@ -341,7 +341,7 @@ def fill_and_resume(cfg: CfgNode, whole: CfgNode, config_file: str) -> None:
     assert fork(stops, checkpoint, cfg, WriteEachStep(), Fill(3)) == 0
     check_left("model_0000001.pth")
     # It is full where nothing but the log is written.
-    log = f"^OUTPUT_DIR: no more can be written to '{disk}': .*No space left.*--resume"
+    log = f"^OUTPUT_DIR: cannot write to '{disk}': .*No space left.*--resume"
     assert fork(stops, log, cfg, WriteEachStep(), Fill(4)) == 0
     check_left("model_0000001.pth", "model_0000003.pth")
     assert fork(resume, cfg) == fork(resume, whole) == 0
@@ -365,7 +365,7 @@ def test_output_folder_without_permission_is_told_by_its_key(tmp_path: Path) -> 
 
 
 def test_full_disk_is_told_by_its_key_and_other_errors_are_left_as_they_are() -> None:
-    with pytest.raises(OSError, match="^OUTPUT_DIR: no more can be written to 'run': .*No space"):
+    with pytest.raises(OSError, match="^OUTPUT_DIR: cannot write to 'run': .*No space"):
         with explain_full_disk("run"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for error in (OSError(errno.ENOSPC, "full", "a.json"), OSError(errno.ECONNRESET, "reset")):
@@ -407,7 +407,7 @@ def test_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_output_folder_that_cannot_be_made_is_told_by_its_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="OUTPUT_DIR: nothing can be written to '.*file/run'"):
+    with pytest.raises(OSError, match="OUTPUT_DIR: '.*file/run' is not writable"):
         check_writable(str(tmp_path / "file" / "run"))
     check_writable(str(tmp_path / "new" / "run"))
     assert os.listdir(tmp_path / "new" / "run") == []

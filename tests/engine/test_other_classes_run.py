@@ -24,7 +24,7 @@ MAP = """Classes, student's <- teacher's:
   ring, cross <- dog
   square <- square
   star <- star
-  only the student knows: triangle"""
+  only in the student: triangle"""
 ALIASES = """
       - [disc, Disc]
       - [ring, dog]
@@ -98,7 +98,7 @@ def test_nothing_in_common_stops_before_the_first_step(
     no_step(monkeypatch)
     cfg.DISTILL.TEACHER.merge_from_list(["CLASSES", ["a", "b", "c", "d"], "ALIASES", []])
     with pytest.raises(
-        ValueError, match="student and teacher have no class in common:\n  only the"
+        ValueError, match="student and teacher have no class in common:\n  only in the"
     ):
         train(cfg)
     assert not list(Path(cfg.OUTPUT_DIR).glob("model*"))
@@ -112,7 +112,7 @@ def test_nothing_in_common_goes_on_with_features_where_that_is_allowed(
     cfg.DISTILL.TEACHER.merge_from_list(opts)
     cfg.DISTILL.HEADS = ["PKD"]
     assert sorted(scalars(trained(cfg))["loss_pkd"]) == [0, 1, 2, 3]
-    assert "only the teacher knows: a, b, c, d" in caplog.text
+    assert "only in the teacher: a, b, c, d" in caplog.text
     no_step(monkeypatch)
     cfg.DISTILL.HEADS = ["DIST", "PKD"]
     reason = "DIST compares class logits, but the detectors have no class in common. Heads that fit"
@@ -129,7 +129,7 @@ def test_nothing_in_common_goes_on_with_features_where_that_is_allowed(
             [["disc", "dsic"]],
             r"entry \['disc', 'dsic'\], but the teacher .* Did you mean 'Disc'\?",
         ),
-        ("CLASSES", [], r"DISTILL.TEACHER.ALIASES .* teacher's classes are not known"),
+        ("CLASSES", [], r"DISTILL.TEACHER.ALIASES .* teacher's classes are unknown"),
     ],
 )
 def test_mistake_stops_before_the_first_step(
@@ -169,7 +169,7 @@ def test_each_stage_has_the_classes_of_its_teacher(
     maps = re.findall(r"Classes, student's <- teacher's:\n((?:  .*\n?)*)", caplog.text)
     assert [x.strip() for x in maps] == [
         MAP.split("\n", 1)[1].strip(),
-        "disc <- moon\n  cross <- cross\n  only the student knows: ring, triangle, square, star",
+        "disc <- moon\n  cross <- cross\n  only in the student: ring, triangle, square, star",
     ]
 
 
@@ -208,7 +208,7 @@ def test_doctor_prints_the_map(cfg: CfgNode, tmp_path: Path, capsys: pytest.Capt
     assert doctor.main(["--config-file", str(tmp_path / "run.yaml"), *opts]) == 2
     text = capsys.readouterr().err
     assert "no class in common" in text
-    assert "perhaps DISTILL.TEACHER.ALIASES: [['cross', 'Cross']]" in text
+    assert "similar names, possibly DISTILL.TEACHER.ALIASES: [['cross', 'Cross']]" in text
 
 
 def test_doctor_says_that_names_are_not_known(

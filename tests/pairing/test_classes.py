@@ -97,7 +97,7 @@ def test_alias_without_a_partner_takes_a_class_away(alias: str) -> None:
 @pytest.mark.parametrize(
     "student, teacher, text",
     [
-        ("cat dog cat", "dog cat", "student's classes 0, 2 are all called 'cat'"),
+        ("cat dog cat", "dog cat", "student's classes 0, 2 are all named 'cat'"),
         ("cat dog", "cat dog cat", "teacher's classes 0, 2 .* in DISTILL.TEACHER.CLASSES"),
         ("cat dog cat", "cat cat dog", "student's classes 0, 2 .* in the data set's categories"),
     ],
@@ -176,15 +176,15 @@ def test_map_is_printed_with_what_either_knows_alone() -> None:
     assert str(found).splitlines() == [
         "  car <- vehicle",
         "  cat <- cat",
-        "  only the student knows: van, tree",
-        "  only the teacher knows: dog, puma",
+        "  only in the student: van, tree",
+        "  only in the teacher: dog, puma",
     ]
     joined = match_classes(["car", "van"], ["bus", "lorry"], [["car", "bus"], ["van", "bus"]])
-    assert str(joined).splitlines() == ["  car, van <- bus", "  only the teacher knows: lorry"]
+    assert str(joined).splitlines() == ["  car, van <- bus", "  only in the teacher: lorry"]
 
 
 def test_equal_classes_are_printed_in_a_line() -> None:
-    assert str(match_classes("abc", "abc")) == "  both know the same 3, in the same order"
+    assert str(match_classes("abc", "abc")) == "  both have the same 3 classes, in the same order"
 
 
 def test_same_classes_of_other_names_are_printed() -> None:
@@ -200,7 +200,7 @@ def test_nearly_equal_names_are_suggested_as_aliases() -> None:
     )
     last = str(found).splitlines()[-1]
     suggested = [["person", "Person"], ["traffic light", "traffic_light"]]
-    assert last == f"  perhaps DISTILL.TEACHER.ALIASES: {suggested}"
+    assert last == f"  similar names, possibly DISTILL.TEACHER.ALIASES: {suggested}"
     # They are what can be given.
     found = match_classes(found.student_names, found.teacher_names, suggested)
     assert "ALIASES" not in str(found) and len(found.student) == 3
@@ -251,11 +251,11 @@ def test_data_of_another_number_of_classes_does_not_name_the_detector_s(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert common_classes(config(), 6, 3, SHAPES) is None
-    assert "teacher's config has 6 classes, the teacher 3" in caplog.text
+    assert "teacher's config has 6 classes, but the teacher has 3" in caplog.text
     assert "DISTILL.TEACHER.CLASSES" in caplog.text, "where to name them"
     caplog.clear()
     assert common_classes(config(), 5, 6, SHAPES) is None
-    assert "student's config has 6 classes, the student 5" in caplog.text
+    assert "student's config has 6 classes, but the student has 5" in caplog.text
 
 
 # Refusals ----------------------------------------------------------------------------------------
@@ -311,31 +311,31 @@ def test_alias_of_an_unknown_class_is_refused_with_what_is_known(
 def test_alias_needs_names_on_both_sides() -> None:
     text = refusal(names=(), ALIASES=[["disc", "disk"]])
     assert text == (
-        "DISTILL.TEACHER.ALIASES [['disc', 'disk']]: the names of the teacher's classes are not "
-        "known. Give them in DISTILL.TEACHER.CLASSES."
+        "DISTILL.TEACHER.ALIASES [['disc', 'disk']]: the names of the teacher's classes are "
+        "unknown. Set DISTILL.TEACHER.CLASSES."
     )
     text = refusal(train=(), ALIASES=[["disc", "disk"]])
     assert text == (
-        "DISTILL.TEACHER.ALIASES [['disc', 'disk']]: the names of the student's classes are not "
-        "known. They are those of the data set in DATASETS.TRAIN."
+        "DISTILL.TEACHER.ALIASES [['disc', 'disk']]: the names of the student's classes are "
+        "unknown. They come from the data set in DATASETS.TRAIN."
     )
 
 
 def test_names_of_the_teacher_alone_are_refused_as_there_is_nothing_to_match_them_with() -> None:
     text = refusal(num_teacher=2, names=(), train=(), CLASSES=["disc", "ring"])
     assert text == (
-        "DISTILL.TEACHER.CLASSES ['disc', 'ring']: the names of the student's classes are not "
-        "known. They are those of the data set in DATASETS.TRAIN."
+        "DISTILL.TEACHER.CLASSES ['disc', 'ring']: the names of the student's classes are "
+        "unknown. They come from the data set in DATASETS.TRAIN."
     )
 
 
 def test_nothing_in_common_is_refused_with_both_and_how_to_go_on() -> None:
     text = refusal(num_teacher=2, names=("dog", "Disc"))
     assert text.startswith("DISTILL.TEACHER: student and teacher have no class in common:\n")
-    assert "only the student knows: disc, ring, triangle, square, star, cross" in text
-    assert "only the teacher knows: dog, Disc" in text
-    assert "perhaps DISTILL.TEACHER.ALIASES: [['disc', 'Disc']]" in text
-    assert "DISTILL.TEACHER.ALIASES." in text and "ALLOW_OTHER_CLASSES True" in text
+    assert "only in the student: disc, ring, triangle, square, star, cross" in text
+    assert "only in the teacher: dog, Disc" in text
+    assert "similar names, possibly DISTILL.TEACHER.ALIASES: [['disc', 'Disc']]" in text
+    assert "DISTILL.TEACHER.ALIASES, or" in text and "ALLOW_OTHER_CLASSES True" in text
     # Also where there would have been some.
     assert "no class in common" in refusal(ALIASES=[[x, ""] for x in SHAPES])
 
@@ -344,8 +344,8 @@ def test_nothing_in_common_may_be_allowed() -> None:
     found = common_classes(config(ALLOW_OTHER_CLASSES=True), 6, 2, ("dog", "cat"))
     assert (found.student, found.teacher, found.same) == ((), (), False)
     assert str(found).splitlines() == [
-        f"  only the student knows: {', '.join(SHAPES)}",
-        "  only the teacher knows: dog, cat",
+        f"  only in the student: {', '.join(SHAPES)}",
+        "  only in the teacher: dog, cat",
     ]
 
 

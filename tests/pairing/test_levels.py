@@ -66,7 +66,7 @@ def test_named_pairs_replace_those_by_stride() -> None:
         ([["p2", "p2"]], r"names 'p2', which the student does not have.*p3 \(stride 8\)"),
         ([["P3", "p3"]], r"names 'P3', which the student does not have. Did you mean 'p3'\?"),
         ([["p7", "p7"]], r"names 'p7', which the teacher does not have.*p2 \(stride 4\)"),
-        ([["p3", "p2"]], r"'p3' \(stride 8\) with 'p2' \(stride 4\): .*never resized"),
+        ([["p3", "p2"]], r"'p3' \(stride 8\) with 'p2' \(stride 4\): .*does not resize"),
         ([["p3", "p3"], ["p3", "p3"]], r"names a student level twice: \['p3', 'p3'\]"),
         ([["p3"]], r"the entry \['p3'\]; each must be \[student level, teacher level\]"),
         (["p3"], r"the entry 'p3'; each must be \[student level, teacher level\]"),
@@ -91,7 +91,7 @@ def test_plan_says_what_is_paired_and_what_is_left_out() -> None:
     lines = describe_plan(pair_levels(DENSE, TWO_STAGE), DENSE, TWO_STAGE).splitlines()
     assert len(lines) == 4 + 2
     assert lines[0] == "  p3 (stride 8, 8 channels) <- p3 (stride 8, 8 channels)"
-    assert lines[4:] == ["  not used of the student: p7", "  not used of the teacher: p2"]
+    assert lines[4:] == ["  unused levels of the student: p7", "  unused levels of the teacher: p2"]
 
 
 def test_maps_of_equal_size_are_handed_on_as_they_are() -> None:

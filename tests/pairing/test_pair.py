@@ -125,7 +125,7 @@ def test_dense_levels_are_the_paired_ones_on_which_both_predict() -> None:
     pair = DistillPair(student, teacher, levels)
     assert [x.student for x in pair.dense_levels] == ["p3", "p4"]
     assert [x.student for x in DistillPair(student, teacher, levels[2:]).dense_levels] == ["p4"]
-    with pytest.raises(ValueError, match=r"DISTILL\.LEVELS: .* p2, .* p3, p4, p5, .* p2, p3, p4\."):
+    with pytest.raises(ValueError, match=r"DISTILL\.LEVELS: .* p2; .* p3, p4, p5, .* p2, p3, p4\."):
         DistillPair(student, teacher, levels[:1]).dense_levels
 
 

@@ -186,9 +186,9 @@ def _features(distiller: Distiller, side: str) -> List[Tensor]:
 
 def test_without_a_training_forward_there_is_nothing_to_draw(teacher: List[Any]) -> None:
     distiller = build(teacher)
-    with pytest.raises(ValueError, match="no training forward"):
+    with pytest.raises(ValueError, match="run a training forward"):
         draw_panel(distiller)
     step(distiller, batch()).eval()
     distiller(batch())
-    with pytest.raises(ValueError, match="no training forward"):
+    with pytest.raises(ValueError, match="run a training forward"):
         draw_panel(distiller)

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import logging
 import time
+from dataclasses import asdict
 from typing import Any, List, Mapping, Optional, Set
 
 import torch
@@ -14,6 +15,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ...distiller import Distiller
+from ..facts import write_fact
 from .head_check import HeadCheck
 from .head_parameters import HeadParameters
 from .loss_gradients import LossGradients, describe, loss_scale, suggest_weights
@@ -42,7 +44,7 @@ class Liveness(HookBase):
                 it would move none
         """
         node = cfg.DISTILL.LIVENESS
-        self.distiller = distiller
+        self.distiller, self.output_dir = distiller, cfg.OUTPUT_DIR
         self.period, self.wanted_share = node.PERIOD, node.WANTED_SHARE
         self.loss_weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
         self.parameters = HeadParameters(distiller.heads, optimizer)
@@ -107,10 +109,11 @@ class Liveness(HookBase):
 
     def _log_table(self, title: str) -> None:
         if comm.is_main_process():
-            logger.info(
-                f"{title} (measured in {self.seconds:.2f} s):\n{describe(self.found)}\n"
-                f"{suggest_weights(self.found, self.loss_weights, self.wanted_share)}"
-            )
+            hint = suggest_weights(self.found, self.loss_weights, self.wanted_share)
+            took = f"measured in {self.seconds:.2f} s"
+            logger.info(f"{title} ({took}):\n{describe(self.found)}\n{hint}")
+            facts = {"iteration": self.trainer.iter, "hint": hint, **asdict(self.found)}
+            write_fact(self.output_dir, "gradients", **facts)
 
     def _is_informative(self) -> bool:
         """False without objects, where losses are 0, and where mixed precision skips the step."""

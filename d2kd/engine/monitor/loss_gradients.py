@@ -93,13 +93,18 @@ def describe(found: LossGradients) -> str:
     A table: the norm of each loss's gradient and its share of all losses', at each level and at all
     together, and the cosine with the task's.
     """
+    headers, *rows = table(found)
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+def table(found: LossGradients) -> List[List[str]]:
+    """The cells of :func:`describe`, headers first."""
     levels = list(found.losses[TASK].levels)
-    rows = []
+    rows = [["loss", "value", *(f"gradient {k}" for k in levels), "share", "cosine"]]
     for key, x in found.losses.items():
         norms = [f"{x.levels[k]:.2g} ({found.share(key, k):.0%})" for k in levels]
         rows.append([key, f"{x.value:.3g}", *norms, f"{found.share(key):.1%}", f"{x.cosine:.2g}"])
-    headers = ["loss", "value", *(f"gradient {k}" for k in levels), "share", "cosine"]
-    return tabulate(rows, headers, disable_numparse=True)
+    return rows
 
 
 def suggest_weights(found: LossGradients, loss_weights: Mapping[str, float], share: float) -> str:

@@ -7,6 +7,8 @@ from detectron2.utils import comm
 
 from ...panel import draw_panel
 
+TAG = "distillation"  # in TensorBoard
+
 
 class ShowPanel(HookBase):
     """
@@ -32,4 +34,4 @@ class ShowPanel(HookBase):
             return
         if getattr(self.model, "last_step", None):
             panel = draw_panel(self.model, class_names=self.class_names)
-            self.trainer.storage.put_image("distillation", panel.transpose(2, 0, 1))
+            self.trainer.storage.put_image(TAG, panel.transpose(2, 0, 1))

@@ -1,11 +1,18 @@
 """Summary of what was built, logged before the first step."""
 
+from dataclasses import asdict
+from typing import Any, Dict, List
+
 from tabulate import tabulate
 from torch import nn
+
+from detectron2.config import CfgNode
 
 from ...distiller import Distiller
 from ...pairing.levels import describe_plan
 from ...pairing.pair import DistillPair
+
+MODULE_HEADERS = ("", "class", "parameters", "of which")
 
 
 def summary(distiller: Distiller) -> str:
@@ -19,6 +26,20 @@ def summary(distiller: Distiller) -> str:
     )
 
 
+def summary_facts(cfg: CfgNode, distiller: Distiller) -> Dict[str, Any]:
+    """The same as plain values, and where the teacher is from, for the run's facts."""
+    pair, node = distiller.pair, cfg.DISTILL
+    return {
+        "heads": list(node.HEADS),
+        "config_file": node.TEACHER.CONFIG_FILE,
+        "weights": node.TEACHER.WEIGHTS,
+        "weights_sha256": distiller.teacher.manifest["weights_sha256"],
+        "modules": _module_rows(distiller),
+        "levels": [asdict(x) for x in pair.levels],
+        "classes": str(pair.classes or _unnamed_classes(pair)),
+    }
+
+
 def _unnamed_classes(pair: DistillPair) -> str:
     ours, theirs = pair.student.num_classes, pair.teacher.num_classes
     names = "  their names are not known of both"
@@ -28,6 +49,11 @@ def _unnamed_classes(pair: DistillPair) -> str:
 
 
 def _modules(distiller: Distiller) -> str:
+    aligned = ("left", "left", "right", "left")
+    return tabulate(_module_rows(distiller), MODULE_HEADERS, colalign=aligned)
+
+
+def _module_rows(distiller: Distiller) -> List[List[str]]:
     modules = {
         "student": (distiller.student, "the product"),
         "teacher": (distiller.teacher.model, "frozen, in no checkpoint"),
@@ -36,9 +62,7 @@ def _modules(distiller: Distiller) -> str:
         trained = {k: x for k, x in head.named_children() if any(True for _ in x.parameters())}
         parts = ", ".join(f"{k} {_size(x)}" for k, x in trained.items())
         modules[f"head {name}"] = head, parts or "nothing to train"
-    rows = [(k, type(x).__name__, _size(x), note) for k, (x, note) in modules.items()]
-    aligned = ("left", "left", "right", "left")
-    return tabulate(rows, ["", "class", "parameters", "of which"], colalign=aligned)
+    return [[k, type(x).__name__, _size(x), note] for k, (x, note) in modules.items()]
 
 
 def _size(module: nn.Module) -> str:

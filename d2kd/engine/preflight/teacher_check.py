@@ -17,6 +17,7 @@ from ...pairing.pair import DistillPair
 from ...teacher import Teacher
 from ...views import describe_detector
 from ..evaluator import CompleteCOCOEvaluator
+from ..facts import write_fact
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
         reason = f"there is no {what} in {len(images)} images of {cfg.DATASETS.TEST[0]}"
     if reason:
         logger.warning(f"The teacher is not evaluated: {reason}.")
+        _write_result(cfg, teacher, not_evaluated=reason)
         return ""
     name = cfg.DATASETS.TEST[0]
     where = f"on {len(images)} images of {name}"
@@ -65,6 +67,7 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
         where += f", {evaluated} of its {len(classes.student_names)} classes,"
     ap = _evaluate(cfg, teacher, name, images, classes)
     logger.info(f"The teacher has {ap:.1f} AP {where.rstrip(',')}.")
+    _write_result(cfg, teacher, ap=ap, where=where.rstrip(","))
     if ap >= node.MIN_AP:
         return ""
     return (
@@ -73,6 +76,11 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
         "PIXEL_STD and INPUT.FORMAT in its config those that it was trained with? (EVAL_IMAGES "
         "0 does not ask.)"
     )
+
+
+def _write_result(cfg: CfgNode, teacher: Teacher, **result: Any) -> None:
+    sha256 = teacher.manifest["weights_sha256"]
+    write_fact(cfg.OUTPUT_DIR, "teacher_ap", weights_sha256=sha256, **result)
 
 
 def _reason_to_skip(cfg: CfgNode, teacher: Teacher) -> str:

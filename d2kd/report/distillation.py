@@ -1,0 +1,87 @@
+"""What a run with a teacher tells of it."""
+
+from typing import Any, Dict, List
+
+from ..engine.monitor.loss_gradients import LossGradient, LossGradients, table
+from ..engine.preflight.summary import MODULE_HEADERS
+from .blocks import Facts, Part, Picture, Section, Table, Text
+from .charts import data_uri
+from .panels import latest_panel
+from .run import Run
+
+ALONE = "Teacher: there is none, the student was trained alone."
+NOT_BUILT = "Teacher, levels and classes: the run did not build its model, or is of an older d2kd."
+SIDES = ("student", "teacher")
+LEVEL_HEADERS = [x for side in SIDES for x in (f"{side}'s level", "stride", "channels")]
+
+
+def teacher(run: Run) -> Part:
+    if not run.distils:
+        return ALONE
+    checks = {x["weights_sha256"]: x for x in run.facts_of("teacher_ap")}
+    blocks, stages = [], run.stages()
+    for stage in stages:
+        name = f"{stage['stage']}, heads {', '.join(stage['heads'])}"
+        rows = [
+            *([["stage", name]] if len(stages) > 1 else []),
+            ["config", stage["config_file"]],
+            ["weights", stage["weights"] or "of the model zoo"],
+            ["sha256", stage["weights_sha256"] or "random weights"],
+            ["AP", _teacher_ap(checks.get(stage["weights_sha256"], {}))],
+        ]
+        blocks.append(Facts(rows))
+    return Section("Teacher", blocks) if blocks else NOT_BUILT
+
+
+def levels(run: Run) -> Part:
+    if not run.distils:
+        return ALONE
+    blocks: List[Any] = []
+    for stage in run.stages():
+        rows = [
+            [x[f"{side}{what}"] for side in SIDES for what in ("", "_stride", "_channels")]
+            for x in stage["levels"]
+        ]
+        blocks += [
+            Table(LEVEL_HEADERS, rows, numbers=[1, 2, 4, 5]),
+            Text(f"Classes, student's <- teacher's:\n{stage['classes']}"),
+            Table(MODULE_HEADERS, stage["modules"], numbers=[2]),
+        ]
+    return Section("What learns from what", blocks) if blocks else NOT_BUILT
+
+
+def gradients(run: Run) -> Part:
+    if not run.distils:
+        return ALONE
+    facts = run.facts_of("gradients")
+    if not facts:
+        return "Gradients: no step was monitored yet, or DISTILL.LIVENESS.ENABLED is False."
+    fact = facts[-1]
+    found = {name: LossGradient(**x) for name, x in fact["losses"].items()}
+    headers, *rows = table(LossGradients(found, fact["heads"]))
+    caption = (
+        f"In iteration {fact['iteration']}: the norm of each loss's gradient at the levels of the "
+        "student's pyramid, its share of all losses', and the cosine with the student's own."
+    )
+    numbers = range(1, len(headers))
+    return Section("Gradients", [Table(headers, rows, numbers, caption), Text(fact["hint"])])
+
+
+def pictures(run: Run) -> Part:
+    if not run.distils:
+        return ALONE
+    panel = latest_panel(run.folder)
+    if panel is None:
+        return f"Pictures: none was drawn yet (VIS_PERIOD {run.config['VIS_PERIOD']})."
+    iteration, png = panel
+    title = (
+        f"An image of iteration {iteration}: where the teacher attends, what the heads mask, and "
+        "how strongly both respond, level by level."
+    )
+    return Section("Pictures", [Picture(title, data_uri(png, "image/png"), wide=True)])
+
+
+def _teacher_ap(check: Dict[str, Any]) -> str:
+    if "ap" in check:
+        return f"{check['ap']:.1f} {check['where']}"
+    return f"not evaluated: {check.get('not_evaluated', 'not yet, or EVAL_IMAGES is 0')}"

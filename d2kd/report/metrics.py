@@ -1,0 +1,62 @@
+"""What Detectron2 wrote to metrics.json: losses and AP over iterations."""
+
+import os
+import re
+from typing import Dict, List, NamedTuple
+
+from ..engine.facts import read_lines
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_AP = re.compile(r"(?:(?P<data>.+)/)?(?P<task>bbox|segm|keypoints)/(?P<metric>AP\w*)")
+
+
+class Curve(NamedTuple):
+    """`iterations`, `values`: of one scalar, in order."""
+
+    iterations: List[int]
+    values: List[float]
+
+    def add(self, iteration: int, value: float) -> None:
+        """A run that is resumed, or begins anew, takes the place of what was logged beyond it."""
+        while self.iterations and self.iterations[-1] >= iteration:
+            self.iterations.pop(), self.values.pop()
+        self.iterations.append(iteration)
+        self.values.append(value)
+
+
+class Metrics:
+    """Scalars of a run, by name."""
+
+    def __init__(self, folder: str):
+        """
+        Args:
+            folder: OUTPUT_DIR
+        """
+        self._curves: Dict[str, Curve] = {}
+        # Lines that were written together are in no order, but those of one scalar are.
+        for line in read_lines(os.path.join(folder, "metrics.json")):
+            for name, value in line.items():
+                self._curves.setdefault(name, Curve([], [])).add(line["iteration"], value)
+
+    @property
+    def done(self) -> int:
+        """Iterations that were logged."""
+        return self.curve("total_loss").iterations[-1] + 1 if self.losses() else 0
+
+    def curve(self, name: str) -> Curve:
+        return self._curves.get(name, Curve([], []))
+
+    def losses(self) -> List[str]:
+        """Names of the losses, their sum first."""
+        names = [k for k in self._curves if "loss" in k]
+        return sorted(names, key=lambda k: k != "total_loss")
+
+    def evaluations(self) -> Dict[str, Dict[str, str]]:
+        """Name of a task, and of its data set where there are several, to {"AP": scalar's name}."""
+        found: Dict[str, Dict[str, str]] = {}
+        for name in self._curves:
+            match = _AP.fullmatch(name)
+            if match and match["metric"] in METRICS:
+                title = " ".join(filter(None, (match["data"], match["task"])))
+                found.setdefault(title, {})[match["metric"]] = name
+        return found

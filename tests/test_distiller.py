@@ -36,6 +36,7 @@ SHOW_ALL = {  # random networks are sure of nothing
     "MODEL__RETINANET__SCORE_THRESH_TEST": 0.0,
     "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0,
     "MODEL__FCOS__SCORE_THRESH_TEST": 0.0,
+    "MODEL__REPPOINTS__SCORE_THRESH_TEST": 0.0,
 }
 
 

@@ -79,6 +79,7 @@ _MULTI_STEP, _FIXED_GAMMA = "WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"
 READERS = (
     _detector("RetinaNet", "RetinaNet", of=("MODEL.RETINANET.*",)),
     _detector("FCOS", "FCOS", of=("MODEL.FCOS.*",)),
+    _detector("RepPoints", "RepPoints", of=("MODEL.REPPOINTS.*",)),
     _detector("detectors with anchors", "RetinaNet", *_PROPOSALS, of=("MODEL.ANCHOR_GENERATOR.*",)),
     _detector("two-stage detectors", *_PROPOSALS, of=("MODEL.RPN.*", "MODEL.PROPOSAL_GENERATOR.*")),
     _detector(

@@ -25,7 +25,7 @@ from d2kd.conformance import conformance
 TestHeads = conformance(*{names})
 """
 EXAMPLES = """
-For each pair of a small RetinaNet, Faster R-CNN and FCOS that the head supports:
+For each pair of a small RetinaNet, Faster R-CNN, FCOS and RepPoints that the head supports:
 {checks}
 
 The same tests in your own test file:

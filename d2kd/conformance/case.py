@@ -41,6 +41,7 @@ PAIRS: Tuple[Pair, ...] = (
     Pair("faster_rcnn", "faster_rcnn"),
     Pair("faster_rcnn", "retinanet"),
     Pair("retinanet", "faster_rcnn"),
+    Pair("reppoints", "reppoints"),
 )
 if hasattr(detectron2.modeling, "FCOS"):  # since Detectron2 0.6
     PAIRS += (Pair("fcos", "fcos"),)
@@ -154,6 +155,8 @@ _DENSE_HEAD = {
     "MODEL__RETINANET__NORM": "",
     "MODEL__FCOS__NUM_CONVS": 4,
     "MODEL__FCOS__NORM": "",
+    "MODEL__REPPOINTS__NUM_CONVS": 3,
+    "MODEL__REPPOINTS__NORM": "",
 }
 
 

@@ -13,6 +13,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from ..config import load_config
+from ..modeling import RepPoints
+from ..modeling.reppoints.points import PointConv
 from . import backbones  # noqa: F401, registers what is named below
 
 NUM_CLASSES = 3
@@ -91,12 +93,22 @@ _FCOS = {
     "MODEL.FCOS.NUM_CONVS": 1,
 }
 
+_REPPOINTS = {
+    "MODEL.META_ARCHITECTURE": "RepPoints",
+    "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.REPPOINTS.NUM_CLASSES": NUM_CLASSES,
+    "MODEL.REPPOINTS.NUM_CONVS": 1,
+}
+
 DETECTORS = {
     "retinanet": _RETINANET,
     "faster_rcnn": _FASTER_RCNN,
     "mask_rcnn": _MASK_RCNN,
     "cascade_rcnn": _CASCADE_RCNN,
     "fcos": _FCOS,
+    "reppoints": _REPPOINTS,
 }
 
 
@@ -165,10 +177,13 @@ def enliven(detector: nn.Module) -> None:
     nn.init.zeros_(layers[0].bias)
     if hasattr(detector, "head"):
         layers += [*detector.head.cls_subnet, *detector.head.bbox_subnet]
+    if isinstance(detector, RepPoints):  # whose boxes would be the same everywhere, too
+        layers += [x for x in detector.head.modules() if isinstance(x, PointConv)]
+        layers += [*detector.head.init_points, detector.head.refine_points]
     for layer in layers:
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if isinstance(layer, (nn.Conv2d, nn.Linear, PointConv)):
             nn.init.kaiming_normal_(layer.weight)
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
             # On a level with a single cell only the centre weight of 9 has an effect.
             layer.weight.data[:, :, 1, 1] *= 3
 

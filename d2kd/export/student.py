@@ -54,7 +54,8 @@ def load_student(cfg: CfgNode, weights: str, any_score: bool = False) -> nn.Modu
     cfg = student_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     if any_score:
-        keys = [*SCORE_KEYS, "MODEL.FCOS.SCORE_THRESH_TEST"]
+        ours = ("MODEL.FCOS.SCORE_THRESH_TEST", "MODEL.REPPOINTS.SCORE_THRESH_TEST")
+        keys = [*SCORE_KEYS, *ours]
         cfg.merge_from_list([x for key in keys for x in (key, 0.0)])
     student = build_model(cfg).eval()
     found = load_whole_detector(student, weights, "--weights")
@@ -75,7 +76,7 @@ def why_no_yaml(cfg: CfgNode) -> str:
         return ""
     listed = ", ".join(f"{k} {names[k][1]}" for k in ours)
     if all(v.startswith("d2kd.") for v in ours.values()):
-        return f"{listed}: Detectron2 builds this from LazyConfig only"
+        return f"{listed}: Detectron2 builds this from LazyConfig only, or not at all"
     return f"{listed}: built by your plug-in, not by Detectron2"
 
 

@@ -2,7 +2,10 @@ from detectron2.config import CfgNode
 
 
 def add_model_config(cfg: CfgNode) -> None:
-    """Add MODEL.FCOS and MODEL.SWIN; defaults are those of upstream's LazyConfigs."""
+    """
+    Add MODEL.FCOS, MODEL.SWIN and MODEL.REPPOINTS; defaults are those of upstream's
+    LazyConfigs, and for RepPoints the published ones.
+    """
     node = cfg.MODEL.FCOS = CfgNode()
     node.NUM_CLASSES = 80  # without background
     node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]  # levels of the pyramid that the head reads
@@ -15,6 +18,29 @@ def add_model_config(cfg: CfgNode) -> None:
     node.SCORE_THRESH_TEST = 0.2  # of sqrt(class score x centerness)
     node.TOPK_CANDIDATES_TEST = 1000  # predictions kept on each level before NMS
     node.NMS_THRESH_TEST = 0.6  # IoU
+
+    node = cfg.MODEL.REPPOINTS = CfgNode()
+    node.NUM_CLASSES = 80  # without background
+    # Levels of the pyramid that the head reads, each with twice the stride of the one before
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    node.NUM_CONVS = 3  # of each tower
+    node.NORM = "GN"  # of the towers
+    node.PRIOR_PROB = 0.01  # class score of every cell at the start
+    # The size of object, in strides, from which on a level learns the initial points; the box
+    # losses measure in it
+    node.POINT_SCALE = 4.0
+    # For classes and refined points, as in MODEL.RETINANET, but the IoU of ground truth with the
+    # boxes of the initial points
+    node.IOU_THRESHOLDS = [0.4, 0.5]
+    node.IOU_LABELS = [0, -1, 1]
+    node.FOCAL_LOSS_ALPHA = 0.25  # weight of the positives
+    node.FOCAL_LOSS_GAMMA = 2.0  # exponent
+    node.SMOOTH_L1_LOSS_BETA = 0.11  # of POINT_SCALE strides, below which the loss is quadratic
+    node.INIT_LOSS_WEIGHT = 0.5  # of the boxes of the initial points
+    node.REFINE_LOSS_WEIGHT = 1.0  # of the boxes of the refined points
+    node.SCORE_THRESH_TEST = 0.05
+    node.TOPK_CANDIDATES_TEST = 1000  # predictions kept on each level before NMS
+    node.NMS_THRESH_TEST = 0.5  # IoU
 
     # Swin-T; Swin-S: DEPTHS [2, 2, 18, 2]; Swin-B: that, EMBED_DIM 128 and NUM_HEADS [4, 8, 16, 32]
     node = cfg.MODEL.SWIN = CfgNode()

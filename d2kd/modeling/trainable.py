@@ -66,7 +66,7 @@ def _check_segmentation(cfg: CfgNode) -> None:
     if issubclass(detector, SemanticSegmentor):
         raise ValueError(
             f"The student's meta-architecture {name} segments and detects nothing, and d2kd trains "
-            "detectors: take RetinaNet, FCOS or GeneralizedRCNN."
+            "detectors: take RetinaNet, FCOS, RepPoints or GeneralizedRCNN."
         )
     without = _sets_without_maps(cfg) if issubclass(detector, PanopticFPN) else []
     if without:
@@ -124,7 +124,8 @@ def _check_proposals(cfg: CfgNode) -> None:
 
 def _has_regions(cfg: CfgNode) -> bool:
     """Whether the detector reads the keys of proposals and RoI heads."""
-    return cfg.MODEL.META_ARCHITECTURE not in ("RetinaNet", "FCOS", "SemanticSegmentor")
+    without = ("RetinaNet", "FCOS", "RepPoints", "SemanticSegmentor")
+    return cfg.MODEL.META_ARCHITECTURE not in without
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

@@ -11,6 +11,7 @@ from .predictions import DensePredictions, RoIPredictions
 from .rcnn import RCNNView
 from .region_sampler import RegionSampler
 from .regions import Regions
+from .reppoints import RepPointsView
 from .roi_align import roi_align_levels
 from .towers import Towers
 

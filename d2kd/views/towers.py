@@ -52,16 +52,17 @@ def predict_from(
     Returns:
         logits, deltas, centerness (None without), as in DensePredictions
     """
-    classes = _rest(head.cls_subnet, depth, towers.classes)
-    boxes = _rest(head.bbox_subnet, depth, towers.boxes)
+    classes = rest_of_tower(head.cls_subnet, depth, towers.classes)
+    boxes = rest_of_tower(head.bbox_subnet, depth, towers.boxes)
     centerness = [head.ctrness(x) for x in boxes] if hasattr(head, "ctrness") else None
     return [head.cls_score(x) for x in classes], [head.bbox_pred(x) for x in boxes], centerness
 
 
-def _activations(subnet: nn.Sequential) -> List[int]:
-    return [i for i, module in enumerate(subnet) if isinstance(module, nn.ReLU)]
-
-
-def _rest(subnet: nn.Sequential, depth: int, levels: Sequence[Tensor]) -> List[Tensor]:
+def rest_of_tower(subnet: nn.Sequential, depth: int, levels: Sequence[Tensor]) -> List[Tensor]:
+    """Run what comes after convolution number `depth` of a tower, its activation first."""
     rest = subnet[_activations(subnet)[depth - 1] :]
     return [rest(x) for x in levels]
+
+
+def _activations(subnet: nn.Sequential) -> List[int]:
+    return [i for i, module in enumerate(subnet) if isinstance(module, nn.ReLU)]

@@ -178,12 +178,14 @@ def enliven(detector: nn.Module) -> None:
     if hasattr(detector, "head"):
         layers += [*detector.head.cls_subnet, *detector.head.bbox_subnet]
     if isinstance(detector, RepPoints):  # whose boxes would be the same everywhere, too
+        # Where all points of a cell are outside the map, its logits are these.
+        nn.init.normal_(layers[0].bias)
         layers += [x for x in detector.head.modules() if isinstance(x, PointConv)]
         layers += [*detector.head.init_points, detector.head.refine_points]
     for layer in layers:
         if isinstance(layer, (nn.Conv2d, nn.Linear, PointConv)):
             nn.init.kaiming_normal_(layer.weight)
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+        if getattr(layer, "weight", None) is not None and layer.weight.shape[2:] == (3, 3):
             # On a level with a single cell only the centre weight of 9 has an effect.
             layer.weight.data[:, :, 1, 1] *= 3
 

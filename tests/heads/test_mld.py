@@ -637,7 +637,7 @@ def test_levels_without_predictions_are_left_out_and_none_at_all_is_refused() ->
     )
     assert [x.student for x in build_for(student, student).levels] == ["p3", "p4"]
     assert [x.student for x in build_for(student, teacher).levels] == ["p3"]
-    with pytest.raises(ValueError, match=r"DISTILL\.LEVELS: .* student does on p3, p4, .* on p2\."):
+    with pytest.raises(ValueError, match=r"DISTILL\.LEVELS: .* predicts on p3, p4, .* on p2\."):
         build_for(student, finest)
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.helpers.runs import run_config
+from tests.helpers.toys import stock_backbone
 
 pytestmark = pytest.mark.process
 
@@ -237,7 +238,8 @@ def test_run_that_goes_on_with_other_code_has_both_commits(
 
 
 def test_train_net_is_what_the_bench_runs(tool: Callable, tmp_path: Path) -> None:
-    cfg = run_config(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=(), SOLVER__WARMUP_ITERS=0)
+    schedule = {"SOLVER__MAX_ITER": 1, "SOLVER__STEPS": (), "SOLVER__WARMUP_ITERS": 0}
+    cfg = run_config(tmp_path, **schedule, **stock_backbone("retinanet"))
     cfg.DATASETS.TEST, cfg.DATASETS.SHAPES.NUM_TEST = ("d2kd_shapes_val",), 4
     (tmp_path / "student.yaml").write_text(cfg.dump())
     assert bench(tool, write(tmp_path, SEEDS=[1], ITERATIONS=[2])) == 0

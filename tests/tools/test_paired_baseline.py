@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.helpers.runs import run_config
-from tests.helpers.toys import write_teacher
+from tests.helpers.toys import stock_backbone, write_teacher
 
 
 @pytest.fixture
@@ -159,7 +159,9 @@ def test_equal_detectors_have_no_error_and_unlike_ones_have(ap: ModuleType) -> N
 def test_two_runs_give_table_csv_and_picture(
     paired: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    cfg = run_config(tmp_path, write_teacher(tmp_path, "retinanet"), ["PKD"], SOLVER__MAX_ITER=2)
+    stock = stock_backbone("retinanet")
+    teacher = write_teacher(tmp_path, "retinanet", **stock)
+    cfg = run_config(tmp_path, teacher, ["PKD"], SOLVER__MAX_ITER=2, **stock)
     cfg.DATASETS.TEST = ("d2kd_shapes_val", "d2kd_shapes_train")  # the first one counts
     (tmp_path / "run.yaml").write_text(cfg.dump())
     words = ["--config-file", str(tmp_path / "run.yaml"), "--samples", "3", "--seeds", "5"]

@@ -186,7 +186,7 @@ YAMLS = {
     "DISTILL: &a {PKD: *a}": r"odd.yaml (is nested too deeply|has unknown keys)",
     "DISTILL.HEADS: [PKD]": r"odd.yaml has unknown keys:\n  DISTILL.HEADS \(write it nested",
     "DISTILL: {null: 4, 3: 4}": r"odd.yaml has unknown keys:\n  DISTILL.None .*\n  DISTILL.3",
-    "DISTILL: {HEADS: [PKD]}\nMODEL: {}\nDISTILL: {}": "odd.yaml is not YAML: duplicate key 'DISTILL'",
+    "DISTILL: {HEADS: [PKD]}\nMODEL: {}\nDISTILL: {}": "is not YAML: duplicate key 'DISTILL'",
     "_BASE_: x": "odd.yaml: its _BASE_ .*x' does not exist",
     "_BASE_: odd.yaml": "odd.yaml: its _BASE_ leads back to itself",
     "_BASE_: 3": "odd.yaml: _BASE_ must name a YAML or a list of them, got 3",

@@ -147,7 +147,7 @@ def test_unknown_query_of_an_address_is_refused(tmp_path: Path) -> None:
     model, path = torch.nn.Linear(2, 1), tmp_path / "x.pth"
     torch.save(model.state_dict(), path)
     PlainCheckpointer(model).load(f"{path}?matching_heuristics=True")
-    with pytest.raises(ValueError, match="only .matching_heuristics=True is known"):
+    with pytest.raises(ValueError, match="only supported query is .matching_heuristics=True"):
         PlainCheckpointer(model).load(f"{path}?mode=fast")
 
 

@@ -12,29 +12,29 @@ from d2kd.conformance.case import PAIRS, find_case
 from tests.helpers.operator_count import count_operators
 
 RETINANET, FASTER_RCNN, TO_RETINANET = PAIRS[:3]
-# Head and pair to operators of the forward and waits.
+# Head and pair to operators of the forward and waits, with the Detectron2 that has more of them.
 BOUNDS = {
     ("AMD", RETINANET): (165, 0),
     ("BCKD", RETINANET): (238, 0),
-    ("CKD", FASTER_RCNN): (95, 6),
-    ("CKD", TO_RETINANET): (487, 21),
+    ("CKD", FASTER_RCNN): (97, 7),
+    ("CKD", TO_RETINANET): (489, 22),
     ("CWD", RETINANET): (50, 0),
     ("CrossKD", RETINANET): (300, 0),
     ("DFMSD", FASTER_RCNN): (444, 0),
     ("DIST", RETINANET): (160, 0),
-    ("DIST", FASTER_RCNN): (84, 4),
-    ("DKD", FASTER_RCNN): (83, 4),
+    ("DIST", FASTER_RCNN): (86, 5),
+    ("DKD", FASTER_RCNN): (85, 5),
     ("DMKD", RETINANET): (290, 0),
     ("FGD", RETINANET): (461, 1),
     ("MAR", RETINANET): (361, 6),
     ("MGD", RETINANET): (45, 0),
     ("MLD", RETINANET): (86, 0),
-    ("MLD", FASTER_RCNN): (144, 8),
+    ("MLD", FASTER_RCNN): (148, 10),
     ("PKD", RETINANET): (48, 0),
     ("ReviewKD", FASTER_RCNN): (116, 0),
-    ("RoICls", FASTER_RCNN): (60, 4),
-    ("RoIFI", FASTER_RCNN): (50, 4),
-    ("RoILoc", FASTER_RCNN): (60, 4),
+    ("RoICls", FASTER_RCNN): (62, 5),
+    ("RoIFI", FASTER_RCNN): (52, 5),
+    ("RoILoc", FASTER_RCNN): (62, 5),
     ("SAMKD", FASTER_RCNN): (550, 0),
 }
 

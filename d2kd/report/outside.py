@@ -20,11 +20,7 @@ def verdict(folder: str, compared: str = "") -> Part:
         FileNotFoundError: d2kd compare did not write there
     """
     usual = [f"{folder.rstrip('/')}_paired", os.path.dirname(os.path.abspath(folder))]
-    place = _place([compared] if compared else usual, "results.csv")
-    if place is None and compared:
-        raise FileNotFoundError(
-            f"--compare: there is no results.csv in {compared!r}. Name a folder of d2kd compare."
-        )
+    place = _place("compare", compared, usual, "results.csv")
     if place is None:
         return "Verdict: nobody asked whether the teacher is worth it (d2kd compare)."
     lines = (place / "table.md").read_text().splitlines()
@@ -49,11 +45,7 @@ def export_proof(folder: str, exported: str = "") -> Part:
         FileNotFoundError: d2kd export did not write there
     """
     usual = sorted(str(x.parent) for x in Path(folder).glob("*/report.json"))
-    place = _place([exported] if exported else usual, "report.json")
-    if place is None and exported:
-        raise FileNotFoundError(
-            f"--export: there is no report.json in {exported!r}. Name a folder of d2kd export."
-        )
+    place = _place("export", exported, usual, "report.json")
     if place is None:
         return "Export: there is none in OUTPUT_DIR (d2kd export, --export)."
     report = json.loads((place / "report.json").read_text())
@@ -62,9 +54,23 @@ def export_proof(folder: str, exported: str = "") -> Part:
     return Section("Export", [Facts(rows)])
 
 
-def _place(folders: Sequence[str], file: str) -> Optional[Path]:
-    """The first of the folders that has the file."""
-    return next((Path(x) for x in folders if (Path(x) / file).is_file()), None)
+def _place(command: str, named: str, usual: Sequence[str], file: str) -> Optional[Path]:
+    """
+    Args:
+        command: of d2kd that writes the file, and the option that names its folder
+        named: by the user; "": nothing
+        usual: folders to look in otherwise
+
+    Returns:
+        the first folder that has the file
+    """
+    folders = [named] if named else usual
+    found = next((Path(x) for x in folders if (Path(x) / file).is_file()), None)
+    if named and found is None:
+        raise FileNotFoundError(
+            f"--{command}: there is no {file} in {named!r}. Name a folder of d2kd {command}."
+        )
+    return found
 
 
 def _proof(found: Dict[str, Any]) -> str:

@@ -34,8 +34,9 @@ A table is a YAML:
 
 A finished run is a row of the CSV: its AP on DATASETS.TEST ("val") and on TEST ("test"), seconds of
 training, commit, versions, hardware, command, and the key by which it is known again. That is made
-of the whole config but its OUTPUT_DIR, and of the weights of its teacher: change what a run depends
-on, and it is another run. Detectron2's defaults count too, so another version of it has other keys.
+of the config, without its OUTPUT_DIR, keys that are off and heads not in use, and of the weights of
+its teacher: change what a run depends on, and it is another run. Detectron2's defaults count too:
+another version of it can have other keys.
 Settings are chosen on val. On test nothing is chosen.
 
 The output of each run is in OUTPUT_DIR: val.txt and test.txt are what train_net.py said. Killed

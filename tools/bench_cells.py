@@ -11,7 +11,8 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from d2kd import load_config
+from d2kd import DISTILL_HEAD_REGISTRY, load_config
+from d2kd.config import leaves
 from d2kd.data.shapes import SPLITS
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.utils.checks import nearest
@@ -183,11 +184,23 @@ def _refuse_unknown(said: Any, known: Sequence[str], where: str) -> None:
 
 
 def _digest(cfg: CfgNode) -> str:
-    """Of a config without its OUTPUT_DIR, and of the weights that it starts from."""
-    cfg.OUTPUT_DIR = ""
-    digest = hashlib.sha256(cfg.dump().encode())
-    stages = [x.get("TEACHER") or {} for x in cfg.DISTILL.STAGES if isinstance(x, dict)]
-    for path in (cfg.MODEL.WEIGHTS, *(x.get("WEIGHTS") for x in (cfg.DISTILL.TEACHER, *stages))):
+    """
+    Of a config and of the weights that it starts from. Left out is what changes nothing: its
+    OUTPUT_DIR, keys that are off, sections of heads not in use. So a later d2kd, with more keys and
+    more heads, knows a run again.
+    """
+    stages = [x for x in cfg.DISTILL.STAGES if isinstance(x, dict)]
+    used = {*cfg.DISTILL.HEADS, *itertools.chain(*(x.get("HEADS") or () for x in stages))}
+    heads = {name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY}
+    idle = tuple(f"DISTILL.{head}." for head in heads - used)
+    said = [
+        f"{key}: {value!r}"
+        for key, value in leaves(cfg)
+        if key != "OUTPUT_DIR" and value and not key.startswith(idle)
+    ]
+    digest = hashlib.sha256("\n".join(sorted(said)).encode())
+    teachers = (cfg.DISTILL.TEACHER, *(x.get("TEACHER") or {} for x in stages))
+    for path in (cfg.MODEL.WEIGHTS, *(x.get("WEIGHTS") for x in teachers)):
         if path and os.path.isfile(path):
             with open(path, "rb") as file:
                 digest.update(hashlib.sha256(file.read()).digest())

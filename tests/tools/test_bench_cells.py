@@ -114,6 +114,26 @@ def test_run_with_another_teacher_is_another(cells: ModuleType, tmp_path: Path) 
     assert cells.Cell(*said).key != before.key
 
 
+def test_keys_that_are_off_and_heads_not_in_use_make_no_other_run(
+    cells: ModuleType, tmp_path: Path
+) -> None:
+    opts = write_teacher(tmp_path, "retinanet")
+    (tmp_path / "distilled.yaml").write_text(run_config(tmp_path, opts, ["PKD"]).dump())
+
+    def key(*words: str) -> str:
+        return cells.Cell("PKD", str(tmp_path / "distilled.yaml"), words, 1, 4).key
+
+    first = key()
+    assert key("DISTILL.CWD.LOSS_WEIGHT", "7.0") == first
+    assert key("DISTILL.PKD.LOSS_WEIGHT", "7.0") != first
+    assert key("DISTILL.LIVENESS.ENABLED", "False") != first  # is on by default
+    cfg = cells.Cell("PKD", str(tmp_path / "distilled.yaml"), (), 1, 4).cfg
+    cfg.DISTILL.A_LATER_KEY = False
+    assert cells._digest(cfg) == first
+    cfg.DISTILL.A_LATER_KEY = True
+    assert cells._digest(cfg) != first
+
+
 def test_output_of_another_config_is_in_another_folder(
     cells: ModuleType, write: Callable[..., str]
 ) -> None:

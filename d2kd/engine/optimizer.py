@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
@@ -115,8 +115,13 @@ def _of_kind(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
     kind = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-    params = _joined(params)
-    return kind(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True)
+    settings = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    # One kernel for all parameters takes a third of the time of foreach on a CPU, where PyTorch has
+    # it from 2.4 on. With AMP it would unscale the gradients itself, after they were clipped.
+    if not solver.AMP.ENABLED:
+        with suppress(RuntimeError):
+            return kind(_joined(params), **settings, fused=True)
+    return kind(_joined(params), **settings, foreach=True)
 
 
 def _joined(groups: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:

@@ -99,6 +99,21 @@ def test_gradients_are_clipped_before_the_step(kind: str, clip_type: str, norm: 
         torch.testing.assert_close(seen, torch.full_like(seen, norm))
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_with_amp_gradients_are_unscaled_before_they_are_clipped(kind: str) -> None:
+    net = model()
+    clip = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 0.5}
+    cfg = solver(kind, clip)
+    cfg.SOLVER.AMP.ENABLED = True
+    optimizer = build_optimizer(cfg, net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    # Each parameter's gradient is 1e-3, which is less than the bound and 1024 times it more.
+    scaler.scale(sum(1e-3 * p.sum() for p in net.parameters())).backward()
+    scaler.step(optimizer)
+    for p in net.parameters():
+        torch.testing.assert_close(p.grad, torch.full_like(p, 1e-3))
+
+
 @pytest.fixture(scope="module")
 def whole(folder: Path, teacher: List[Any]) -> CfgNode:
     """Config of an uninterrupted distillation with AdamW."""

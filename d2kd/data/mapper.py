@@ -2,7 +2,7 @@
 
 import math
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Set
 
 from PIL import Image
 
@@ -15,6 +15,11 @@ from .image_headers import check_mode
 class CheckedMapper(DatasetMapper):
     """Read images for training, evaluation and visualisation, all in the same way."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Arguments are Detectron2's, or a config."""
+        super().__init__(*args, **kwargs)
+        self._modes_checked: Set[str] = set()
+
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
         """
         Args:
@@ -24,11 +29,16 @@ class CheckedMapper(DatasetMapper):
             OSError, ValueError, RuntimeError: naming the image
         """
         with image_in_errors(dataset_dict):
-            path = dataset_dict["file_name"]
-            with PathManager.open(path, "rb") as file, Image.open(file) as image:
-                mode = image.mode
-            check_mode(path, mode)
+            self._check_mode_once(dataset_dict["file_name"])
             return super().__call__(dataset_dict)
+
+    def _check_mode_once(self, path: str) -> None:
+        if path in self._modes_checked:
+            return
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            mode = image.mode
+        check_mode(path, mode)
+        self._modes_checked.add(path)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from PIL import Image
 
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 
 from d2kd.data import build_train_loader
 from d2kd.data.mapper import CheckedMapper
@@ -73,9 +74,10 @@ OF_BOXES = (no_box, no_box_of_a_known_id, odd_mode)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda x: x.__name__)
 @pytest.mark.parametrize("is_train", [True, False])
 def test_error_names_the_image(fault: Any, is_train: bool, record: Any, tmp_path: Path) -> None:
-    mapper = CheckedMapper(config_of(tmp_path, [], []), is_train=is_train)
-    mapper(record)
+    cfg = config_of(tmp_path, [], [])
+    CheckedMapper(cfg, is_train=is_train)(record)
     fault(record)
+    mapper = CheckedMapper(cfg, is_train=is_train)
     if fault in OF_BOXES and not is_train:
         mapper(record)  # in evaluation nobody reads them here
         return
@@ -84,6 +86,17 @@ def test_error_names_the_image(fault: Any, is_train: bool, record: Any, tmp_path
         mapper(record)
     assert record["file_name"] in str(error.value)
     assert error.match(words) or str(error.value).count(record["file_name"]) == 1
+
+
+def test_the_header_of_an_image_is_read_once(
+    record: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapper = CheckedMapper(config_of(tmp_path, [], []), is_train=True)
+    opened = []
+    monkeypatch.setattr(PathManager, "open", lambda *x: opened.append(x) or open(*x))
+    for _ in range(3):
+        mapper(record)
+    assert len(opened) == 4, "three times its pixels, once its header"
 
 
 def test_decompression_bomb_is_told_by_its_path(

@@ -5,6 +5,7 @@ import os
 from typing import Any, Dict, List, Mapping, Optional
 from urllib.parse import parse_qs, urlparse
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -217,8 +218,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _not_finite(values: Mapping[str, Tensor]) -> str:
     """Name of the first tensor with NaN or infinite values; "" if all are finite."""
-    floats = (k for k, v in values.items() if v.is_floating_point() and not v.isfinite().all())
-    return next(floats, "")
+    floats = {k: v.isfinite().all() for k, v in values.items() if v.is_floating_point()}
+    # A GPU is waited for once, not for each of them.
+    finite = torch.stack(list(floats.values())).tolist() if floats else []
+    return next((k for k, is_finite in zip(floats, finite) if not is_finite), "")
 
 
 def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -> Dict[str, Any]:

@@ -43,8 +43,6 @@ WIDEST = """
 """
 REFUSED = "binary_cross_entropy"
 
-_KEY = "AutocastCPU"
-
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
@@ -52,28 +50,35 @@ def cuda_autocast() -> Iterator[None]:
     torch.autocast("cuda") for CPU tensors. `torch.autocast("cpu", enabled=False)` inside it
     disables it, which heads write as torch.autocast(x.device.type, enabled=False).
     """
-    casts = _Casts()
+    # The dtype is ignored; older PyTorch only supports bfloat16 on CPUs.
+    with cuda_lists("AutocastCPU"), torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+@contextmanager
+def cuda_lists(key: str) -> Iterator["Casts"]:
+    """CUDA's operator lists in place of those of another dispatch key, such as AutocastCPU."""
+    casts = Casts(key)
     library = torch.library.Library("aten", "IMPL")
     ours = {name: kernel for names, kernel in casts.kernels() for name in names.split()}
     ours = {name: kernel for name, kernel in ours.items() if _operator(name)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are overridden
-        for name in _registered() - set(ours):
-            library.impl(name, torch.library.fallthrough_kernel, _KEY)
+        for name in _registered(key) - set(ours):
+            library.impl(name, torch.library.fallthrough_kernel, key)
         for name, kernel in ours.items():
-            library.impl(name, functools.partial(kernel, _operator(name)), _KEY)
+            library.impl(name, functools.partial(kernel, _operator(name)), key)
     try:
-        # The dtype is ignored; older PyTorch only supports bfloat16 on CPUs.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            yield
+        yield casts
     finally:
         del library  # restores PyTorch's own lists
 
 
-class _Casts:
+class Casts:
     """Casts the arguments of operators; caches the casts of parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: str) -> None:
+        self.key = getattr(torch._C.DispatchKey, key)
         self.parameters: Dict[int, Tuple[Tensor, Tensor]] = {}
 
     def kernels(self) -> Tuple[Tuple[str, Callable[..., Any]], ...]:
@@ -113,8 +118,7 @@ class _Casts:
         )
 
     def _call(self, operator: Callable[..., Any], dtype: Any, args: Any, kwargs: Any) -> Any:
-        off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-        with torch._C._ExcludeDispatchKeyGuard(off):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(self.key)):
             if dtype is not None:
                 args = [self._cast(x, dtype) for x in args]
                 kwargs = {k: self._cast(x, dtype) for k, x in kwargs.items()}
@@ -145,9 +149,9 @@ def _tensors(args: Any) -> Iterator[Any]:
             yield x
 
 
-def _registered() -> Set[str]:
+def _registered(key: str) -> Set[str]:
     """Operators in PyTorch's own lists."""
-    names = torch._C._dispatch_get_registrations_for_dispatch_key(_KEY)
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
     return {name[len("aten::") :] for name in names if name.startswith("aten::")}
 
 

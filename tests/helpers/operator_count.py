@@ -40,9 +40,9 @@ class OperatorCount(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        if not _only_makes_a_view(func, name):
+        if not only_makes_a_view(func, name):
             self.operators[name] = self.operators.get(name, 0) + 1
-        if _waits(name, args, kwargs):
+        if waits(name, args, kwargs):
             self.waits[name] = self.waits.get(name, 0) + 1
         return func(*args, **kwargs)
 
@@ -67,13 +67,13 @@ def count_operators(case: Case) -> OperatorCount:
     return count
 
 
-def _only_makes_a_view(func: Any, name: str) -> bool:
+def only_makes_a_view(func: Any, name: str) -> bool:
     aliases = [x.alias_info for x in func._schema.returns]
     view = any(x is not None and not x.is_write for x in aliases)
     return view or name in ("empty", "empty_like", "_unsafe_view", "_local_scalar_dense")
 
 
-def _waits(name: str, args: Sequence[Any], kwargs: Dict[str, Any]) -> bool:
+def waits(name: str, args: Sequence[Any], kwargs: Dict[str, Any]) -> bool:
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         # A boolean index is turned into numbers, however many these may be.
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])

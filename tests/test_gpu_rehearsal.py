@@ -1,0 +1,31 @@
+"""The tests for GPUs run on the CPU, on a pretended GPU, in a process without TorchScript."""
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from tests.helpers.toys import ROOT
+
+# In float32 every head and pair takes a step in the test of its waits; these take more of them.
+TAKEN = "waits or runs or draws or PKD-retinanet-to-retinanet or RoICls or SGFI-faster_rcnn"
+
+
+@pytest.mark.process
+def test_tests_for_gpus_pass_on_a_pretended_one() -> None:
+    words = ["-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    words += ["-W", "ignore", "-W", "default:RECORDED", "-k", TAKEN]
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "D2KD_PRETEND_GPU": "1", "PYTORCH_JIT": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
+    for line in re.findall(r"RECORDED .*: lower it", done.stdout):
+        warnings.warn(line)
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 50

@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            if not (PRETEND or torch.cuda.is_available()):
+                item.add_marker(pytest.mark.skip(reason="PyTorch sees no GPU"))
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +31,7 @@ def pretended() -> Iterator[Optional[PretendedCuda]]:
     if PRETEND:
         with PretendedCuda() as gpu:
             yield gpu
-    elif torch.cuda.is_available():
-        # TensorFloat-32 has 10 bits: too few to compare with the CPU.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        yield None
-    else:
-        pytest.skip("PyTorch sees no GPU")
+        return
+    # TensorFloat-32 has 10 bits: too few to compare with the CPU.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield None

@@ -3,8 +3,8 @@ A GPU that is not there: tensors that say they are on cuda:0, with their data in
 
 What only a GPU shows can then be tested without one: that tensors of two devices meet in an
 operator, which raises here as it does there, and how often the host waits until the device has
-done all its queued work. Autograd and GradScaler are PyTorch's own, and autocast is with the
-operator lists of d2kd.conformance.cuda_autocast, in float16. What is not seen here: CUDA's own kernels, their
+done all its queued work. Autograd and GradScaler are PyTorch's own; autocast has the operator lists
+of d2kd.conformance.cuda_autocast, and float16. What is not seen here: CUDA's own kernels, their
 rounding and memory.
 
 TorchScript does not know such tensors. So this works in a process that was started with
@@ -229,7 +229,7 @@ def _functions(gpu: PretendedCuda) -> Dict[str, Any]:
         "get_device_name": "pretended GPU",
         "max_memory_allocated": 0,
         **dict.fromkeys(("_lazy_init", "empty_cache", "manual_seed_all", "set_device")),
-        **dict.fromkeys(("reset_peak_memory_stats",)),
+        "reset_peak_memory_stats": None,
     }
     functions = {name: (lambda *_, value=x, **__: value) for name, x in answers.items()}
     return {**functions, "synchronize": lambda *_, **__: gpu.count_wait("synchronize")}

@@ -25,6 +25,7 @@ COMMANDS: Dict[str, Command] = {
     "bench": Command("d2kd.cli.bench", "fill a table of runs, and keep the figures"),
     "report": Command("d2kd.cli.report", "write a run as one HTML file that can be sent"),
     "export": Command("d2kd.export.__main__", "write the student for machines without d2kd"),
+    "label": Command("d2kd.cli.label", "label images with a teacher, where it can be trusted"),
     "draw": Command("d2kd.cli.draw", "draw what a student learns from its teacher"),
     "draw-detections": Command("d2kd.cli.draw_detections", "draw what detectors detect"),
     "heads": Command("d2kd.heads.__main__", "list the distillation heads and their keys"),

@@ -174,14 +174,12 @@ def test_a_teachers_classes_are_matched_by_name(
     assert ours == [x for x in theirs if x[1] in both] and len({x[1] for x in ours}) == 2
 
 
-@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn", "fcos"])
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
 def test_a_teacher_that_reaches_the_precision_nowhere_is_refused(
     detector: str, shapes: List[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    nodes = ("RETINANET", "ROI_HEADS", "FCOS")
-    toy = write_teacher(
-        tmp_path, detector, **{f"MODEL__{x}__NUM_CLASSES": SHAPES_CLASSES for x in nodes}
-    )
+    classes = {f"MODEL__{x}__NUM_CLASSES": SHAPES_CLASSES for x in ("RETINANET", "ROI_HEADS")}
+    toy = write_teacher(tmp_path, detector, **classes)
     more = ["--teacher", "--config-file", "quickstart/cwd.yaml"]
     opts = ["DATASETS.SHAPES.NUM_VAL", "2", "DISTILL.TEACHER.CLASSES", str(list(CLASSES))]
     opts += ["INPUT.MIN_SIZE_TEST", "160"]  # else p7 is a single cell, too little for GroupNorm

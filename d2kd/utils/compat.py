@@ -1,6 +1,7 @@
 """All code that depends on the installed Detectron2 version, from 0.5 to the newest."""
 
 import importlib
+from functools import lru_cache
 from types import ModuleType
 
 from detectron2.utils import comm
@@ -27,6 +28,16 @@ def require(module: str, wanted_by: str) -> ModuleType:
             f"{wanted_by} needs {module}, which the installed Detectron2 {detectron2.__version__} "
             "does not have; it came with 0.6."
         ) from None
+
+
+@lru_cache(maxsize=None)
+def has_compiled_operators() -> bool:
+    """Whether Detectron2 was compiled, so that it has operators of its own for CUDA."""
+    try:
+        importlib.import_module("detectron2._C")
+    except ImportError:
+        return False
+    return True
 
 
 def current_iteration() -> int:

@@ -16,6 +16,8 @@ from detectron2.modeling.backbone import resnet
 
 from ..utils.compat import has_compiled_operators
 
+COMPILED = has_compiled_operators()
+
 
 class DeformConv(nn.Module):
     """
@@ -63,8 +65,8 @@ class DeformConv(nn.Module):
         Returns:
             (N, C', H', W')
         """
-        by_detectron2 = x.is_cuda and has_compiled_operators()
-        x = (_by_detectron2 if by_detectron2 else _by_torchvision)(self, x, offset, mask)
+        convolve = _by_detectron2 if COMPILED and x.is_cuda else _by_torchvision
+        x = convolve(self, x, offset, mask)
         x = x if self.norm is None else self.norm(x)
         return x if self.activation is None else self.activation(x)
 

@@ -1,7 +1,6 @@
 """All code that depends on the installed Detectron2 version, from 0.5 to the newest."""
 
 import importlib
-from functools import lru_cache
 from types import ModuleType
 
 from detectron2.utils import comm
@@ -30,7 +29,6 @@ def require(module: str, wanted_by: str) -> ModuleType:
         ) from None
 
 
-@lru_cache(maxsize=None)
 def has_compiled_operators() -> bool:
     """Whether Detectron2 was compiled, so that it has operators of its own for CUDA."""
     try:

@@ -1,9 +1,11 @@
 """Train or evaluate a student, alone or with a teacher, from a YAML config."""
 
 import argparse
+import os
 import shlex
 import sys
-from typing import Optional, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Iterator, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -13,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..engine import evaluate, launch, train
 from ..engine.facts import write_fact
-from ..utils.atomic_file import check_writable
+from ..utils.atomic_file import atomic_write, check_writable
 from ..utils.command_line import parse_command_line
 from .common import add_config_options, command_parser, import_plugins, read_config
 
@@ -71,11 +73,26 @@ def work(args: argparse.Namespace, cfg: CfgNode) -> None:
 def prepare_output(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Write the config and begin the logs, now that the config is known to be sound."""
     check_writable(cfg.OUTPUT_DIR)
-    default_setup(cfg, args)
+    with _config_of_training_kept(cfg.OUTPUT_DIR) if args.eval_only else nullcontext():
+        default_setup(cfg, args)
     # Detectron2 gives a handler to its own logger only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     if not args.eval_only:
         write_fact(cfg.OUTPUT_DIR, "command", line=args.command, resume=args.resume)
+
+
+@contextmanager
+def _config_of_training_kept(folder: str) -> Iterator[None]:
+    """Detectron2 writes config.yaml at an evaluation too, which may be of another config."""
+    path = os.path.join(folder, "config.yaml")
+    before = None
+    if comm.is_main_process() and os.path.isfile(path):
+        with open(path) as file:
+            before = file.read()
+    yield
+    if before is not None:
+        with atomic_write(path, "w") as file:
+            file.write(before)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils import comm
 
-from ..layers import unit_vectors
+from ..layers import log_sum_exp_of_products, unit_vectors
 from ..pairing.pair import ANY_PAIR, DistillPair
 from ..utils.checks import MAX_CHANNELS, check_choice, check_range, check_temperature
 from ..utils.processes import gather_rows
@@ -61,9 +61,8 @@ class CKDHead(nn.Module):
             iou_threshold: keys of the same image whose boxes overlap by more than this IoU, in
                 (0, 1], are no negatives
             queue_size: keys of past batches, of all processes together. Per key, 2 x Ct
-                multiply-adds for each region in forward and backward, and 4 x Ct bytes in memory
-                and in every checkpoint: 335 MB for these and the 1024 numbers of a Faster R-CNN.
-                The logits of 1024 regions take as much again, and their gradient
+                multiply-adds for each region, and 4 x Ct bytes in memory and in every checkpoint:
+                335 MB for these and the 1024 numbers of a Faster R-CNN
             projection: f_theta. "student": the student's vectors are projected to the teacher's
                 length, the teacher's are taken as they are. "shared": and then both by one
                 projection
@@ -130,24 +129,25 @@ class CKDHead(nn.Module):
             queries, keys = self.shared(queries), self.shared(keys)
         # exp(1 / 0.07) is 25 times what half precision holds.
         with torch.autocast(queries.device.type, enabled=False):
-            keys = torch.cat([unit_vectors(keys), self.queue])
-            loss = self._info_nce(
-                unit_vectors(queries), keys, regions, same_cell=not teacher.two_stage
-            )
-        # Not written in place: the loss's backward needs them, so they cost no memory of their own.
-        self.queue = keys[: self.queue_size].detach()
+            queries, keys = unit_vectors(queries), unit_vectors(keys)
+            loss = self._info_nce(queries, keys, regions, same_cell=not teacher.two_stage)
+        self.queue = torch.cat([keys.detach(), self.queue])[: self.queue_size]
         return {"loss_ckd": loss}
 
     def _info_nce(self, queries: Tensor, keys: Tensor, regions: Regions, same_cell: bool) -> Tensor:
         """
         Args:
-            queries, keys: (R, D) and (M + Q, D), of length 1
+            queries, keys: (R, D) and (M, D), of length 1; the queue's keys join them
             same_cell: whether regions from one cell have the same key
         """
         first = int(regions.counts[: comm.get_rank()].sum())  # the key of this process's region 0
-        logits = (queries / self.temperature) @ keys.T
+        queries = queries / self.temperature
+        logits = queries @ keys.T
         own = slice(first, first + len(regions))
         logits[:, own].masked_fill_(self._no_negatives(regions, same_cell), -torch.inf)
+        if len(self.queue):  # as one more key, whose exponential is the sum of theirs
+            past = log_sum_exp_of_products(queries, self.queue)
+            logits = torch.cat([logits, past[:, None]], dim=1)
         target = torch.arange(first, first + len(regions), device=logits.device)
         return F.cross_entropy(logits, target, reduction="sum") / regions.mean_count
 

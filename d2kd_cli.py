@@ -37,10 +37,10 @@ DESCRIPTION = "Knowledge distillation for object detectors in Detectron2."
 EXAMPLES = """
 Examples:
   d2kd quickstart
-  d2kd doctor --config-file quickstart/cwd.yaml
-  d2kd train --config-file quickstart/cwd.yaml SOLVER.BASE_LR 0.01
-  d2kd eval --config-file quickstart/cwd.yaml MODEL.WEIGHTS output/quickstart/cwd/model_final.pth
-  d2kd export --config-file quickstart/cwd.yaml --output exported
+  d2kd doctor --config-file quickstart/pkd.yaml
+  d2kd train --config-file quickstart/pkd.yaml SOLVER.BASE_LR 0.01
+  d2kd eval --config-file quickstart/pkd.yaml MODEL.WEIGHTS output/quickstart/pkd/model_final.pth
+  d2kd export --config-file quickstart/pkd.yaml --output exported
 
 A config that is not in the working folder is taken from those that d2kd comes with: quickstart/
 and COCO/. `d2kd COMMAND --help` explains a command. A mistake in what a command is given ends in

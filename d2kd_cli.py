@@ -25,6 +25,7 @@ COMMANDS: Dict[str, Command] = {
     "bench": Command("d2kd.cli.bench", "fill a table of runs, and keep the figures"),
     "report": Command("d2kd.cli.report", "write a run as one HTML file that can be sent"),
     "export": Command("d2kd.export.__main__", "write the student for machines without d2kd"),
+    "label": Command("d2kd.cli.label", "label images with a teacher, where it can be trusted"),
     "draw": Command("d2kd.cli.draw", "draw what a student learns from its teacher"),
     "draw-detections": Command("d2kd.cli.draw_detections", "draw what detectors detect"),
     "heads": Command("d2kd.heads.__main__", "list the distillation heads and their keys"),
@@ -36,10 +37,10 @@ DESCRIPTION = "Knowledge distillation for object detectors in Detectron2."
 EXAMPLES = """
 Examples:
   d2kd quickstart
-  d2kd doctor --config-file quickstart/cwd.yaml
-  d2kd train --config-file quickstart/cwd.yaml SOLVER.BASE_LR 0.01
-  d2kd eval --config-file quickstart/cwd.yaml MODEL.WEIGHTS output/quickstart/cwd/model_final.pth
-  d2kd export --config-file quickstart/cwd.yaml --output exported
+  d2kd doctor --config-file quickstart/pkd.yaml
+  d2kd train --config-file quickstart/pkd.yaml SOLVER.BASE_LR 0.01
+  d2kd eval --config-file quickstart/pkd.yaml MODEL.WEIGHTS output/quickstart/pkd/model_final.pth
+  d2kd export --config-file quickstart/pkd.yaml --output exported
 
 A config that is not in the working folder is taken from those that d2kd comes with: quickstart/
 and COCO/. `d2kd COMMAND --help` explains a command. A mistake in what a command is given ends in

@@ -46,7 +46,7 @@ EPILOG = """
 Exit code 0: it can be run; 2: it cannot, and the last line says why.
 
 Examples:
-  d2kd doctor --config-file configs/quickstart/cwd.yaml
+  d2kd doctor --config-file configs/quickstart/pkd.yaml
   d2kd doctor --config-file run.yaml --plugin my_head.py SOLVER.IMS_PER_BATCH 8
 """
 

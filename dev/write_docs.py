@@ -4,7 +4,7 @@
 import inspect
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 from detectron2.config import get_cfg
 
@@ -12,11 +12,13 @@ from d2kd.config.distill_keys import add_distill_config
 from d2kd.config.key_comments import meanings
 from d2kd.config.load import leaves
 from d2kd.heads.__main__ import describe_keys
-from d2kd.heads.registry import head_names
+from d2kd.heads.registry import compares_logits, head_class, head_names
+from d2kd.pairing.pair import ANY_PAIR, DENSE
 from d2kd.views import DetectorView
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MARKED = re.compile(r"(<!-- generated: dev/write_docs.py -->\n).*?(<!-- /generated -->)", re.DOTALL)
+OTHER_PAIRS = ("two-stage -> two-stage", "two-stage -> dense", "dense -> two-stage")
 SCHEDULE = "DISTILL.<HEAD>.SCHEDULE"
 
 INTRO = """\
@@ -46,10 +48,32 @@ def main() -> None:
 
 def documents() -> Dict[Path, str]:
     """Path of each document with generated parts to its whole text."""
-    detector = DOCS / "add_a_detector.md"
-    members = f"\n```text\n{members_of_views()}\n```\n\n"
-    written = MARKED.sub(lambda x: x[1] + members + x[2], detector.read_text(encoding="utf-8"))
-    return {DOCS / "keys.md": keys_page(), detector: written}
+    parts = {
+        DOCS / "add_a_detector.md": f"\n```text\n{members_of_views()}\n```\n\n",
+        DOCS / "methods.md": f"\n{table_of_pairs()}\n\n",
+    }
+    written = {
+        path: MARKED.sub(lambda x: x[1] + part + x[2], path.read_text(encoding="utf-8"))
+        for path, part in parts.items()
+    }
+    return {DOCS / "keys.md": keys_page(), **written}
+
+
+def table_of_pairs() -> str:
+    """Which heads take which pairs; those that take the same are one row."""
+    rows: Dict[Tuple[str, ...], List[str]] = {}
+    for name in head_names():
+        head = head_class(name)
+        kinds = getattr(head, "pairs", ANY_PAIR)
+        alike = "anchors or points alike" if compares_logits(head) else "any"
+        of_dense = alike if kinds & DENSE else ""
+        others = ["yes" if kind in kinds else "" for kind in OTHER_PAIRS]
+        rows.setdefault((of_dense, *others), []).append(f"`{name}`")
+    lines = [f"| heads | dense → dense | {' | '.join(OTHER_PAIRS).replace('->', '→')} |"]
+    lines += ["|---" * (2 + len(OTHER_PAIRS)) + "|"]
+    for taken, names in sorted(rows.items(), key=lambda row: -len(row[1])):
+        lines.append(f"| {', '.join(names)} | {' | '.join(x or 'no' for x in taken)} |")
+    return "\n".join(lines)
 
 
 def members_of_views() -> str:

@@ -1,5 +1,6 @@
 """Runs before any test module is imported."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any, Iterator, List
@@ -9,6 +10,11 @@ import pytest
 # The detectors here are too small to share among threads, which would only wait for each other;
 # also for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking through all that was imported, again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

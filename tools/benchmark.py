@@ -66,7 +66,7 @@ examples:
   python tools/benchmark.py --size 800x1344 --images 8 --amp --memory
   python tools/benchmark.py --config-file configs/quickstart/pkd.yaml --json cost.json
   python tools/benchmark.py --pair faster_rcnn_R_101-R_18 --heads DKD ReviewKD ReviewKD+DKD
-  python tools/benchmark.py --config-file configs/quickstart/cwd.yaml --size 96x96 --images 8 --look
+  python tools/benchmark.py --config-file configs/quickstart/pkd.yaml --size 96x96 --images 8 --look
   python tools/benchmark.py --heads PKD --teacher FOLD_NORMS CHANNELS_LAST FOLD_NORMS+CHANNELS_LAST
   python tools/benchmark.py --heads MGD DISTILL.MGD.MASK_RATIO 0.45
 """

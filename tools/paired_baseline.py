@@ -41,7 +41,7 @@ told. Where there is no gain, GAIN is said in less than 5 % of all cases (simula
 One seed decides nothing.
 
 examples:
-  python tools/paired_baseline.py --config-file configs/quickstart/cwd.yaml --seeds 1 2 3
+  python tools/paired_baseline.py --config-file configs/quickstart/pkd.yaml --seeds 1 2 3
   python tools/paired_baseline.py --config-file run.yaml --seeds 1 SOLVER.MAX_ITER 1000
 """
 

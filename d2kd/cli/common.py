@@ -64,7 +64,7 @@ def add_config_options(
         required=required,
         default="",
         metavar="FILE",
-        help="YAML of the run: a path, or one of d2kd's own, such as quickstart/cwd.yaml",
+        help="YAML of the run: a path, or one of d2kd's own, such as quickstart/pkd.yaml",
     )
     add_plugin_option(parser)
     add_overrides(parser, overrides)

@@ -26,7 +26,7 @@ EXAMPLE = """
 Example: a student of the quickstart beside its teacher
     d2kd draw-detections detections.png \\
         --detector teacher configs/quickstart/teacher.yaml configs/quickstart/teacher.pth \\
-        --detector student configs/quickstart/cwd.yaml output/quickstart/cwd/model_final.pth
+        --detector student configs/quickstart/pkd.yaml output/quickstart/pkd/model_final.pth
 """
 Panel = Tuple[str, str, str]  # title, config file, weights
 WIDTH, GAP = 288, 2  # of a picture and of the space around it, pixels

@@ -13,7 +13,7 @@ from .common import command_parser
 
 EXAMPLES = """
 Examples:
-  d2kd report output/quickstart/cwd
+  d2kd report output/quickstart/pkd
   d2kd report output/run --export exported --output run.html
 
 The file needs no other and no network. It has pictures where the run had VIS_PERIOD above 0.

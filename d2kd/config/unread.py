@@ -57,7 +57,8 @@ def unread_keys(cfg: CfgNode) -> List[str]:
     """Keys with a non-default value that has no effect."""
     defaults = dict(leaves(load_config()))
     changed = [k for k, v in leaves(cfg) if k in defaults and v != defaults[k]]
-    return [key for key in changed if why_unread(key, cfg)]
+    student = student_config(cfg)
+    return [key for key in changed if _why_unread(key, cfg, student)]
 
 
 def why_unread(key: str, cfg: CfgNode) -> str:
@@ -65,12 +66,15 @@ def why_unread(key: str, cfg: CfgNode) -> str:
     What would read a key that is not read; "" if it is. Without distillation all keys of DISTILL
     count as read, so that a student alone can be trained with the same overrides.
     """
+    return _why_unread(key, cfg, student_config(cfg))
+
+
+def _why_unread(key: str, cfg: CfgNode, student: CfgNode) -> str:
     if key.startswith("DISTILL."):
         distils = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
         return _why_unread_in_distillation(key, cfg) if distils else ""
-    detector = student_config(cfg)
     readers = (x for x in READERS if any(fnmatchcase(key, pattern) for pattern in x.patterns))
-    return next((x.who for x in readers if not x.reads(detector)), "")
+    return next((x.who for x in readers if not x.reads(student)), "")
 
 
 def _why_unread_in_distillation(key: str, cfg: CfgNode) -> str:

@@ -2,7 +2,7 @@
 
 import os
 from contextlib import contextmanager
-from typing import BinaryIO, Iterator
+from typing import BinaryIO, Iterator, NamedTuple
 
 from PIL import Image
 
@@ -28,15 +28,21 @@ def check_mode(path: str, mode: str) -> None:
         )
 
 
-def check_header(path: str, entry: ImageEntry) -> bool:
-    """
-    Check an image without decoding it, unless its end is missing.
+class Header(NamedTuple):
+    """Size in pixels as Detectron2 reads the image; `turned`: EXIF swaps width and height."""
 
-    Returns:
-        whether it may have transparent pixels
+    width: int
+    height: int
+    turned: bool
+    has_alpha: bool  # it may have transparent pixels
+
+
+def read_header(path: str) -> Header:
+    """
+    Read an image's header without decoding it, unless its end is missing.
 
     Raises:
-        ValueError: more than 8 bits, or not the size in the JSON
+        ValueError: more than 8 bits
         OSError: it cannot be read
     """
     with _readable(path), open(path, "rb") as file, Image.open(file) as image:
@@ -45,15 +51,30 @@ def check_header(path: str, entry: ImageEntry) -> bool:
         if not _has_end(file, image.format):
             image.load()  # fails if the image is incomplete
     check_mode(path, mode)
-    size = size[::-1] if turned else size
-    if size != (entry.width, entry.height):
-        told = " after its EXIF rotation" if turned else ""
+    width, height = size[::-1] if turned else size
+    return Header(width, height, turned, has_alpha)
+
+
+def check_header(path: str, entry: ImageEntry) -> bool:
+    """
+    Check an image as :func:`read_header` does, and its size.
+
+    Returns:
+        whether it may have transparent pixels
+
+    Raises:
+        ValueError: more than 8 bits, or not the size in the JSON
+        OSError: it cannot be read
+    """
+    header = read_header(path)
+    if (header.width, header.height) != (entry.width, entry.height):
+        told = " after its EXIF rotation" if header.turned else ""
         raise ValueError(
-            f"{path} has {size[0]}x{size[1]} pixels (width x height){told}, but in the JSON it has "
-            f"the width {entry.width} and the height {entry.height}. Do its boxes belong to this "
-            "image?"
+            f"{path} has {header.width}x{header.height} pixels (width x height){told}, but in the "
+            f"JSON it has the width {entry.width} and the height {entry.height}. Do its boxes "
+            "belong to this image?"
         )
-    return has_alpha
+    return header.has_alpha
 
 
 def is_transparent(path: str) -> bool:

@@ -48,7 +48,8 @@ def train(
         preflight_stage(stage)
     point, results = plan.resume_point, {}
     for stage in (first, *later):
-        gc.collect()  # trainers hold themselves: two teachers would be in memory at a time
+        if later:  # trainers hold themselves: two teachers would be in memory at a time
+            gc.collect()
         results = _train_stage(stage, plan.seed, point, teacher_is_checked=stage is not first)
         point = ResumePoint(stage.final_checkpoint, stage.end, plan.seed)
     return results

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 
+from .onnx_operators import opset_of
 from .student import fixed_images, load_student
 
 FORMATS = ("torchscript", "onnx")
@@ -93,7 +94,7 @@ def _to_onnx(adapter: nn.Module, image: Tensor, path: str) -> None:
         adapter,
         (image,),
         path,
-        opset_version=16,
+        opset_version=opset_of(adapter),
         input_names=["image"],
         dynamic_axes={"image": {1: "height", 2: "width"}},
         **traced,

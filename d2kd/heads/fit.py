@@ -7,7 +7,7 @@ from torch import nn
 from detectron2.config import CfgNode
 
 from ..pairing.pair import ANY_PAIR, DENSE, TWO_STAGE, DistillPair
-from ..views import anchor_order
+from ..views import DetectorInfo, anchor_order
 from .registry import compares_logits, head_class
 
 
@@ -66,7 +66,10 @@ def _other_logits(name: str, pair: DistillPair) -> Optional[str]:
 
 def _other_anchors(name: str, pair: DistillPair) -> Optional[str]:
     student, teacher = pair.student, pair.teacher
+    without_anchors = student.anchor_free or teacher.anchor_free
     if student.num_anchors != teacher.num_anchors:
+        if without_anchors:
+            return _other_cells(name, pair)
         return (
             f"{name} compares logits cell by cell, but the student has {student.num_anchors} "
             f"anchors per cell and the teacher {teacher.num_anchors} (MODEL.ANCHOR_GENERATOR)."
@@ -74,6 +77,8 @@ def _other_anchors(name: str, pair: DistillPair) -> Optional[str]:
     for level in pair.levels:
         ours, theirs = student.anchors.get(level.student), teacher.anchors.get(level.teacher)
         if ours and theirs and anchor_order(ours, theirs) is None:
+            if without_anchors:
+                return _other_cells(name, pair)
             return (
                 f"{name} compares logits anchor by anchor, but on {level.student} they differ: the "
                 f"student's first cell has {_boxes(ours)}, the teacher's on {level.teacher} "
@@ -81,6 +86,22 @@ def _other_anchors(name: str, pair: DistillPair) -> Optional[str]:
                 "OFFSET in MODEL.ANCHOR_GENERATOR."
             )
     return None
+
+
+def _other_cells(name: str, pair: DistillPair) -> str:
+    student, teacher = pair.student, pair.teacher
+    return (
+        f"{name} compares logits cell by cell, but the student {student.name} predicts "
+        f"{_predicts(student)} and the teacher {teacher.name} {_predicts(teacher)}. Take a teacher "
+        f"that is a {student.name}, or a head that compares features or regions."
+    )
+
+
+def _predicts(detector: DetectorInfo) -> str:
+    if not detector.anchor_free:
+        return f"for {detector.num_anchors} anchors per cell"
+    left, _, right, _ = next(iter(detector.anchors.values()))[0]
+    return f"from the {'centre' if left + right else 'corner'} of each cell, without anchors"
 
 
 def _boxes(anchors: Sequence[Sequence[float]]) -> str:

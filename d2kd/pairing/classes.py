@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from detectron2.config import CfgNode
 
@@ -35,6 +35,12 @@ class CommonClasses:
         one_by_one = tuple((i,) for i in range(len(self.student_names)))
         same_count = len(self.student_names) == len(self.teacher_names)
         return same_count and self.student == self.teacher == one_by_one
+
+    @property
+    def student_class(self) -> Dict[int, int]:
+        """Teacher's class to student's class, where that is a single one and not several merged."""
+        pairs = zip(self.student, self.teacher)
+        return {t: ours[0] for ours, theirs in pairs if len(ours) == 1 for t in theirs}
 
     def __str__(self) -> str:
         if self.same and self.student_names == self.teacher_names:

@@ -1,6 +1,5 @@
 """Build the frozen teacher from a config file and weights, and refuse one that is not whole."""
 
-import hashlib
 import logging
 import os
 import re
@@ -13,7 +12,6 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import check_is_file, load_whole_detector
 from ..data.class_names import class_names, names_in_sets
@@ -22,6 +20,7 @@ from ..modeling.trainable import check_teaches
 from ..utils.packaged import find_file
 from ..weights.trained_config import check_same_detector
 from .compiled import CompiledBackbone
+from .manifest import identity, make_manifest
 from .options import TeacherOptions
 
 logger = logging.getLogger(__name__)
@@ -96,8 +95,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     else:
         logger.warning("DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS: this teacher knows nothing.")
     model.eval().requires_grad_(False)
-    manifest = {"config": text, "weights_sha256": _sha256(weights)}
-    return Teacher(model, image_format, manifest, names, options)
+    return Teacher(model, image_format, make_manifest(text, weights), names, options)
 
 
 def resolve_teacher(cfg: CfgNode) -> Tuple[str, str]:
@@ -166,7 +164,7 @@ def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
     source = f"DISTILL.TEACHER.CONFIG_FILE: {path!r} with DISTILL.TEACHER.OPTS"
     check_teaches(cfg, source)
     model = build_detector(cfg, source)
-    return model, cfg.INPUT.FORMAT, _identity(cfg), class_names(cfg), cfg
+    return model, cfg.INPUT.FORMAT, identity(cfg), class_names(cfg), cfg
 
 
 def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
@@ -226,27 +224,9 @@ def _targets(tree: Any) -> Set[str]:
     return found | {name}
 
 
-def _identity(cfg: CfgNode) -> str:
-    """What makes the teacher the detector it is; not where it runs or how it was trained."""
-    model = cfg.MODEL.clone()
-    model.defrost()
-    model.DEVICE, model.WEIGHTS = "", ""
-    return f"INPUT.FORMAT: {cfg.INPUT.FORMAT}\n{model.dump()}"
-
-
 def _check_format(teacher: str, student: str) -> None:
     if teacher != student and {teacher, student} != {"BGR", "RGB"}:
         raise ValueError(
             f"INPUT.FORMAT: the teacher wants {teacher!r}, the student {student!r}. d2kd can only "
             "turn BGR into RGB and back; read images for the student as one of the two."
         )
-
-
-def _sha256(weights: str) -> str:
-    if not weights:
-        return ""
-    digest = hashlib.sha256()
-    with PathManager.open(weights, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

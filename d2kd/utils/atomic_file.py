@@ -40,10 +40,13 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
             os.remove(unfinished)
 
 
-def check_writable(folder: str) -> None:
+def check_writable(folder: str, key: str = "OUTPUT_DIR") -> None:
     """
+    Args:
+        key: what names the folder, for the error
+
     Raises:
-        OSError: OUTPUT_DIR cannot be created or is not writable
+        OSError: the folder cannot be created or is not writable
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -51,7 +54,7 @@ def check_writable(folder: str) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"OUTPUT_DIR: {folder!r} is not writable: {error}. Choose another folder."
+            f"{key}: {folder!r} is not writable: {error}. Choose another folder."
         ) from error
 
 

@@ -29,6 +29,15 @@ def require(module: str, wanted_by: str) -> ModuleType:
         ) from None
 
 
+def has_compiled_operators() -> bool:
+    """Whether Detectron2 was compiled, so that it has operators of its own for CUDA."""
+    try:
+        importlib.import_module("detectron2._C")
+    except ImportError:
+        return False
+    return True
+
+
 def current_iteration() -> int:
     """The training iteration, from 0; 0 outside a trainer."""
     try:

@@ -24,7 +24,7 @@ def find_file(path: str) -> str:
 def packaged_file(name: str) -> str:
     """
     Args:
-        name: such as "configs/quickstart/cwd.yaml", or "quickstart/cwd.yaml"
+        name: such as "configs/quickstart/pkd.yaml", or "quickstart/pkd.yaml"
 
     Returns:
         path of d2kd's own file of this name; "" if there is none

@@ -46,11 +46,13 @@ class DenseView(DetectorView):
     @property
     def info(self) -> DetectorInfo:
         detector = self.detector
+        box_weights = getattr(detector.box2box_transform, "weights", None)
         return replace(
             super().info,
             dense_levels=tuple(detector.head_in_features),
             anchors=cell_anchors(detector.anchor_generator, detector.head_in_features),
-            box_weights=tuple(getattr(detector.box2box_transform, "weights", ())),
+            box_weights=tuple(box_weights or ()),
+            anchor_free=box_weights is None,
             vector_channels=detector.head.cls_score.in_channels,
             roi_size=ROI_SIZE,
         )

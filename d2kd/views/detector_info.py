@@ -20,7 +20,9 @@ class DetectorInfo:
     cell, XYXY in input pixels, in the order of the predictions; `vector_channels`: length of a
     region's vector (`region_vectors`), 0 without; `roi_size`: cells along a side of its RoI
     features; `box_weights`: factors of its box deltas (BBOX_REG_WEIGHTS of
-    MODEL.ROI_BOX_HEAD, or of MODEL.RETINANET), () of FCOS, which has none.
+    MODEL.ROI_BOX_HEAD, or of MODEL.RETINANET), () without anchors; `anchor_free`: whether cells
+    predict from a point of theirs, as those of FCOS and RepPoints: what `anchors` has then is a
+    square around that point.
     """
 
     name: str
@@ -35,6 +37,7 @@ class DetectorInfo:
     vector_channels: int = 0
     roi_size: int = 0
     box_weights: Tuple[float, ...] = ()
+    anchor_free: bool = False
 
     @property
     def channels(self) -> int:

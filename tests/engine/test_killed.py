@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from d2kd.checkpoint import PlainCheckpointer
 from d2kd.engine import Trainer, train
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
-from tests.helpers.forks import fork, in_clean_process, launch_forks
+from tests.helpers.forks import fork, in_clean_process, launch_two
 from tests.helpers.runs import assert_same_checkpoint, at, run_config, saved
 from tests.helpers.toys import write_teacher
 
@@ -183,13 +183,13 @@ def test_killed_run_resumes_to_the_same_losses_and_the_same_end(
 
 
 def kill_and_resume_two(cfg: CfgNode, folder: Path) -> None:
-    launch_forks(train_and_write, at(cfg, folder, "whole"))
+    launch_two(train_and_write, at(cfg, folder, "whole"), start_method="fork")
     for point, (_, last) in POINTS_OF_TWO.items():
         killed = at(cfg, folder, point)
         with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-            launch_forks(train_and_write, killed, point)
+            launch_two(train_and_write, killed, point, start_method="fork")
         assert last_whole_checkpoint(killed.OUTPUT_DIR).endswith(f"/{last}")
-        launch_forks(train_and_write, killed, "", True)
+        launch_two(train_and_write, killed, "", True, start_method="fork")
 
 
 def test_two_processes_that_are_killed_resume_to_the_same_losses_and_the_same_end(

@@ -21,6 +21,7 @@ from d2kd.engine.parallel import data_parallel
 from d2kd.engine.preflight.teacher_check import check_teacher
 from d2kd.heads import DistillPair
 from d2kd.views import DetectorView
+from tests.helpers.forks import launch_two
 from tests.helpers.runs import (
     SHAPES_CLASSES,
     assert_same_tensors,
@@ -171,7 +172,7 @@ def fails_on_the_second(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path, teacher: List[Any]) -> List[Dict[str, Any]]:
-    launch(in_each_process, 2, device="cpu", args=(folder, teacher))
+    launch_two(in_each_process, folder, teacher)
     return [torch.load(folder / f"rank_{i}.pth") for i in range(2)]
 
 

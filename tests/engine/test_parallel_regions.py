@@ -12,12 +12,12 @@ from detectron2.structures import Boxes
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from d2kd.engine import launch
 from d2kd.engine.parallel import data_parallel
 from d2kd.heads import CKDHead, RoIClsHead, RoILocHead, SGFIHead
 from d2kd.views import Regions, RegionSampler, dense
 from d2kd.views.predictions import RoIPredictions
 from d2kd.views.regions import Source
+from tests.helpers.forks import launch_two
 from tests.helpers.runs import assert_same_tensors
 from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
 
@@ -265,7 +265,7 @@ def in_each_process(folder: Path, teacher: List[Any]) -> None:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> List[Dict[str, Any]]:
     teacher = write_teacher(folder, "faster_rcnn", MODEL__FPN__OUT_CHANNELS=64)
-    launch(in_each_process, 2, device="cpu", args=(folder, teacher))
+    launch_two(in_each_process, folder, teacher)
     return [torch.load(folder / f"regions_{i}.pth") for i in range(2)]
 
 

@@ -17,9 +17,10 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 
 from d2kd.config import student_config
-from d2kd.engine import Trainer, launch, train
+from d2kd.engine import Trainer, train
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.engine.stages import plan_stages
+from tests.helpers.forks import launch_two
 from tests.helpers.runs import (
     Interrupt,
     Interruption,
@@ -505,7 +506,7 @@ def in_each_process(
 def test_second_process_begins_a_stage_with_what_the_first_has_saved(
     folder: Path, teacher: List[Any], stronger: Dict[str, str], tmp_path: Path
 ) -> None:
-    launch(in_each_process, 2, device="cpu", args=(folder, teacher, stronger, tmp_path))
+    launch_two(in_each_process, folder, teacher, stronger, tmp_path)
     ranks = [torch.load(tmp_path / f"rank_{i}.pth") for i in range(2)]
     end = torch.load(tmp_path / "model_stage_1_final.pth", weights_only=True)["model"]
     for found in ranks:

@@ -67,28 +67,6 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     assert_same_end(final(parts), final(whole))
 
 
-@pytest.mark.process
-def test_run_resumed_in_a_new_process_equals_an_uninterrupted_one(
-    folder: Path, teacher: List[Any], tmp_path: Path
-) -> None:
-    """A new process has no compiled code, no cached data and no random state of the old one."""
-    cfg = run_config(folder, teacher, SOLVER__MAX_ITER=6)
-    whole, parts = at(cfg, tmp_path, "whole"), at(cfg, tmp_path, "parts")
-    # Not in this process, for which other tests have already compiled TorchScript's functions.
-    for work in (begin, resume):
-        torch.multiprocessing.start_processes(work, (whole, parts), start_method="spawn")
-    assert_same_end(final(parts), final(whole))
-
-
-def begin(rank: int, whole: CfgNode, parts: CfgNode) -> None:
-    run(whole)
-    interrupt(parts, 2)
-
-
-def resume(rank: int, whole: CfgNode, parts: CfgNode) -> None:
-    run(parts, resume=True)
-
-
 def test_run_without_a_seed_resumes_with_the_one_it_was_begun_with(
     folder: Path, teacher: List[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 import torch
@@ -149,12 +149,25 @@ def test_torchscript_detects_what_a_student_of_two_stages_does(saved: Any, tmp_p
     assert os.path.isfile(found["file"]) and found["detections"] > 0
 
 
-@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
-def test_onnx_detects_what_the_student_does(name: str, saved: Any, tmp_path: Path) -> None:
+DEFORMABLE = {
+    "MODEL__RESNETS__DEFORM_ON_PER_STAGE": [False, False, False, True],
+    "MODEL__RESNETS__DEFORM_MODULATED": True,
+    "MODEL__RESNETS__DEFORM_NUM_GROUPS": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "name, opts",
+    [("retinanet", {}), ("mask_rcnn", {}), ("reppoints", {}), ("retinanet", DEFORMABLE)],
+    ids=["retinanet", "mask_rcnn", "reppoints", "deformable"],
+)
+def test_onnx_detects_what_the_student_does(
+    name: str, opts: Dict[str, Any], saved: Any, tmp_path: Path
+) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     # GN with one channel a group takes no map of one cell.
-    cfg, weights = saved(name, MODEL__RETINANET__NORM="")
+    cfg, weights = saved(name, MODEL__RETINANET__NORM="", MODEL__REPPOINTS__NORM="", **opts)
     found = export_graph(cfg, weights, "onnx", str(tmp_path))
     assert found.get("verified"), found
     assert os.path.isfile(found["file"]) and found["equal"] > 50

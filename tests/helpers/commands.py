@@ -18,6 +18,7 @@ COMMANDS: Dict[str, str] = {
     "d2kd doctor": "d2kd.doctor",
     "d2kd export": "d2kd.export.__main__",
     "d2kd check": "d2kd.conformance.__main__",
+    "d2kd label": "d2kd.cli.label",
     "d2kd draw": "d2kd.cli.draw",
     "d2kd draw-detections": "d2kd.cli.draw_detections",
     "d2kd quickstart": "d2kd.cli.quickstart",

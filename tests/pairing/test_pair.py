@@ -45,7 +45,8 @@ TAKES: Dict[str, FrozenSet[str]] = {
 
 @lru_cache(maxsize=None)
 def detector(name: str) -> Any:
-    return build_model(detector_config(name, MODEL__RETINANET__NUM_CONVS=3))
+    convs = {f"MODEL__{x}__NUM_CONVS": 3 for x in ("RETINANET", "FCOS", "REPPOINTS")}
+    return build_model(detector_config(name, **convs))
 
 
 def pair_of(student: str, teacher: str) -> DistillPair:
@@ -115,8 +116,33 @@ def test_unequal_anchors_leave_out_what_compares_cell_by_cell() -> None:
     names = set(fitting(config(), pair))
     assert names == set(buildable(config(), pair))
     assert not names & {"BCKD", "CrossKD", "DIST", "MLD"} and {"FGD", "PKD", "CKD"} <= names
-    text = refusal_of("BCKD", config(), pair)
-    assert "BCKD compares logits cell by cell, but the student has 1 anchors per cell" in text
+
+
+CELLS = {
+    "retinanet": "RetinaNet predicts for 3 anchors per cell",
+    "fcos": "FCOS predicts from the centre of each cell, without anchors",
+    "reppoints": "RepPoints predicts from the corner of each cell, without anchors",
+}
+UNLIKE = [("retinanet", "reppoints"), ("reppoints", "retinanet"), ("reppoints", "faster_rcnn")]
+UNLIKE += [("faster_rcnn", "reppoints")]
+WITH_FCOS = [("fcos", "retinanet"), ("reppoints", "fcos"), ("fcos", "reppoints")]
+
+
+@pytest.mark.parametrize(
+    "student, teacher", [*UNLIKE, *(pytest.param(*x, marks=needs_fcos) for x in WITH_FCOS)]
+)
+def test_detectors_with_unlike_cells_learn_by_what_does_not_compare_cells(
+    student: str, teacher: str
+) -> None:
+    pair = pair_of(student, teacher)
+    of_cells = {"BCKD", "CrossKD", "DIST", "MLD"} if pair.kind in DENSE else set()
+    fit = {x for x in head_names() if misfit(x, config(), pair) is None}
+    assert fit == {x for x in head_names() if pair.kind in TAKES.get(x, ANY_PAIR)} - of_cells
+    for name in of_cells:
+        text = refusal_of(name, config(), pair)
+        assert f"{name} compares logits cell by cell, but the student {CELLS[student]}" in text
+        assert f"and the teacher {CELLS[teacher].replace(' predicts', '')}. Take a teacher " in text
+        assert "ANCHOR_GENERATOR" not in text and "Heads that fit: AMD, " in text
 
 
 # Levels on which both predict --------------------------------------------------------------------

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from detectron2.utils import comm
 
-from d2kd.engine import launch
 from d2kd.utils.processes import gather_rows
+from tests.helpers.forks import launch_two
 
 needs_distributed = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="no torch.distributed"
@@ -40,7 +40,7 @@ def in_each_process(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> List[Dict[str, Any]]:
-    launch(in_each_process, 2, device="cpu", args=(folder,))
+    launch_two(in_each_process, folder)
     return [torch.load(folder / f"gathered_{i}.pth") for i in range(2)]
 
 

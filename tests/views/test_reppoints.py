@@ -6,13 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+import detectron2.modeling
 from detectron2.modeling import build_model
 
 from d2kd.conformance.case import Case, Pair
 from d2kd.conformance.detectors import enliven
+from d2kd.conformance.gradients import check_gradients
 from d2kd.views import describe_detector
 from tests.helpers.toys import batch, detector_config
 from tests.helpers.view_toys import OF_DENSE, record, view_of_teacher
+
+needs_fcos = pytest.mark.skipif(
+    not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"
+)
 
 
 def build(**overrides: Any) -> nn.Module:
@@ -29,7 +35,7 @@ def test_info() -> None:
     assert info.name == "RepPoints" and not info.two_stage and info.box_weights == ()
     assert info.provides == OF_DENSE | {"tower_1", "tower_2", "tower_3"}
     assert (info.num_anchors, info.num_classes, info.vector_channels) == (1, 3, 32)
-    assert info.anchors["p4"] == ((-8.0, -8.0, 8.0, 8.0),)
+    assert info.anchor_free and info.anchors["p4"] == ((-8.0, -8.0, 8.0, 8.0),)
 
 
 def test_dense_predictions_are_those_of_the_losses() -> None:
@@ -102,5 +108,19 @@ def test_heads_that_read_inside_learn_between_two(name: str) -> None:
     assert sum(float(p.grad.abs().sum()) for p in distiller.student.backbone.parameters()) > 0
 
 
-def test_logits_of_another_number_of_anchors_are_refused() -> None:
-    assert "anchors per cell" in Case("BCKD", Pair("reppoints", "retinanet")).refusal
+@pytest.mark.parametrize(
+    "teacher, student",
+    [
+        ("reppoints", "retinanet"),
+        ("retinanet", "reppoints"),
+        ("faster_rcnn", "reppoints"),
+        pytest.param("fcos", "reppoints", marks=needs_fcos),
+    ],
+)
+@pytest.mark.parametrize("name", ["CKD", "MAR"])  # on vectors of regions, and on class heads
+def test_heads_on_regions_learn_between_unlike_detectors(
+    name: str, teacher: str, student: str
+) -> None:
+    case = Case(name, Pair(teacher, student))
+    assert not case.refusal
+    check_gradients(case)

@@ -63,7 +63,7 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
     name = cfg.DATASETS.TEST[0]
     where = f"on {len(images)} images of {name}"
     if classes:
-        evaluated = len(set(_class_map(classes).values()))
+        evaluated = len(set(classes.student_class.values()))
         where += f", {evaluated} of its {len(classes.student_names)} classes,"
     ap = _evaluate(cfg, teacher, name, images, classes)
     logger.info(f"The teacher has {ap:.1f} AP {where.rstrip(',')}.")
@@ -101,17 +101,11 @@ def _other_classes(cfg: CfgNode, teacher: Teacher, classes: Optional[CommonClass
     if classes:
         if list(classes.student_names) != list(metadata.thing_classes):
             return f"{metadata.name} has other classes than the student"
-        return "" if _class_map(classes) else "no class of it is one class of the student's"
+        return "" if classes.student_class else "no class of it is one class of the student's"
     count = describe_detector(teacher.model, "teacher").num_classes
     if count != len(metadata.thing_classes):
         return f"it has {count} classes, {metadata.name} {len(metadata.thing_classes)}"
     return ""
-
-
-def _class_map(classes: CommonClasses) -> Dict[int, int]:
-    """Teacher's class to student's class, where that is a single one and not several merged."""
-    pairs = zip(classes.student, classes.teacher)
-    return {t: ours[0] for ours, theirs in pairs if len(ours) == 1 for t in theirs}
 
 
 def _has_object(image: Dict[str, Any], classes: Optional[CommonClasses]) -> bool:
@@ -119,7 +113,7 @@ def _has_object(image: Dict[str, Any], classes: Optional[CommonClasses]) -> bool
     if "annotations" not in image:  # of a set without annotations
         return True
     objects = {x["category_id"] for x in image["annotations"] if not x.get("iscrowd", 0)}
-    return bool(objects & set(_class_map(classes).values()) if classes else objects)
+    return bool(objects & set(classes.student_class.values()) if classes else objects)
 
 
 def evenly_spaced(images: List[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
@@ -147,13 +141,14 @@ def _evaluate(
             outputs = teacher.model(teacher.batch(inputs, cfg.INPUT.FORMAT))
         if classes:
             outputs = [
-                {"instances": _remap_classes(x["instances"], _class_map(classes))} for x in outputs
+                {"instances": _remap_classes(x["instances"], classes.student_class)}
+                for x in outputs
             ]
         evaluator.process(inputs, outputs)
     results = evaluator.evaluate(img_ids=[x["image_id"] for x in images]).get("bbox", {})
     found = [results.get("AP", 0.0)]
     if classes and len(classes.student_names) > 1:  # of one class there are no APs by class
-        names = [classes.student_names[i] for i in set(_class_map(classes).values())]
+        names = [classes.student_names[i] for i in set(classes.student_class.values())]
         found = [results.get(f"AP-{x}", 0.0) for x in names]
     found = [x for x in found if not math.isnan(x)]  # a class of which these images have no object
     return sum(found) / max(len(found), 1)

@@ -1,5 +1,6 @@
 """RepPoints from YAML: built, trained, tested, refused."""
 
+import math
 from typing import Any, Dict, List
 
 import pytest
@@ -11,8 +12,13 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2kd.conformance.cuda_autocast import cuda_autocast
+from d2kd.conformance.detectors import enliven
 from d2kd.conformance.half_precision import runs_in_float16
+from d2kd.conformance.suite import has_gloo
+from d2kd.conformance.two_processes import check_processes
+from d2kd.modeling.reppoints.cells import cells_of
 from d2kd.modeling.reppoints.inference import detect
+from d2kd.modeling.reppoints.targets import init_targets
 from tests.helpers.runs import (
     SHAPES_CLASSES,
     assert_same_tensors,
@@ -21,7 +27,7 @@ from tests.helpers.runs import (
     run_config,
     saved,
 )
-from tests.helpers.toys import batch, detector_config
+from tests.helpers.toys import batch, detector_config, noise
 
 LOSSES = {"loss_cls", "loss_box_init", "loss_box_refine"}
 
@@ -61,6 +67,47 @@ def test_every_parameter_learns_whether_or_not_there_are_boxes(boxes: int) -> No
         assert losses["loss_box_init"] == losses["loss_box_refine"] == 0 < losses["loss_cls"]
 
 
+def test_losses_are_the_weighted_sums_of_their_cells() -> None:
+    """Against one cell and one coordinate at a time, in float64."""
+    model = build(MODEL__REPPOINTS__INIT_LOSS_WEIGHT=0.3, MODEL__REPPOINTS__REFINE_LOSS_WEIGHT=0.7)
+    anchors = model.anchor_generator([torch.zeros(1, 1, v, v) for v in (8, 4, 2, 1, 1)])
+    cells = cells_of(anchors, [(64, 32), (64, 64)], 32)
+    gt = [x["instances"] for x in batch(2)]
+    gt[1] = gt[1][:0]  # an image without boxes
+    corners = cells.corners.double().repeat(1, 2)
+    logits, boxes, init = (noise(2, 86, k, seed=i) for i, k in enumerate((3, 4, 4)))
+    boxes, init = (corners + 8 * x.abs() * torch.tensor([-1, -1, 1, 1]) for x in (boxes, init))
+    found = model.losses([logits], [boxes], [init], cells, gt)
+
+    labels, gt_boxes = model.label_anchors(init, cells, gt)
+    on_init, init_gt = init_targets(cells, gt, 4.0)
+    assert on_init[0].any() and not on_init[1].any() and (labels[0] < 0).any()
+    on_objects = torch.stack([(x >= 0) & (x < 3) for x in labels])
+    expected = {"loss_cls": 0.0, "loss_box_init": 0.0, "loss_box_refine": 0.0}
+    for image in range(2):
+        for cell in range(86):
+            label, unit = int(labels[image][cell]), 4 * float(cells.strides[cell])
+            for k, x in enumerate(logits[image, cell].tolist() if label >= 0 else []):
+                p = 1 / (1 + math.exp(-x))
+                expected["loss_cls"] -= (
+                    0.25 * (1 - p) ** 2 * math.log(p)
+                    if k == label
+                    else 0.75 * p**2 * math.log(1 - p)
+                )
+            for name, weight, on, ours, wanted in (
+                ("loss_box_init", 0.3, on_init, init, init_gt),
+                ("loss_box_refine", 0.7, on_objects, boxes, gt_boxes),
+            ):
+                if on[image, cell]:
+                    for d in ((ours - wanted)[image, cell].abs() / unit).tolist():
+                        expected[name] += weight * (d**2 / 0.22 if d < 0.11 else d - 0.055)
+    positives = int(on_objects[0].sum()) + 1
+    expected["loss_cls"] /= positives
+    expected["loss_box_refine"] /= positives
+    expected["loss_box_init"] /= int(on_init[0].sum()) + 1
+    assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, rel=1e-6)
+
+
 def test_classes_and_refined_boxes_move_the_initial_points_by_a_tenth_and_not_at_all() -> None:
     head, found = build(MODEL__REPPOINTS__NORM="").head, []
     x = torch.rand(1, 32, 6, 6)
@@ -78,6 +125,20 @@ def test_classes_and_refined_boxes_move_the_initial_points_by_a_tenth_and_not_at
         found.append(bias.grad)
         assert torch.allclose(bias.grad, 0.1 * free.grad.sum(dim=(0, 2, 3)), rtol=1e-3, atol=1e-9)
     assert all(x.abs().max() > 0 for x in found)
+
+
+class Alone:
+    """A detector without a teacher in the place of a pair of two."""
+
+    def __init__(self, detector: nn.Module):
+        self.distiller = detector
+
+
+@pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")
+def test_two_processes_one_without_boxes_stay_equal() -> None:
+    model = build()
+    enliven(model)
+    check_processes(Alone(model))
 
 
 @pytest.mark.skipif(not runs_in_float16(), reason="this PyTorch has no float16 on CPUs")

@@ -1,0 +1,37 @@
+"""
+Pseudo-labels: a teacher's detections on unlabelled images, of each class those from the score at
+which a labelled set shows the precision that is wanted. `d2kd label` writes them.
+"""
+
+from .detector import category_ids, load_detector
+from .images import find_images
+from .inference import detect
+from .labelled_set import LabelledSet, read_labelled_set
+from .matches import ClassMatches, match
+from .sheet import draw_sheet
+from .table import gate_table, gate_warnings
+from .thresholds import Gate, choose_gate, choose_gates
+from .worst import list_worst, worst_images
+from .write import describe_labels, label_json, training_yaml
+
+__all__ = [
+    "ClassMatches",
+    "Gate",
+    "LabelledSet",
+    "category_ids",
+    "choose_gate",
+    "choose_gates",
+    "describe_labels",
+    "detect",
+    "draw_sheet",
+    "find_images",
+    "gate_table",
+    "gate_warnings",
+    "label_json",
+    "list_worst",
+    "load_detector",
+    "match",
+    "read_labelled_set",
+    "training_yaml",
+    "worst_images",
+]

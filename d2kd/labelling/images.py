@@ -1,0 +1,85 @@
+"""Find the images to label, and check that they can be read."""
+
+import json
+import os
+from typing import Any, Dict, Iterator, List
+
+from ..data.coco_parts import read_images
+from ..data.image_files import check_images
+from ..data.image_headers import Header, read_header
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def find_images(folder: str, json_file: str = "") -> List[Dict[str, Any]]:
+    """
+    Args:
+        folder: with the images, also in folders below it
+        json_file: COCO-format JSON that lists those to label; "": all
+
+    Returns:
+        in Detectron2's format: file_name (a path), image_id, width, height
+
+    Raises:
+        OSError, ValueError: there are none, or one cannot be read
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"--images: there is no folder {folder!r}.")
+    return _listed_images(folder, json_file) if json_file else _all_images(folder)
+
+
+def _listed_images(folder: str, json_file: str) -> List[Dict[str, Any]]:
+    """Ids are those of the JSON."""
+    if not os.path.isfile(json_file):
+        raise FileNotFoundError(f"--json: there is no file {json_file!r}.")
+    try:
+        with open(json_file) as file:
+            content = json.load(file)
+        listed = content.get("images") if isinstance(content, dict) else None
+        if not isinstance(listed, list) or not listed:
+            raise ValueError('there is no list "images", or it is empty')
+        entries = read_images(listed)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--json: {json_file} is not in COCO's format: {error}") from error
+    check_images(entries, folder, "TEST", f"--json: {json_file}")
+    return [
+        {
+            "file_name": os.path.join(folder, entry.file_name),
+            "image_id": listed[i]["id"],
+            "width": entry.width,
+            "height": entry.height,
+        }
+        for i, entry in enumerate(entries)
+    ]
+
+
+def _all_images(folder: str) -> List[Dict[str, Any]]:
+    """Ids count from 1, in the order of the paths."""
+    headers: Dict[str, Header] = {}
+    problems: List[str] = []
+    for path in sorted(_image_paths(folder)):
+        try:
+            headers[path] = read_header(path)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(
+            f"--images: {len(problems)} of {len(headers) + len(problems)} images cannot be "
+            f"labelled. The first: {problems[0].rstrip('.')}. Move them to another folder."
+        )
+    if not headers:
+        raise FileNotFoundError(
+            f"--images: there is no image in {folder!r} ({', '.join(EXTENSIONS)})."
+        )
+    return [
+        {"file_name": path, "image_id": i, "width": header.width, "height": header.height}
+        for i, (path, header) in enumerate(headers.items(), 1)
+    ]
+
+
+def _image_paths(folder: str) -> Iterator[str]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            # Hidden ones are no images, such as the "._a.jpg" that macOS leaves beside a.jpg.
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield os.path.join(parent, name)

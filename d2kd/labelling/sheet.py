@@ -1,0 +1,68 @@
+"""A contact sheet of the images on which detector and labels disagree most."""
+
+import os
+from typing import List, Mapping, Optional, Tuple
+
+import numpy as np
+
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.visualizer import Visualizer
+
+from ..panel.tiles import GAP, join, resize, text_line
+from .inference import Annotation
+from .worst import ImageErrors
+
+SIDE, COLUMNS = 320, 4  # longer side of an image, pixels; images in a row
+# RGB, 0..255, of three kinds that the colour-blind can tell apart
+FOUND, MISS, FALSE_ALARM = (86, 180, 233), (240, 228, 66), (213, 94, 0)
+
+
+def draw_sheet(
+    worst: List[ImageErrors], files: Mapping[int, str], names: Mapping[int, str]
+) -> np.ndarray:
+    """
+    Args:
+        worst: one or more
+        files: path of each image, by id
+        names: of the classes, by category id
+
+    Returns:
+        (H, W, 3) uint8, RGB
+    """
+    tiles = [_tile(x, files[x.image_id], names) for x in worst]
+    rows = [join(tiles[i : i + COLUMNS], axis=1) for i in range(0, len(tiles), COLUMNS)]
+    colours = (("labels that are found", FOUND), ("misses", MISS), ("false alarms", FALSE_ALARM))
+    legend = [x for text, colour in colours for x in (_swatch(colour), text_line(text))]
+    sheet = join([join(legend, axis=1), *rows], axis=0)
+    return np.pad(sheet, [(GAP, GAP), (GAP, GAP), (0, 0)], constant_values=255)
+
+
+def _swatch(colour: Tuple[int, int, int]) -> np.ndarray:
+    line = text_line("      ")
+    line[2:-2] = colour
+    return line
+
+
+def _tile(errors: ImageErrors, path: str, names: Mapping[int, str]) -> np.ndarray:
+    image = read_image(path, "RGB")
+    picture = Visualizer(image, scale=SIDE / max(image.shape[:2]))
+    missed = {x["id"] for x in errors.misses}
+    _draw(picture, [x for x in errors.truth if x["id"] not in missed], FOUND)
+    _draw(picture, errors.misses, MISS, [names[x["category_id"]] for x in errors.misses])
+    texts = [f"{names[x['category_id']]} {x['score']:.2f}" for x in errors.false_alarms]
+    _draw(picture, errors.false_alarms, FALSE_ALARM, texts)
+    told = f"{len(errors.misses)} missed, {len(errors.false_alarms)} false"
+    caption = text_line(f"{told}: {os.path.basename(path)}")[:, :SIDE]
+    return join([caption, resize(picture.output.get_image(), SIDE)], axis=0, gap=0)
+
+
+def _draw(
+    picture: Visualizer,
+    annotations: List[Annotation],
+    colour: Tuple[int, int, int],
+    texts: Optional[List[str]] = None,
+) -> None:
+    boxes = np.array([x["bbox"] for x in annotations], dtype=float).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    colours = [tuple(x / 255 for x in colour)] * len(annotations)
+    picture.overlay_instances(boxes=boxes, labels=texts, assigned_colors=colours)

@@ -68,9 +68,9 @@ def draw(found: Dict[str, Curve], label: str, path: str) -> None:
     for name, curve in found.items():
         x = sorted(curve)
         low, mean, high = zip(*(curve[i] for i in x))
-        (line,) = axes.plot(x, mean, marker="o", label=name)
+        last = f"{name}: {mean[-1]:.1f} after {x[-1]}"
+        (line,) = axes.plot(x, mean, marker="o", label=last)
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-        axes.annotate(f"{mean[-1]:.1f}", (x[-1], mean[-1]), (6, -3), textcoords="offset points")
     axes.set_xscale("log")
     axes.set_xticks(budgets, [str(x) for x in budgets])
     axes.minorticks_off()

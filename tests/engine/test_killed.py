@@ -96,14 +96,9 @@ def die_before_naming(name: str) -> None:
     PlainCheckpointer.tag_last_checkpoint = tag_or_die
 
 
-def die_between_stages() -> None:
-    Trainer.begin_stage = lambda self, path: kill()
-
-
 # Name of a folder to how its run dies, and the checkpoint that is there to go on from
 POINTS = {
     "step_of_stage_1": (lambda: Die(2), "model_stage_1_0000001.pth"),
-    "between_stages": (die_between_stages, "model_stage_1_final.pth"),
     "step_of_stage_2": (lambda: Die(6), "model_0000005.pth"),
     "while_saving": (lambda: die_while_saving("model_0000005"), "model_0000003.pth"),
     "before_naming": (lambda: die_before_naming("model_0000005"), "model_0000003.pth"),

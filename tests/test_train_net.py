@@ -96,12 +96,3 @@ def test_evaluation_needs_no_teacher_and_then_the_run_goes_on(output: Path) -> N
     assert checkpoint["iteration"] == 5
     key = "backbone.fpn_output3.weight"
     assert not torch.equal(checkpoint["model"][key], before[key])
-
-
-def test_unknown_key_is_named_with_the_nearest_one_and_nothing_is_written(output: Path) -> None:
-    new = output.parent / "new"
-    config = ["--config-file", output.parent / "config.yaml", "OUTPUT_DIR", new]
-    done = train_net(*config, "DISTILL.MGDD.LOSS_WEIGHT", 1e-5)
-    assert done.returncode != 0
-    assert "DISTILL.MGDD.LOSS_WEIGHT (did you mean DISTILL.MGD.LOSS_WEIGHT?)" in done.stdout
-    assert not new.exists()

@@ -107,6 +107,7 @@ def test_mistake_is_one_line_and_exit_code_2(
     lines = [x for x in text.splitlines() if "Warning" not in x and not x.startswith("  ")]
     assert len(lines) == 1 and told in lines[0]
     assert lines[0].startswith("d2kd") and ": error: " in lines[0]
+    assert not Path("output").exists(), "nothing is written"
 
 
 def test_unknown_option_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture) -> None:

@@ -15,6 +15,7 @@ REQUIRED: Dict[str, List[str]] = {
     "d2kd export": ["--config-file", "run.yaml", "--output", "out"],
     "d2kd.data.preview": ["preview.png"],
     "tools/benchmark.py": [],
+    "d2kd label": ["--config-file", "run.yaml", "--images", "folder", "--output", "out.json"],
     "d2kd draw-detections": ["picture.png", "--detector", "title", "x.yaml", "x.pth"],
     "d2kd draw": ["--config-file", "x", "--weights", "x", "--output", "x"],
     "tools/paired_baseline.py": ["--config-file", "run.yaml", "--output", "out"],
@@ -23,6 +24,7 @@ REQUIRED: Dict[str, List[str]] = {
 FLAGS = {
     "d2kd train": "--resume",
     "d2kd quickstart": "--fresh",
+    "d2kd label": "--teacher",
     "tools/benchmark.py": "--amp",
 }
 OVERRIDES = ["SOLVER.MAX_ITER", "1000", "SEED", "-1", "DISTILL.MGD.LOSS_WEIGHT", "-1e-5"]

@@ -32,7 +32,7 @@ is out of time does not stop the others:
   memory, PAIR      GiB of each, in a process for every head
   training          the quickstart's PKD for 300 iterations, then with AMP: s an iteration, AP
 After each part its rows are printed, and all rows so far are written as JSON. The output of a part
-is in OUTPUT/PART.log.
+is in OUTPUT, in a log of its own.
 
 examples:
   python tools/gpu_check.py --minutes 12 --output output/gpu_check
@@ -65,6 +65,15 @@ class Part:
     seconds: float = 0.0
     rows: Rows = field(default_factory=list)
 
+    @property
+    def log(self) -> str:
+        """Name of the file with its output."""
+        return f"{_file_name(self.name)}.log"
+
+
+def _file_name(part: str) -> str:
+    return part.replace(", ", "-").replace(" ", "-")
+
 
 def parts_of(output: Path, rehearse: bool) -> List[Part]:
     """All parts in their order; in a rehearsal tiny, and without what the CPU lacks."""
@@ -93,7 +102,7 @@ def _tests(rehearse: bool) -> Part:
 
 def _benchmark(kind: str, pair: str, amp: str, output: Path, rehearse: bool) -> Part:
     name = " ".join(filter(None, (f"{kind}, {pair}", amp[2:])))
-    file = output / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+    file = output / f"{_file_name(name)}.json"
     words = ["tools/benchmark.py", "--json", str(file), *filter(None, [amp])]
     heads, options = HEADS[pair].split(), TEACHERS.split()
     if rehearse:
@@ -128,7 +137,7 @@ def benchmark_rows(report: Dict[str, Any]) -> Rows:
 
 def _training(amp: str, output: Path, rehearse: bool) -> Part:
     name = " ".join(filter(None, ("training", amp[2:])))
-    folder = output / name.replace(" ", "-")
+    folder = output / _file_name(name)
     iterations, images, tests = (2, 8, 4) if rehearse else (300, 1000, 200)
     values = {
         "OUTPUT_DIR": folder,
@@ -158,7 +167,7 @@ def run(part: Part, output: Path, seconds: float) -> None:
     if seconds <= 0:
         part.state = "out of time"
         return
-    start, log = time.monotonic(), output / f"{part.name.replace(', ', '-').replace(' ', '-')}.log"
+    start, log = time.monotonic(), output / part.log
     env = {**os.environ, **part.env, "PYTHONPATH": _with_root(os.environ.get("PYTHONPATH", ""))}
     with open(log, "w") as file:
         child = subprocess.Popen(

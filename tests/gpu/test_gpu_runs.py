@@ -92,7 +92,7 @@ def test_save_looks_for_nan_in_one_wait(
 
 @pytest.mark.process
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_processes_stay_equal(folder: Path, teacher: List[Any], tmp_path: Path) -> None:
+def test_two_processes_train_to_the_end(folder: Path, teacher: List[Any], tmp_path: Path) -> None:
     cfg = config(folder, teacher, tmp_path / "run")
     build_trainer(cfg)  # draws the data
     launch(train, 2, device="cuda", args=(cfg,))

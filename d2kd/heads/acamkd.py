@@ -110,7 +110,8 @@ class CooperativeMasks(nn.Module):
         # Never with the map of all pairs of cells, which has the size of P3 to the square.
         answers = F.scaled_dot_product_attention(query, key, value, attn_mask=readable)
         answers = answers[:, 0].transpose(1, 2).float()  # (N, C, H*W)
-        cells = (self.of_cells @ answers).sigmoid()
+        with torch.autocast(x.device.type, enabled=False):
+            cells = (self.of_cells @ answers).sigmoid()
         if inside is not None:
             cells = cells * inside.flatten(2)
         mean = mean_inside(answers.view_as(target), inside).flatten(2).transpose(1, 2)  # (N, 1, C)
@@ -125,7 +126,8 @@ def _weighted_mean(values: Tensor, masks: Tensor) -> Tensor:
 
 def _overlap(masks: Tensor) -> Tensor:
     """(N, M, K) -> scalar: Dice's coefficient, averaged over the pairs of masks and the images."""
-    products = masks @ masks.transpose(1, 2)
+    with torch.autocast(masks.device.type, enabled=False):
+        products = masks @ masks.transpose(1, 2)
     squares = products.diagonal(dim1=1, dim2=2)
     dice = 2 * products / (squares[:, :, None] + squares[:, None]).clamp(min=1e-6)
     first, second = torch.triu_indices(*products.shape[1:], offset=1, device=masks.device)

@@ -139,10 +139,10 @@ class FGDHead(nn.Module):
         error = F.mse_loss(x, target, reduction="none") * channels
         error = error.sum(dim=1, keepdim=True) * cells
         foreground, background = ((error * mask).sum() for mask in masks)
-        attention = sum(F.l1_loss(a, b, reduction="sum") for a, b in zip(ours, theirs))
+        of_cells, of_channels = (F.l1_loss(a, b, reduction="sum") for a, b in zip(ours, theirs))
         ours, theirs = self.student_context[level](x), self.teacher_context[level](target)
         context = F.mse_loss(x + ours, target + theirs, reduction="sum")
-        return [foreground, background, attention, context]
+        return [foreground, background, of_cells + of_channels, context]
 
     def _masks(
         self, view: DetectorView, sizes: Sequence[Tuple[int, int]]
@@ -189,7 +189,7 @@ def focal_masks(
 
 
 def _background(foreground: Tensor) -> Tensor:
-    background = (foreground == 0).float()
+    background = foreground == 0
     return background / background.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
 
 

@@ -66,10 +66,12 @@ class Axes:
         Returns:
             of each level (num_images, 1, H, W), 0 where there is no box
         """
-        pairs = list(zip(self.lengths[::2], self.lengths[1::2]))
-        maps = [values.new_zeros(num_images, height, width) for width, height in pairs]
+        sizes = list(zip(self.lengths[1::2], self.lengths[::2]))
+        canvas = values.new_zeros(num_images, sum(h * w for h, w in sizes))
+        levels = canvas.split([h * w for h, w in sizes], dim=1)
+        levels = [x.unflatten(1, size) for x, size in zip(levels, sizes)]
         for part, own in zip(values.split(_CHUNK), image.split(_CHUNK)):
             axes = part.split(self.lengths, dim=1)
-            for canvas, columns, rows in zip(maps, axes[::2], axes[1::2]):
-                canvas.index_reduce_(0, own, rows[:, :, None] * columns[:, None, :], "amax")
-        return [x[:, None] for x in maps]
+            for level, columns, rows in zip(levels, axes[::2], axes[1::2]):
+                level.index_reduce_(0, own, rows[:, :, None] * columns[:, None, :], "amax")
+        return [x[:, None] for x in levels]

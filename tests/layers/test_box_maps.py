@@ -1,7 +1,7 @@
 """What is painted from boxes, beside painting cell by cell; shapes in closed form; memory."""
 
 import math
-from typing import List, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import pytest
 import torch

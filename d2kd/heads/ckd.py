@@ -161,6 +161,7 @@ class CKDHead(nn.Module):
         if same_cell:
             source = regions.source
             cells = torch.stack([source.stride, source.y, source.x])
+            cells = cells.to(alike.device, non_blocking=True)
             alike |= (cells[:, :, None] == cells[:, None, :]).all(dim=0)
         alike &= image[:, None] == image
         return alike.fill_diagonal_(False)
@@ -187,7 +188,7 @@ class PerAnchorLinear(nn.Module):
         """
         Args:
             x: (R, C)
-            anchor: (R,) integers below A; None where A is 1
+            anchor: (R,) integers below A, on the CPU; None where A is 1
 
         Returns:
             (R, D)
@@ -195,9 +196,10 @@ class PerAnchorLinear(nn.Module):
         if len(self.weight) == 1:
             return F.linear(x, self.weight[0])
         # Anchor by anchor: all maps on all rows would be A times the arithmetic.
-        order = anchor.argsort()
-        rows = x[order].split(anchor.bincount(minlength=len(self.weight)).tolist())
-        return torch.cat([F.linear(r, w) for r, w in zip(rows, self.weight)])[order.argsort()]
+        order, counts = anchor.argsort(), anchor.bincount(minlength=len(self.weight)).tolist()
+        back = order.argsort().to(x.device, non_blocking=True)
+        rows = x[order.to(x.device, non_blocking=True)].split(counts)
+        return torch.cat([F.linear(r, w) for r, w in zip(rows, self.weight)])[back]
 
 
 def _check_cells(pair: DistillPair) -> None:

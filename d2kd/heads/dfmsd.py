@@ -120,14 +120,14 @@ class DFMSDHead(nn.Module):
             x = self.adapter[level](x)
             normal = standardise(target.float(), inside)
             if self.semantic_ratio:
-                error = _mean_square(standardise(x.float(), inside) - normal, inside) / 2
-                semantic[level] = self.semantic_ratio * error
+                error = _mean_square(standardise(x.float(), inside), normal, inside)
+                semantic[level] = self.semantic_ratio / 2 * error
             if level in self.generator:
                 attention = self._enhanced_attention(level, x, target, inside)
                 cells = self.cell_mask(attention, inside)  # (N, 1, Hi, Wi)
                 channels = self.channel_mask(self.guide.channels(x, target, inside))
                 rebuilt = self.generator[level](x, cells, channels, inside)
-                rebuild[level] = _mean_square(rebuilt.float() - normal, inside)
+                rebuild[level] = _mean_square(rebuilt.float(), normal, inside)
                 self.maps["visible"][level] = cells
         terms = {"loss_dfmsd_rebuild": rebuild, "loss_dfmsd_semantic": semantic}
         return {k: v for k, v in terms.items() if v}
@@ -149,11 +149,11 @@ class DFMSDHead(nn.Module):
         return enhanced / (1 + enhancement)
 
 
-def _mean_square(x: Tensor, inside: Optional[Tensor]) -> Tensor:
-    """Mean over images, channels and the cells inside."""
+def _mean_square(x: Tensor, target: Tensor, inside: Optional[Tensor]) -> Tensor:
+    """Mean of the squared difference over images, channels and the cells inside."""
     if inside is None:
-        return x.square().mean()
-    return (x.square() * inside).sum() / (inside.sum() * x.shape[1])
+        return F.mse_loss(x, target)
+    return ((x - target).square() * inside).sum() / (inside.sum() * x.shape[1])
 
 
 def high_pass(x: Tensor, cutoff: float, inside: Optional[Tensor] = None) -> Tensor:

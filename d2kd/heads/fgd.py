@@ -1,9 +1,10 @@
-from typing import Dict, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..layers import build_adapters, channel_attention, covered, paint, spatial_attention
+from ..layers import Axes, build_adapters, mean_one_softmax
 from ..pairing.levels import LevelPair, match_levels
 from ..utils.checks import check_temperature, check_weight
 from ..views import DetectorView, Regions
@@ -86,69 +87,110 @@ class FGDHead(nn.Module):
             {level: scalar}}: each summed over channels and cells, averaged over images and
             multiplied by its weight
         """
-        losses: Dict[str, Dict[str, Tensor]] = {f"loss_fgd_{term}": {} for term in self.weights}
-        self.maps = {"foreground": {}}
-        rois = Regions([x.gt_boxes for x in student.gt_instances]).rois
+        names, ours, theirs = [], [], []
         for level, x, target in match_levels(self.levels, student.features, teacher.features):
-            x, target = self.adapter[level](x), target.detach()
-            boxes = self._in_cells(rois, student, level, target)
-            foreground, background = focal_masks(rois[:, 0].long(), boxes, target)
-            terms = self._terms(level, x.float(), target.float(), foreground, background)
-            for term, value in terms.items():
-                losses[f"loss_fgd_{term}"][level] = self.weights[term] * value / len(x)
-            self.maps["foreground"][level] = foreground
-        return losses
+            names.append(level)
+            ours.append(self.adapter[level](x).float())
+            theirs.append(target.detach().float())
+        masks = self._masks(student, [x.shape[-2:] for x in ours])
+        terms: List[Tensor] = []  # the four of the first level, those of the second, ...
+        for level in zip(names, ours, theirs, masks, *self._attentions(ours, theirs)):
+            terms += self._terms(*level)
+        weights = torch.tensor(list(self.weights.values())) / len(ours[0])
+        weights = weights.to(terms[0].device, non_blocking=True)
+        terms = (torch.stack(terms).view(-1, len(weights)) * weights).unbind(1)
+        self.maps = {"foreground": {k: foreground for k, (foreground, _) in zip(names, masks)}}
+        return {f"loss_fgd_{k}": dict(zip(names, x)) for k, x in zip(self.weights, terms)}
+
+    def _attentions(self, *detectors: Sequence[Tensor]) -> List[List[Tuple[Tensor, Tensor]]]:
+        """
+        Args:
+            detectors: maps of the levels of each, (N, C, Hi, Wi)
+
+        Returns:
+            of each detector and level: the attention over cells, (N, 1, Hi, Wi), and over channels,
+            (N, C, 1, 1)
+        """
+        sizes = [x.abs() for maps in detectors for x in maps]
+        cells = [mean_one_softmax(x.mean(1, keepdim=True), self.temperature) for x in sizes]
+        # All at once: these have the same shape.
+        channels = torch.cat([x.mean(dim=(2, 3), keepdim=True) for x in sizes])
+        channels = mean_one_softmax(channels, self.temperature).chunk(len(sizes))
+        both, levels = list(zip(cells, channels)), len(detectors[0])
+        return [both[i : i + levels] for i in range(0, len(both), levels)]
 
     def _terms(
-        self, level: str, x: Tensor, target: Tensor, foreground: Tensor, background: Tensor
-    ) -> Dict[str, Tensor]:
-        """Each term without its weight, summed over images."""
-        cells, our_cells = (spatial_attention(v, self.temperature) for v in (target, x))
-        channels, our_channels = (channel_attention(v, self.temperature) for v in (target, x))
-        error = ((x - target).square() * channels).sum(dim=1, keepdim=True) * cells
-        attention = (channels - our_channels).abs().sum() + (cells - our_cells).abs().sum()
-        terms = {
-            "foreground": (error * foreground).sum(),
-            "background": (error * background).sum(),
-            "attention": attention,
-        }
+        self,
+        level: str,
+        x: Tensor,
+        target: Tensor,
+        masks: Tuple[Tensor, Tensor],
+        ours: Tuple[Tensor, Tensor],
+        theirs: Tuple[Tensor, Tensor],
+    ) -> List[Tensor]:
+        """
+        Args:
+            ours, theirs: attention over cells and over channels
+
+        Returns:
+            the four terms without their weights, summed over images
+        """
+        cells, channels = theirs
+        error = F.mse_loss(x, target, reduction="none") * channels
+        error = error.sum(dim=1, keepdim=True) * cells
+        foreground, background = ((error * mask).sum() for mask in masks)
+        of_cells, of_channels = (F.l1_loss(a, b, reduction="sum") for a, b in zip(ours, theirs))
         ours, theirs = self.student_context[level](x), self.teacher_context[level](target)
-        return {**terms, "global": (x - target + (ours - theirs)).square().sum()}
+        context = F.mse_loss(x + ours, target + theirs, reduction="sum")
+        return [foreground, background, of_cells + of_channels, context]
 
-    def _in_cells(self, rois: Tensor, view: DetectorView, level: str, like: Tensor) -> Tensor:
-        """(M, 5) in input pixels -> boxes XYXY in cells of the level, (M, 4)."""
-        boxes = rois[:, 1:].float()
-        if not self.legacy_scale:
-            return boxes / view.strides[level]
-        height, width = like.shape[-2:]
-        sizes = torch.tensor([(w, h, w, h) for h, w in view.image_sizes])
-        sizes = sizes.to(like.device, non_blocking=True)[rois[:, 0].long()]
-        # In this order: a box that ends with the image may not be rounded beyond the map.
-        return boxes / sizes * boxes.new_tensor([width, height, width, height])
+    def _masks(
+        self, view: DetectorView, sizes: Sequence[Tuple[int, int]]
+    ) -> List[Tuple[Tensor, Tensor]]:
+        """focal_masks of levels whose maps have these heights and widths."""
+        rois = Regions([x.gt_boxes for x in view.gt_instances]).rois
+        boxes, image = rois[:, None, 1:].float(), rois[:, 0].long()
+        if self.legacy_scale:
+            # In this order: a box that ends with the image may not be rounded beyond the map.
+            boxes = boxes / _xyxy(view.image_sizes, rois.device)[image][:, None]
+            boxes = boxes * _xyxy(sizes, rois.device)
+        else:
+            strides = torch.tensor([p.student_stride for p in self.levels])
+            boxes = boxes / strides.to(rois.device, non_blocking=True)[:, None]
+        return focal_masks(image, boxes, sizes, len(view.gt_instances))
 
 
-def focal_masks(image: Tensor, boxes: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
+def _xyxy(sizes: Sequence[Tuple[int, int]], device: torch.device) -> Tensor:
+    """K heights and widths -> (K, 4), what X and Y of boxes in them are measured by."""
+    return torch.tensor(sizes).flip(1).repeat(1, 2).to(device, non_blocking=True)
+
+
+def focal_masks(
+    image: Tensor, boxes: Tensor, sizes: Sequence[Tuple[int, int]], num_images: int
+) -> List[Tuple[Tensor, Tensor]]:
     """
     How much each cell counts as foreground and as background.
 
     Args:
         image: index of each box's image, (M,)
-        boxes: ground truth XYXY in cells, (M, 4)
-        like: a map of the level, (N, C, Hi, Wi)
+        boxes: ground truth XYXY in the cells of each level, (M, L, 4)
+        sizes: height and width of the maps
 
     Returns:
-        two of (N, 1, Hi, Wi). Foreground: in every cell that a box touches, up to one cell beyond
-        its right and lower side, 1 / (cells of the box), the largest of all boxes. Background: the
-        same in all other cells, 1 in all.
+        of each level two of (num_images, 1, Hi, Wi). Foreground: in every cell that a box touches,
+        up to one cell beyond its right and lower side, 1 / (cells of the box), the largest of all
+        boxes. Background: the same in all other cells, 1 in all.
     """
-    images, _, height, width = like.shape
-    first, last = boxes[:, :2].floor(), boxes[:, 2:].ceil()
-    value = 1 / (last - first + 1).prod(dim=1, keepdim=True)
-    columns = covered(first[:, 0], last[:, 0], width)
-    foreground = paint(covered(first[:, 1], last[:, 1], height) * value, columns, image, images)
-    background = (foreground == 0).float()
-    total = background.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
-    return foreground, background / total
+    axes, first, last = Axes(sizes, boxes.device), boxes[..., :2].floor(), boxes[..., 2:].ceil()
+    value = 1 / (last - first + 1).prod(dim=2)
+    values = axes.spread(torch.stack([torch.ones_like(value), value], dim=2))
+    maps = axes.paint(axes.covered(first, last) * values, image, num_images)
+    return [(foreground, _background(foreground)) for foreground in maps]
+
+
+def _background(foreground: Tensor) -> Tensor:
+    background = foreground == 0
+    return background / background.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
 
 
 class GlobalContext(nn.Module):

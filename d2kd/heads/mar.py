@@ -126,10 +126,15 @@ class MARHead(nn.Module):
 
     def _features(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         rois = Regions([x.gt_boxes for x in student.gt_instances]).rois
-        strides = sorted(p.student_stride for p in self.levels)
+        levels = list(match_inside(self.levels, student, teacher))
+        masks = self.mask(
+            rois,
+            [p.student_stride for p in self.levels],
+            [x.shape[-2:] for _, x, _, _ in levels],
+            len(student.gt_instances),
+        )
         losses, self.maps = {}, {"mask": {}}
-        for level, x, target, inside in match_inside(self.levels, student, teacher):
-            mask = self.mask(rois, student.strides[level], strides, target.shape)
+        for (level, x, target, inside), mask in zip(levels, masks):
             mask = zero_outside(mask, inside)
             # The adapter sees 3x3 cells: what it would see were there no padding.
             x = self.adapter[level](zero_outside(x, inside))

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Sequence
+from typing import List, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from ..layers import covered, gaussian, paint
+from ..layers import Axes
 from ..utils.checks import check_choice
 
 KINDS = ("values", "gaussian")
@@ -16,7 +16,7 @@ KINDS = ("values", "gaussian")
 @dataclass(frozen=True)
 class ObjectMask:
     """
-    Turns ground-truth boxes into a map.
+    Turns ground-truth boxes into a map of each level.
 
     Attributes:
         kind: "values": three, for cells inside a ground-truth box, near it, and far from all;
@@ -48,37 +48,42 @@ class ObjectMask:
             raise ValueError(f"near_factor must be at least 1, got {self.near_factor}.")
 
     def __call__(
-        self, rois: Tensor, stride: int, strides: Sequence[int], shape: Sequence[int]
-    ) -> Tensor:
+        self,
+        rois: Tensor,
+        strides: Sequence[int],
+        sizes: Sequence[Tuple[int, int]],
+        num_images: int,
+    ) -> List[Tensor]:
         """
         Args:
             rois: (M, 5) ground truth, index of the image, then the box XYXY in input pixels
-            stride: of the level to draw, pixels per cell
-            strides: of all levels, rising
-            shape: of a map of the level, (N, C, H, W)
+            strides: of the levels, pixels per cell
+            sizes: height and width of their maps
 
         Returns:
-            (N, 1, H, W)
+            of each level (num_images, 1, H, W)
         """
+        rising = sorted(strides)
+        facts = torch.tensor([strides, [rising.index(x) for x in strides]])
+        strides, place = facts.to(rois.device, non_blocking=True)
+        boxes = rois[:, None, 1:] / strides[:, None]  # (M, L, 4)
+        marks = torch.ones_like(boxes[..., 0])  # 0 on the levels that an object does not mark
         if self.by_size:
-            rois = rois[_level_of(rois[:, 1:], strides) == strides.index(stride)]
-        image, boxes = rois[:, 0].long(), rois[:, 1:] / stride
-        draw = self._bells if self.kind == "gaussian" else self._values
-        return paint(*draw(image, boxes, shape), shape[0]).clamp(min=self.far)
+            marks = (_level_of(rois[:, 1:], rising)[:, None] == place).to(boxes)
+        axes, image = Axes(sizes, rois.device), rois[:, 0].long()
+        if self.kind == "gaussian":
+            spans, value = axes.bells(boxes[..., :2], boxes[..., 2:]), self.inside * marks
+        else:  # inside the objects, and near them
+            spans = self._spans(axes, torch.cat([boxes, _enlarged(boxes, self.near_factor)]))
+            value, image = torch.cat([self.inside * marks, self.near * marks]), image.repeat(2)
+        values = spans * axes.spread(torch.stack([torch.ones_like(value), value], dim=2))
+        return [x.clamp(min=self.far) for x in axes.paint(values, image, num_images)]
 
-    def _bells(self, image: Tensor, boxes: Tensor, shape: Sequence[int]):
-        left, top, right, bottom = boxes.unbind(dim=1)
-        rows = self.inside * gaussian(top, bottom, shape[2])
-        return rows, gaussian(left, right, shape[3]), image
-
-    def _values(self, image: Tensor, boxes: Tensor, shape: Sequence[int]):
-        boxes = torch.cat([boxes, _enlarged(boxes, self.near_factor)])
-        value = torch.full_like(boxes[:, :1], self.inside)
-        value[len(image) :] = self.near
-        first = boxes[:, :2].floor()
-        last = torch.maximum(boxes[:, 2:].ceil() - 1, first)  # a box has at least one cell
-        columns, rows = (covered(first[:, i], last[:, i], shape[3 - i]) for i in range(2))
-        return rows * value, columns, image.repeat(2)
+    @staticmethod
+    def _spans(axes: Axes, boxes: Tensor) -> Tensor:
+        first = boxes[..., :2].floor()
+        last = torch.maximum(boxes[..., 2:].ceil() - 1, first)  # a box has at least one cell
+        return axes.covered(first, last)
 
 
 def _level_of(boxes: Tensor, strides: Sequence[int]) -> Tensor:
@@ -89,6 +94,7 @@ def _level_of(boxes: Tensor, strides: Sequence[int]) -> Tensor:
 
 
 def _enlarged(boxes: Tensor, factor: float) -> Tensor:
-    """(M, 4) XYXY about the same centres."""
-    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-    return torch.cat([centre - half * factor, centre + half * factor], dim=1)
+    """(..., 4) XYXY about the same centres."""
+    first, last = boxes.chunk(2, dim=-1)
+    centre, half = (first + last) / 2, (last - first) / 2
+    return torch.cat([centre - half * factor, centre + half * factor], dim=-1)

@@ -3,6 +3,7 @@ from typing import Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..layers import AttentionGuide, DualGenerator, MaskRule, build_adapters, squared_error
 from ..pairing.levels import LevelPair, match_inside
@@ -103,16 +104,18 @@ class SAMKDHead(nn.Module):
             scales = [
                 self.hierarchy.scale(k, x, target, inside) for k in self._sizes(student, level)
             ]
+            outputs = self.generator[level].outputs()
             for scale in scales:
                 cells = self.hierarchy.visible(scale, self.guide, self.cell_mask)
                 channels = self.guide.channels(scale.x, scale.target, scale.inside)
                 rebuilt = self.generator[level](
-                    scale.x, cells, self.channel_mask(channels), scale.inside
+                    scale.x, cells, self.channel_mask(channels), scale.inside, outputs
                 )
-                errors.append(scale.area * squared_error(rebuilt, scale.target, scale.inside))
-                lags.append(_lag(scale, self.hierarchy.judged(scale, cells)))
+                errors.append(squared_error(rebuilt, scale.target, scale.inside, scale.area))
+                if len(scales) > 1:
+                    lags.append(_lag(scale, self.hierarchy.judged(scale, cells)))
                 self.maps[f"visible {scale.size}"][level] = cells
-            losses[level] = (lag_weights(lags) * torch.stack(errors)).sum()
+            losses[level] = lag_weights(lags).dot(torch.stack(errors)) if lags else errors[0]
         return {"loss_samkd": losses}
 
     def _sizes(self, student: DetectorView, level: str) -> List[int]:
@@ -124,9 +127,10 @@ class SAMKDHead(nn.Module):
 
 def _lag(scale: Scale, cells: Optional[Tensor]) -> Tensor:
     """How far the student is from the teacher: mean over these cells; None: over all."""
-    distance = (scale.x.detach().float() - scale.target.float()).abs().mean(1, keepdim=True)
+    x, target = scale.x.detach().float(), scale.target.float()
     if cells is None:
-        return distance.mean()
+        return F.l1_loss(x, target)
+    distance = (x - target).abs().mean(1, keepdim=True)
     return (distance * cells).sum() / cells.sum().clamp(min=1)
 
 

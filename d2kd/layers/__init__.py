@@ -1,6 +1,6 @@
 from .adapter import build_adapter, build_adapters
 from .attention import AttentionGuide, channel_attention, mean_one_softmax, spatial_attention
-from .box_maps import covered, gaussian, paint
+from .box_maps import Axes
 from .inside import mean_inside, zero_outside
 from .log_sum_exp import log_sum_exp_of_products
 from .masks import MaskRule, hide_top

@@ -1,4 +1,6 @@
-"""Draw boxes as weight maps over cells."""
+"""Draw boxes as weight maps over cells, on all levels by the same operators."""
+
+from typing import List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -7,45 +9,69 @@ from torch import Tensor
 _CHUNK = 256
 
 
-def paint(rows: Tensor, columns: Tensor, image: Tensor, num_images: int) -> Tensor:
+class Axes:
     """
-    The largest value in each cell over all boxes of an image, where a box's value in a cell is the
-    product of its values for the cell's row and column.
+    The columns and rows of the maps of L levels, T in all, side by side: the columns of the first
+    level, its rows, the columns of the second, and so on.
 
-    Args:
-        rows, columns: (M, H) and (M, W), values of M boxes, >= 0
-        image: (M,), index of each box's image
-
-    Returns:
-        (num_images, 1, H, W), 0 where there is no box
+    Attributes:
+        cells: (T,), the number of each column and row in its map
     """
-    canvas = rows.new_zeros(num_images, rows.shape[1], columns.shape[1])
-    for part in zip(rows.split(_CHUNK), columns.split(_CHUNK), image.split(_CHUNK)):
-        values = part[0][:, :, None] * part[1][:, None, :]
-        canvas.index_reduce_(0, part[2], values, "amax")
-    return canvas[:, None]
 
+    def __init__(self, sizes: Sequence[Tuple[int, int]], device: torch.device):
+        """
+        Args:
+            sizes: height and width of each level
+        """
+        self.lengths = [n for height, width in sizes for n in (width, height)]
+        cells = torch.cat([torch.arange(n) for n in self.lengths])
+        axis = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        self.cells, self._axis = torch.stack([cells, axis]).to(device, non_blocking=True)
 
-def covered(first: Tensor, last: Tensor, size: int) -> Tensor:
-    """
-    Args:
-        first, last: (M,) in cells, both included; they may lie outside the map
+    def spread(self, x: Tensor) -> Tensor:
+        """(M, L, 2), of each level a number for its columns and one for its rows -> (M, T)"""
+        return x.flatten(1).index_select(1, self._axis)
 
-    Returns:
-        (M, size): 1 in the cells from first to last, else 0
-    """
-    cells = torch.arange(size, device=first.device)
-    return ((cells >= first[:, None]) & (cells <= last[:, None])).to(first.dtype)
+    def covered(self, first: Tensor, last: Tensor) -> Tensor:
+        """
+        Args:
+            first, last: (M, L, 2) in cells, X and Y, both included; they may lie outside the map
 
+        Returns:
+            boolean (M, T): the cells from first to last
+        """
+        return (self.cells >= self.spread(first)) & (self.cells <= self.spread(last))
 
-def gaussian(first: Tensor, last: Tensor, size: int) -> Tensor:
-    """
-    Args:
-        first, last: (M,), the two sides of boxes, in cells
+    def bells(self, first: Tensor, last: Tensor) -> Tensor:
+        """
+        Args:
+            first, last: (M, L, 2), the sides of boxes in cells, X and Y
 
-    Returns:
-        (M, size): a Gaussian over each box, 1 at its centre, exp(-1/2) at its sides
-    """
-    centres = torch.arange(size, device=first.device) + 0.5
-    middle, half = (first + last) / 2, (last - first).clamp(min=1e-3) / 2
-    return torch.exp(-0.5 * ((centres - middle[:, None]) / half[:, None]).square())
+        Returns:
+            (M, T): a Gaussian over each box, 1 at its centre, exp(-1/2) at its sides
+        """
+        middle, half = (first + last) / 2, (last - first).clamp(min=1e-3) / 2
+        distance = (self.cells + 0.5 - self.spread(middle)) / self.spread(half)
+        return torch.exp(-0.5 * distance.square())
+
+    def paint(self, values: Tensor, image: Tensor, num_images: int) -> List[Tensor]:
+        """
+        The largest value in each cell over all boxes of an image, where a box's value in a cell is
+        the product of its values for the cell's column and row.
+
+        Args:
+            values: (M, T), of M boxes, >= 0
+            image: (M,), index of each box's image
+
+        Returns:
+            of each level (num_images, 1, H, W), 0 where there is no box
+        """
+        sizes = list(zip(self.lengths[1::2], self.lengths[::2]))
+        canvas = values.new_zeros(num_images, sum(h * w for h, w in sizes))
+        levels = canvas.split([h * w for h, w in sizes], dim=1)
+        levels = [x.unflatten(1, size) for x, size in zip(levels, sizes)]
+        for part, own in zip(values.split(_CHUNK), image.split(_CHUNK)):
+            axes = part.split(self.lengths, dim=1)
+            for level, columns, rows in zip(levels, axes[::2], axes[1::2]):
+                level.index_reduce_(0, own, rows[:, :, None] * columns[:, None, :], "amax")
+        return [x[:, None] for x in levels]

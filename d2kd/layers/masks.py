@@ -85,11 +85,14 @@ def hide_top(scores: Tensor, ratio: float, inside: Optional[Tensor] = None) -> T
         boolean, shaped as `scores`: True is visible
     """
     flat = scores.flatten(1)
-    visible = torch.ones_like(flat, dtype=torch.bool) if inside is None else inside.flatten(1)
-    # In float64, as in Python: in float32 0.6 * 50000 is above 30000.
-    counts = (ratio * visible.sum(dim=1, keepdim=True).double() - _TINY).ceil()
     largest = math.ceil(ratio * flat.shape[1] - _TINY)
     # Not quantile, which neither gives exact counts nor supports large maps.
+    if inside is None:
+        order = flat.topk(largest, dim=1).indices
+        return torch.ones_like(flat, dtype=torch.bool).scatter_(1, order, False).view_as(scores)
+    visible = inside.flatten(1)
+    # In float64, as in Python: in float32 0.6 * 50000 is above 30000.
+    counts = (ratio * visible.sum(dim=1, keepdim=True).double() - _TINY).ceil()
     order = flat.masked_fill(~visible, -math.inf).topk(largest, dim=1).indices
     shown = torch.arange(largest, device=flat.device) >= counts
     return visible.scatter(1, order, shown & visible.gather(1, order)).view_as(scores)

@@ -1,12 +1,15 @@
 """Generators of MGD and DMKD, and the reconstruction error."""
 
-from typing import Optional
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .inside import zero_outside
+
+# Weight and bias of a convolution
+Parameters = Tuple[Tensor, Tensor]
 
 
 class Generator(nn.Sequential):
@@ -20,13 +23,13 @@ class Generator(nn.Sequential):
         )
 
     def forward(
-        self, x: Tensor, inside: Optional[Tensor] = None, scale: Optional[Tensor] = None
+        self, x: Tensor, inside: Optional[Tensor] = None, output: Optional[Parameters] = None
     ) -> Tensor:
         """
         Args:
             x: masked features, 0 where hidden and outside the image
             inside: (N, 1, H, W), cells inside the image; None: all
-            scale: scalar factor of the result
+            output: the second convolution's parameters, in place of its own
 
         Returns:
             (N, C, H, W); inside an image it does not depend on the amount of padding
@@ -34,10 +37,16 @@ class Generator(nn.Sequential):
         first, relu, second = self
         # Zero the padding again, so that the second convolution sees the image border.
         hidden = zero_outside(relu(first(x)), inside)
-        if scale is None:
+        if output is None:
             return second(hidden)
-        # Scale the weights: scaling the result would keep all of it for the backward pass.
-        return F.conv2d(hidden, second.weight * scale, second.bias * scale, padding=1)
+        return F.conv2d(hidden, *output, padding=1)
+
+    def output(self, scale: Tensor) -> Parameters:
+        """
+        The second convolution's parameters, times a scalar: scaling what it gives would keep all of
+        that for the backward pass.
+        """
+        return self[-1].weight * scale, self[-1].bias * scale
 
 
 class DualGenerator(nn.Module):
@@ -52,8 +61,19 @@ class DualGenerator(nn.Module):
         self.from_channels = Generator(channels)
         self.fusion = nn.Parameter(torch.zeros(2))
 
+    def outputs(self) -> List[Parameters]:
+        """The last parameters of each generator, times its weight in the fusion."""
+        weights = self.fusion.softmax(dim=0)
+        generators = self.from_cells, self.from_channels
+        return [x.output(weight) for x, weight in zip(generators, weights)]
+
     def forward(
-        self, x: Tensor, cells: Tensor, channels: Tensor, inside: Optional[Tensor] = None
+        self,
+        x: Tensor,
+        cells: Tensor,
+        channels: Tensor,
+        inside: Optional[Tensor] = None,
+        outputs: Optional[List[Parameters]] = None,
     ) -> Tensor:
         """
         Args:
@@ -61,27 +81,31 @@ class DualGenerator(nn.Module):
             cells: visible cells, (N, 1, H, W), False outside the image
             channels: visible channels, (N, C, 1, 1)
             inside: cells inside the image, (N, 1, H, W); None: all
+            outputs: of :meth:`outputs`, where several maps in a step share them
 
         Returns:
             (N, C, H, W)
         """
-        weights = self.fusion.softmax(dim=0)
-        from_cells = self.from_cells(x * cells, inside, weights[0])
+        of_cells, of_channels = outputs or self.outputs()
+        from_cells = self.from_cells(x * cells, inside, of_cells)
         x = zero_outside(x, inside) * channels
-        return from_cells + self.from_channels(x, inside, weights[1])
+        return from_cells + self.from_channels(x, inside, of_channels)
 
 
-def squared_error(rebuilt: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
+def squared_error(
+    rebuilt: Tensor, target: Tensor, inside: Optional[Tensor] = None, weight: float = 1.0
+) -> Tensor:
     """
     Squared error, summed over channels and the cells inside the image, averaged over images.
 
     Args:
         rebuilt, target: (N, C, H, W); the target gets no gradient
         inside: (N, 1, H, W), cells inside the image; None: all
+        weight: by which it is multiplied
 
     Returns:
         scalar, float32 also under AMP, as a sum over 100,000 cells overflows half precision
     """
     rebuilt, target = rebuilt.float(), target.detach().float()
     error = F.mse_loss(zero_outside(rebuilt, inside), zero_outside(target, inside), reduction="sum")
-    return error / len(rebuilt)
+    return error * (weight / len(rebuilt))

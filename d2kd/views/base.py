@@ -9,12 +9,13 @@ from detectron2.structures import Boxes, Instances
 
 from .anchor_labels import AnchorLabels
 from .detector_info import DetectorInfo
+from .ground_truth import ground_truth
 from .layout import cells_inside, decode_deltas
 from .predictions import DensePredictions, RoIPredictions
 from .recording import Recording
 from .region_sampler import RegionSampler
 from .regions import Regions
-from .roi_align import mean_in_boxes, multi_level_pooler, roi_align_levels
+from .roi_align import mean_in_boxes, multi_level_pooler, pool_assigned, roi_align_levels
 from .towers import Towers
 
 
@@ -127,9 +128,7 @@ class DetectorView(Recording):
     def gt_instances(self) -> List[Instances]:
         """Ground truth of each image, boxes XYXY in input pixels; may be empty."""
         device = next(self.detector.parameters()).device
-        return self._once(
-            "gt_instances", lambda: [x["instances"].to(device) for x in self.batched_inputs]
-        )
+        return self._once("gt_instances", lambda: ground_truth(self.batched_inputs, device))
 
     @property
     def features(self) -> Mapping[str, Tensor]:
@@ -294,6 +293,6 @@ class DetectorView(Recording):
         names, pooler = self.pooled_levels, self.pooler
         features = [self.features[k] for k in names]
         if levels == "assigned":
-            return pooler(features, boxes)
+            return pool_assigned(pooler, features, boxes)
         rois, strides = Regions(boxes).rois, [self.strides[k] for k in names]
         return roi_align_levels(features, strides, rois, pooler.output_size)

@@ -70,10 +70,14 @@ class DenseView(DetectorView):
         )
 
     def _region_vectors(self, regions: Regions) -> Tensor:
-        dense, source, image = self.dense(), regions.source, regions.image
-        rows = [(source.stride == self.strides[k]).nonzero()[:, 0] for k in dense.levels]
-        vectors = [x[image[i], :, source.y[i], source.x[i]] for x, i in zip(dense.tower, rows)]
-        return torch.cat(vectors)[torch.cat(rows).argsort()]  # back in the regions' order
+        dense, source = self.dense(), regions.source
+        cells, first = source.x.clone(), 0  # numbers of cells, one level after the other
+        for level, x in zip(dense.levels, dense.tower):
+            height, width = x.shape[-2:]
+            cells += (source.stride == self.strides[level]) * (first + source.y * width)
+            first += height * width
+        maps = torch.cat([x.flatten(2) for x in dense.tower], dim=2)
+        return maps[regions.image, :, cells.to(maps.device, non_blocking=True)]
 
     def anchor_labels(self) -> AnchorLabels:
         labels = self._part("anchor_labels")

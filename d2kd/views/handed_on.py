@@ -10,9 +10,10 @@ from torch import Tensor
 from detectron2.structures import Boxes, Instances
 
 from .base import DetectorView
+from .ground_truth import ground_truth
 from .lazy_levels import Later, LazyLevels
 from .predictions import DensePredictions, RoIPredictions
-from .regions import Regions, Source
+from .regions import Regions
 from .towers import Towers
 from .wrapped import WrappedView
 
@@ -51,7 +52,8 @@ class HandedOnView(WrappedView):
 
     @property
     def gt_instances(self) -> List[Instances]:
-        return [x.to(self._device) for x in self._view.gt_instances]
+        ask = partial(ground_truth, self._view.batched_inputs, self._device)
+        return self._view._once("gt_instances handed on", ask)
 
     def inside_image(self, level: str, like: Optional[Tensor] = None) -> Optional[Tensor]:
         return self._view.inside_image(level, self.features[level] if like is None else like)
@@ -79,9 +81,7 @@ class HandedOnView(WrappedView):
 
     def region_vectors(self, regions: Regions) -> Tensor:
         def ask(boxes: List[Boxes]) -> Tensor:
-            found = regions.source
-            source = found and Source(*self._given([found.stride, found.y, found.x, found.anchor]))
-            return self._view.region_vectors(Regions(boxes, source))
+            return self._view.region_vectors(Regions(boxes, regions.source))
 
         return self._ask_of_boxes("region_vectors", regions.boxes, ask)
 

@@ -14,7 +14,8 @@ from detectron2.utils import comm
 @dataclass
 class Source:
     """
-    Where a dense detector predicted each of R boxes, all (R,) integers.
+    Where a dense detector predicted each of R boxes, all (R,) integers. They are on the CPU: heads
+    sort regions by them, and need not wait for a GPU.
 
     `stride`: of the level, pixels per cell; `y`, `x`: the cell; `anchor`: which of the predictions
     of that cell.

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from detectron2.layers import ROIAlign
-from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
 
+from .regions import Regions
 from .roi_align_cpu import roi_align_levels_cpu
 
 # Cells along a side of RoI features, for detectors without a box head.
@@ -53,6 +54,35 @@ def roi_align_levels(
     return torch.stack(pooled, dim=1)
 
 
+def pool_assigned(pooler: ROIPooler, maps: List[Tensor], boxes: List[Boxes]) -> Tensor:
+    """
+    As pooler(maps, boxes), which waits for a GPU at each level until it knows the boxes that belong
+    there. Here a level pools all boxes, those of other levels without extent, at which there is
+    next to nothing to compute.
+
+    Args:
+        maps: of the pooler's levels, (N, C, Hi, Wi)
+        boxes: one Boxes per image, XYXY in input pixels, R in all
+
+    Returns:
+        (R, C, S, S)
+    """
+    if boxes[0].device.type == "cpu" or type(pooler) is not ROIPooler:
+        return pooler(maps, boxes)
+    level = assign_boxes_to_levels(
+        boxes,
+        pooler.min_level,
+        pooler.max_level,
+        pooler.canonical_box_size,
+        pooler.canonical_level,
+    )[:, None]
+    rois, pooled = Regions(boxes).rois, None
+    for i, (x, pool) in enumerate(zip(maps, pooler.level_poolers)):
+        own = pool(x, torch.where(level == i, rois, 0.0))
+        pooled = own if pooled is None else torch.where(level[..., None, None] == i, own, pooled)
+    return pooled
+
+
 def mean_in_boxes(
     maps: Mapping[str, Tensor],
     boxes: List[Boxes],
@@ -74,4 +104,4 @@ def mean_in_boxes(
             f" got {', '.join(maps)}. Choose others in DISTILL.LEVELS."
         )
     pooler = multi_level_pooler(tuple(found.values()), size=1)
-    return pooler([maps[k] for k in names], boxes).flatten(1)
+    return pool_assigned(pooler, [maps[k] for k in names], boxes).flatten(1)

@@ -138,9 +138,8 @@ def test_weights_are_the_published_ones_and_multiply_each_term() -> None:
 
 def masks(boxes: Sequence[Any], height: int = 6, width: int = 7) -> Tuple[Tensor, Tensor]:
     """(N, H, W) of stride 8."""
-    like = torch.zeros(len(boxes), 3, height, width)
     rois = rois_of(boxes)
-    found = focal_masks(rois[:, 0].long(), rois[:, 1:] / 8, like)
+    (found,) = focal_masks(rois[:, 0].long(), rois[:, None, 1:] / 8, [(height, width)], len(boxes))
     assert all(x.shape == (len(boxes), 1, height, width) for x in found)
     return found[0][:, 0], found[1][:, 0]
 
@@ -195,9 +194,9 @@ def test_box_beyond_the_map_leaves_no_trace() -> None:
 
 def test_ten_thousand_boxes_of_an_image_need_bounded_memory() -> None:
     corner = torch.stack([torch.arange(10_000) * 13 % 1300, torch.arange(10_000) * 7 % 780], dim=1)
-    boxes = torch.cat([corner, corner + 21.5], dim=1) / 8
+    boxes = torch.cat([corner, corner + 21.5], dim=1)[:, None] / 8
     with LargestTensor() as largest:
-        foreground, _ = focal_masks(torch.zeros(10_000).long(), boxes, torch.zeros(1, 1, 100, 168))
+        ((foreground, _),) = focal_masks(torch.zeros(10_000).long(), boxes, [(100, 168)], 1)
     assert largest.entries <= box_maps._CHUNK * 100 * 168
     assert (foreground > 0).float().mean() > 0.5
 

@@ -22,11 +22,18 @@ BOXES = [
 ]
 
 
+def draw_levels(
+    mask: ObjectMask, boxes: Sequence[Any], strides: Sequence[int], size: Any
+) -> List[Tensor]:
+    """All of one size."""
+    return mask(rois_of(boxes), strides, [size] * len(strides), len(boxes))
+
+
 def draw(
     boxes: Sequence[Sequence[Sequence[float]]], stride: int = 8, size: Any = (12, 16), **fields: Any
 ) -> Tensor:
     """(N, H, W) of a level."""
-    found = ObjectMask(**fields)(rois_of(boxes), stride, STRIDES, (len(boxes), 3, *size))
+    found = draw_levels(ObjectMask(**fields), boxes, STRIDES, size)[STRIDES.index(stride)]
     assert found.shape == (len(boxes), 1, *size) and found.dtype == torch.float32
     return found[:, 0]
 
@@ -95,11 +102,13 @@ def test_box_of_224_pixels_belongs_to_stride_16_and_twice_as_much_to_the_next(
 
 def test_levels_are_those_that_are_there() -> None:
     # Without stride 8, a small box belongs to stride 16; alone, a level has all boxes.
-    rois = rois_of([[[0.0, 0.0, 20.0, 20.0]]])
-    mask = ObjectMask()
-    assert mask(rois, 16, [16, 32], (1, 1, 4, 4))[0, 0, 0, 0] == 1
-    assert (mask(rois, 32, [16, 32], (1, 1, 4, 4)) < 1).all()
-    assert mask(rois, 32, [32], (1, 1, 4, 4))[0, 0, 0, 0] == 1
+    boxes, mask = [[[0.0, 0.0, 20.0, 20.0]]], ObjectMask()
+    for strides in ([16, 32], [32, 16]):  # in whatever order
+        found = dict(zip(strides, draw_levels(mask, boxes, strides, (4, 4))))
+        assert found[16][0, 0, 0, 0] == 1
+        assert (found[32] < 1).all()
+    (found,) = draw_levels(mask, boxes, [32], (4, 4))
+    assert found[0, 0, 0, 0] == 1
 
 
 def test_bell_is_one_at_the_centre_and_falls_to_exp_of_minus_a_half_at_the_sides() -> None:

@@ -60,8 +60,11 @@ def loss_of(head: nn.Module, student: Tensor, teacher: Tensor, sizes: Sequence[A
 class Hands(nn.Module):
     """A generator that hands what it sees on."""
 
-    def forward(self, x: Tensor, inside: Any = None, scale: Optional[Tensor] = None) -> Tensor:
-        return x if scale is None else x * scale
+    def forward(self, x: Tensor, inside: Any = None, output: Optional[Tensor] = None) -> Tensor:
+        return x if output is None else x * output
+
+    def output(self, scale: Tensor) -> Tensor:
+        return scale
 
 
 def identity_head(name: str, channels: int, **values: Any) -> nn.Module:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd.conformance.cuda_autocast import cuda_lists
 
-from .operator_count import only_makes_a_view, waits
+from .operators import only_makes_a_view, waits
 from .toys import ROOT
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")

@@ -16,7 +16,7 @@ def test_generator_is_two_convolutions_with_relu_between() -> None:
     torch.testing.assert_close(generator(x), expected)
     # A scale of the result, bias included.
     scale = torch.tensor(0.3, dtype=torch.float64)
-    torch.testing.assert_close(generator(x, scale=scale), 0.3 * expected)
+    torch.testing.assert_close(generator(x, output=generator.output(scale)), 0.3 * expected)
 
 
 def test_padding_does_not_reach_into_the_image() -> None:

@@ -213,8 +213,11 @@ class ToyView(DenseView):
     def __init__(
         self, found: Mapping[Cell, Tuple[Box, float]], gt: Sequence[Sequence[Box]] = ((), ())
     ):
-        DetectorView.__init__(self, ToyDetector(), [])
-        self._gt = gt
+        images = [{"image": torch.zeros(3, 64, 64), "instances": Instances((64, 64))} for _ in gt]
+        for image, boxes in zip(images, gt):
+            boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+            image["instances"].gt_boxes = Boxes(boxes)
+        DetectorView.__init__(self, ToyDetector(), images)
         shapes = {"p3": (8, 8), "p4": (4, 4)}
         self._maps = {k: noise(2, 5, *s, seed=i).float() for i, (k, s) in enumerate(shapes.items())}
         anchors = self.detector.anchor_generator(list(self._maps.values()))
@@ -245,15 +248,6 @@ class ToyView(DenseView):
     @property
     def strides(self) -> Dict[str, int]:
         return {"p3": 8, "p4": 16}
-
-    @property
-    def image_sizes(self) -> List[Tuple[int, int]]:
-        return [(64, 64), (64, 64)]
-
-    @property
-    def gt_instances(self) -> List[Instances]:
-        boxes = [Boxes(torch.tensor(x, dtype=torch.float32).reshape(-1, 4)) for x in self._gt]
-        return [Instances((64, 64), gt_boxes=x) for x in boxes]
 
     def dense(self) -> DensePredictions:
         return self._predictions

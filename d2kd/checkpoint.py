@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 
 from .utils.atomic_file import AtomicFiles
 from .utils.packaged import find_file
@@ -17,6 +18,7 @@ from .weights.coverage import report_coverage
 from .weights.names import advice, check_named, describe, without_prefix
 from .weights.run_checkpoints import BEST, NOT_OF_A_RUN
 from .weights.safe_load import UNREADABLE, read_weights_file
+from .weights.trained_config import check_same_detector
 
 logger = logging.getLogger(__name__)
 
@@ -152,19 +154,20 @@ class TeacherManifest:
                 )
 
 
-def load_whole_detector(model: nn.Module, path: str, key: str) -> Dict[str, Any]:
+def load_whole_detector(
+    model: nn.Module, path: str, key: str, cfg: Optional[CfgNode] = None
+) -> None:
     """
     Load a detector and require that every parameter and buffer is covered.
 
     Args:
         path: local file, URL or model-zoo address
         key: config key of the path, for the error
-
-    Returns:
-        the file's content besides the model
+        cfg: of the detector, to be compared with what it was trained with
 
     Raises:
-        ValueError: not a checkpoint, or keys of the detector are missing or have another shape
+        ValueError: not a checkpoint, keys of the detector are missing or have another shape, or it
+            was trained with a config with which its weights mean something else
     """
     checkpointer = PlainCheckpointer(model)
     found = _load(checkpointer, path, key)
@@ -181,8 +184,9 @@ def load_whole_detector(model: nn.Module, path: str, key: str) -> Dict[str, Any]
     bad = _not_finite(model.state_dict())
     if bad:
         raise ValueError(f"{key}: {path!r} has values in {bad} that are not finite.")
+    if cfg is not None:
+        check_same_detector(found, cfg, f"{key}: {path!r}")
     logger.info(f"{key}: {path!r} covers all of the detector, {checkpointer.loaded_keys} entries.")
-    return found
 
 
 def load_initial_weights(checkpointer: PlainCheckpointer, path: str) -> None:

@@ -55,7 +55,7 @@ def test_methods_page_names_configs_and_figures(name: str) -> None:
     for config in re.findall(r"`(\w+)`", configs):
         cfg = load_config(str(Path(ROOT) / "configs" / "quickstart" / f"{config}.yaml"))
         assert name in cfg.DISTILL.HEADS
-    assert published and re.search(r"\d\.\d → \d+\.\d", measured)
+    assert published and re.search(r"\d\.\d → \d+\.\d|^not run yet$", measured)
 
 
 @pytest.mark.parametrize("name", head_names())

@@ -19,7 +19,6 @@ from ..checkpoint import load_whole_detector
 from ..config import load_config, student_config
 from ..data import register_datasets
 from ..utils.command_line import add_overrides, parse_command_line
-from ..weights.trained_config import check_same_detector
 from .common import add_plugin_option, command_parser, import_plugins
 
 EXAMPLE = """
@@ -61,8 +60,7 @@ def draw_detections(
     for (title, _, weights), cfg in zip(panels, configs):
         cfg.MODEL.WEIGHTS = ""  # Detectron2 would run what is in the file, and load a part of it
         predictor, drawn = DefaultPredictor(cfg), []
-        found = load_whole_detector(predictor.model, weights, f"--detector {title}")
-        check_same_detector(found, cfg, f"--detector {title}")
+        load_whole_detector(predictor.model, weights, f"--detector {title}", cfg)
         for record in images:
             instances = predictor(read_image(record["file_name"], "BGR"))["instances"].to("cpu")
             instances = instances[instances.scores > threshold]

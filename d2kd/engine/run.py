@@ -13,7 +13,6 @@ from ..config import student_config
 from ..config.unread import unread_keys
 from ..data import register_datasets
 from ..weights.run_checkpoints import last_whole_checkpoint
-from ..weights.trained_config import check_same_detector
 from .plan import RunPlan
 from .preflight.check_config import check_config
 from .preflight.teacher_check import check_teacher
@@ -90,8 +89,7 @@ def evaluate(
             "MODEL.WEIGHTS is empty: name the checkpoint to evaluate, or add --resume to take the "
             "last one in OUTPUT_DIR."
         )
-    found = load_whole_detector(student, weights, key)
-    check_same_detector(found, cfg, f"{key}: {weights!r}")
+    load_whole_detector(student, weights, key, cfg)
     return Trainer.test(cfg, student)
 
 

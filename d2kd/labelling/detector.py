@@ -16,7 +16,6 @@ from ..teacher import Teacher, build_teacher
 from ..teacher.manifest import identity, make_manifest
 from ..utils.packaged import find_file
 from ..views import describe_detector
-from ..weights.trained_config import check_same_detector
 from .labelled_set import LabelledSet
 
 logger = logging.getLogger(__name__)
@@ -49,8 +48,7 @@ def load_detector(cfg: CfgNode, use_teacher: bool) -> Teacher:
     if "://" not in weights:
         check_is_file(weights, "MODEL.WEIGHTS")
     model = build_model(own)
-    found = load_whole_detector(model, weights, "MODEL.WEIGHTS")
-    check_same_detector(found, own, f"MODEL.WEIGHTS: {weights!r}")
+    load_whole_detector(model, weights, "MODEL.WEIGHTS", own)
     manifest = make_manifest(identity(own), weights)
     return Teacher(model.eval(), own.INPUT.FORMAT, manifest, class_names(own))
 

@@ -9,12 +9,12 @@ from typing import Callable, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
-from torchvision.ops import deform_conv2d
 
 from detectron2.layers import deform_conv as detectron2_operators
 from detectron2.modeling.backbone import resnet
 
 from ..utils.compat import has_compiled_operators
+from .deform_conv2d import deform_conv2d
 
 COMPILED = has_compiled_operators()
 
@@ -23,7 +23,7 @@ class DeformConv(nn.Module):
     """
     Detectron2's DeformConv and, called with a mask, its ModulatedDeformConv: the same parameters,
     so that checkpoints load, and on a GPU the same operator if it was compiled. Elsewhere
-    torchvision's computes the same.
+    `deform_conv2d` computes the same.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class DeformConv(nn.Module):
         Returns:
             (N, C', H', W')
         """
-        convolve = _by_detectron2 if COMPILED and x.is_cuda else _by_torchvision
+        convolve = _by_detectron2 if COMPILED and x.is_cuda else _elsewhere
         x = convolve(self, x, offset, mask)
         x = x if self.norm is None else self.norm(x)
         return x if self.activation is None else self.activation(x)
 
 
-def _by_torchvision(layer: DeformConv, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:
+def _elsewhere(layer: DeformConv, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:
     """In the weights' precision also under AMP, for which it has no operator on CPUs."""
     weight, bias, dtype = layer.weight, layer.bias, layer.weight.dtype
     with torch.autocast(x.device.type, enabled=False):

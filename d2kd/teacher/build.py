@@ -18,7 +18,6 @@ from ..data.class_names import class_names, names_in_sets
 from ..modeling.build import build_detector
 from ..modeling.trainable import check_teaches
 from ..utils.packaged import find_file
-from ..weights.trained_config import check_same_detector
 from .compiled import CompiledBackbone
 from .manifest import identity, make_manifest
 from .options import TeacherOptions
@@ -89,9 +88,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     model, image_format, text, names, own_cfg = build(config_file, opts, device)
     _check_format(image_format, cfg.INPUT.FORMAT)
     if weights:
-        found = load_whole_detector(model, weights, "DISTILL.TEACHER.WEIGHTS")
-        if own_cfg is not None:
-            check_same_detector(found, own_cfg, f"DISTILL.TEACHER.WEIGHTS: {weights!r}")
+        load_whole_detector(model, weights, "DISTILL.TEACHER.WEIGHTS", own_cfg)
     else:
         logger.warning("DISTILL.TEACHER.ALLOW_RANDOM_WEIGHTS: this teacher knows nothing.")
     model.eval().requires_grad_(False)

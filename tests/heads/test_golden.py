@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from d2kd.heads import (
     DISTILL_HEAD_REGISTRY,
     BCKDHead,
+    CanKDHead,
     CrossKDHead,
     CWDHead,
+    DCSFKDHead,
     DISTHead,
     DKDHead,
     FGDHead,
@@ -118,6 +120,15 @@ def pkd() -> Setting:
 def pkd_by_index() -> Setting:
     levels = (LevelPair("p3", "p2", 8, 8, 8, 4), LevelPair("p4", "p3", 8, 8, 16, 8))
     return of_features(PKDHead(levels=levels, match="index"), [], levels)
+
+
+def cankd() -> Setting:
+    head = CanKDHead(levels=EQUAL_LEVELS)
+    return of_features(head, [head.read], EQUAL_LEVELS)
+
+
+def dcsfkd() -> Setting:
+    return of_features(DCSFKDHead(levels=EQUAL_LEVELS), [], EQUAL_LEVELS)
 
 
 def cwd() -> Setting:
@@ -235,7 +246,13 @@ GOLDEN: Dict[Callable[[], Setting], Tuple[float, float, float]] = {
     pkd: (0.87485028, 0.04497177, 0),
     # the same, with resize_stu
     pkd_by_index: (1.9140181, 0.028256287, 0),
-    # the same repository, mmrazor/models/losses/cwd.py: tau 2, loss_weight 1
+    # github.com/tori-hotaru/CanKD f951e3a, mmrazor/models/losses/nlkd_IN_loss.py: dimension 2,
+    # loss_weight 1
+    cankd: (0.90141206, 0.046844839, 0.072970864),
+    # github.com/LinY-ct/DCSF-KD 37ea7cf, mmrazor/models/losses/dcsfkd_loss.py without its plots:
+    # loss_weight 1
+    dcsfkd: (6.1755104, 0.19538119, 0),
+    # github.com/open-mmlab/mmrazor 90c7af1, mmrazor/models/losses/cwd.py: tau 2, loss_weight 1
     cwd: (1.5733545, 0.10322758, 0),
     # github.com/dvlab-research/ReviewKD cede6ea, Detection/model/kd_trans.py: ReviewKD and hcl
     reviewkd: (4.4362599, 0.033204078, 1.0313325),

@@ -7,7 +7,8 @@ Points are channels (y1, x1, y2, x2, ...) of a map, in strides from the corner o
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import deform_conv2d
+
+from ..deform_conv2d import deform_conv2d
 
 KERNEL = 3
 NUM_POINTS = KERNEL**2
@@ -44,7 +45,7 @@ class PointConv(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             offsets = points.float() - self.neighbours
-            return deform_conv2d(x.float(), offsets, self.weight, padding=KERNEL // 2).relu()
+            return deform_conv2d(x.float(), offsets, self.weight, padding=(1, 1)).relu()
 
 
 class MomentBox(nn.Module):

@@ -79,9 +79,9 @@ class AttentionGuide:
 
     def mean(self, attention: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
         """`attention` of the features of `source`: x, the student's, or target, the teacher's."""
-        features = {"teacher": [target], "student": [x], "both": [x, target]}[self.source]
-        maps = [attention(y.detach()) for y in features]
-        return sum(maps[1:], maps[0]) / len(maps)
+        if self.source == "both":
+            return (attention(x.detach()) + attention(target.detach())) / 2
+        return attention((x if self.source == "student" else target).detach())
 
     def cells(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
         """

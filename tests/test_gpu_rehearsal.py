@@ -15,7 +15,7 @@ from tests.helpers.toys import ROOT
 # A head on features cannot tell a RepPoints from a RetinaNet.
 ON_FEATURES = " or ".join(x for x in head_names() if not hasattr(head_class(x), "requires"))
 TAKEN = (
-    "operators or (waits or runs or draws or pretended or PKD-retinanet-to-retinanet or RoICls)"
+    "(waits or runs or draws or pretended or PKD-retinanet-to-retinanet or RoICls)"
     " and not float32 and not faster_rcnn-to-retinanet and not retinanet-to-faster_rcnn"
     f" and not (reppoints and ({ON_FEATURES}))"
 )

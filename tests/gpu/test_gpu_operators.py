@@ -25,7 +25,7 @@ BOUNDS: Dict[Tuple[str, Pair], int] = {
     ("DIST", FASTER_RCNN): 82,
     ("DKD", FASTER_RCNN): 81,
     ("DMKD", RETINANET): 180,
-    ("FGD", RETINANET): 288,
+    ("FGD", RETINANET): 294,
     ("MAR", RETINANET): 216,
     ("MGD", RETINANET): 40,
     ("MLD", RETINANET): 86,

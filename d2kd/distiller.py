@@ -101,30 +101,36 @@ class Distiller(nn.Module):
         check_trainable(student_config(cfg))
         # The student first: its initialisation must not depend on whether there is a teacher.
         student = build_detector(student_config(cfg), "The student")
-        ret = {
+        if cfg.DISTILL.ENABLED:
+            return cls.between(cfg, student, build_teacher(cfg))
+        logger.warning("DISTILL.ENABLED is False: training the student alone.")
+        return {
             "student": student,
             "teacher": None,
             "heads": {},
             "schedules": {},
-            "reference_pixels": {},
             "image_format": cfg.INPUT.FORMAT,
             "inherit_parts": [],
         }
-        if not cfg.DISTILL.ENABLED:
-            logger.warning("DISTILL.ENABLED is False: training the student alone.")
-            return ret
+
+    @staticmethod
+    def between(cfg: CfgNode, student: nn.Module, teacher: Teacher) -> Dict[str, Any]:
+        """Arguments of a Distiller of two detectors that are built already."""
         names = list(cfg.DISTILL.HEADS)
-        teacher = build_teacher(cfg)
         pair = describe_pair(cfg, student, teacher.model, teacher.class_names)
-        ret["teacher"] = teacher
-        ret["heads"] = {name: build_head(name, cfg, pair) for name in names}
-        ret["schedules"] = {name: WeightSchedule.from_config(name, cfg) for name in names}
-        ret["reference_pixels"] = {x: cfg.DISTILL[x].get("REFERENCE_PIXELS", 0) for x in names}
-        ret["inherit_parts"] = list(cfg.DISTILL.INHERIT)
-        required = [requires_of(head_class(name), cfg, pair) for name in names]
-        ret["requires"] = frozenset().union(*required)
-        ret["pair"] = pair
-        return ret
+        return {
+            "student": student,
+            "teacher": teacher,
+            "heads": {name: build_head(name, cfg, pair) for name in names},
+            "schedules": {name: WeightSchedule.from_config(name, cfg) for name in names},
+            "reference_pixels": {x: cfg.DISTILL[x].get("REFERENCE_PIXELS", 0) for x in names},
+            "image_format": cfg.INPUT.FORMAT,
+            "inherit_parts": list(cfg.DISTILL.INHERIT),
+            "requires": frozenset().union(
+                *(requires_of(head_class(name), cfg, pair) for name in names)
+            ),
+            "pair": pair,
+        }
 
     @property
     def device(self) -> torch.device:

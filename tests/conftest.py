@@ -2,14 +2,19 @@
 
 import gc
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
+import yaml
 
 # The detectors here are too small to share among threads, which would only wait for each other;
 # also for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Every run writes its config, several times. Where PyYAML has libyaml, that writes the same text.
+yaml.safe_dump = partial(yaml.dump, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
 
 
 def pytest_collection_finish() -> None:

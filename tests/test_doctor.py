@@ -55,7 +55,11 @@ def test_run_that_works_is_described(
 @pytest.mark.parametrize(
     "values",
     [
-        {"MODEL__KEYPOINT_ON": True, "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": 5},
+        {
+            "MODEL__KEYPOINT_ON": True,
+            "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": 5,
+            "MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS": (16,),
+        },
         {
             "MODEL__LOAD_PROPOSALS": True,
             "MODEL__PROPOSAL_GENERATOR__NAME": "PrecomputedProposals",

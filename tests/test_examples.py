@@ -11,7 +11,7 @@ import io
 import re
 import shlex
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -143,8 +143,13 @@ def try_benchmark(words: List[str]) -> None:
 
 
 def try_bench(words: List[str]) -> None:
-    table = module_of("tools/bench.py").read_table(parse("tools/bench.py", words).table)
-    for cell in table.cells:
+    check_table(parse("tools/bench.py", words).table)
+
+
+@lru_cache(maxsize=None)
+def check_table(path: str) -> None:
+    """Once, however many examples name it."""
+    for cell in module_of("tools/bench.py").read_table(path).cells:
         check_anywhere(cell.cfg)
 
 

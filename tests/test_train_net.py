@@ -11,24 +11,13 @@ from typing import Any, List
 import pytest
 import torch
 
+from tests.helpers.forks import python
 from tests.helpers.runs import run_config
 from tests.helpers.toys import ROOT, stock_backbone, write_teacher
 
 pytestmark = pytest.mark.process
 
-
-def train_net(*args: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-W", "ignore", os.path.join(ROOT, "train_net.py")]
-    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [*command, *map(str, args)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        universal_newlines=True,
-        timeout=120,
-    )
+TRAIN_NET = os.path.join(ROOT, "train_net.py")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +28,14 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = write_teacher(folder, "retinanet", MODEL__FPN__OUT_CHANNELS=64, **stock)
     cfg = run_config(folder, teacher, DATASETS__TEST=("d2kd_shapes_val",), **stock)
     (folder / "config.yaml").write_text(cfg.dump())
-    done = train_net("--config-file", folder / "config.yaml")
+    # As a user starts it, which the runs below are not.
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", TRAIN_NET, "--config-file", folder / "config.yaml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     (folder / "run" / "stdout").write_text(done.stdout)
     return folder / "run"
@@ -54,7 +50,7 @@ def test_help_teaches_the_first_commands(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--help"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(os.path.join(ROOT, "train_net.py"), run_name="__main__")
+        runpy.run_path(TRAIN_NET, run_name="__main__")
     assert ended.value.code == 0
     text = capsys.readouterr().out
     for word in ("--config-file", "--resume", "--eval-only", "--num-gpus", "DISTILL.", "teacher"):
@@ -78,20 +74,21 @@ def test_log_tells_what_is_distilled_from_what(output: Path) -> None:
         assert "p3 (stride 8, 32 channels) <- p3 (stride 8, 64 channels)" in log, name
 
 
-def test_evaluation_needs_no_teacher_and_then_the_run_goes_on(output: Path) -> None:
+def test_evaluation_needs_no_teacher_and_then_the_run_goes_on(output: Path, tmp_path: Path) -> None:
     weights = output / "model_final.pth"
     config = ["--config-file", output.parent / "config.yaml"]
     kept = {x: x.read_bytes() for x in (output / "config.yaml", *output.glob("*.pth"))}
     gone = ["DISTILL.TEACHER.WEIGHTS", "gone.pth", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0]
-    done = train_net(*config, "--eval-only", "MODEL.WEIGHTS", weights, *gone)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "Evaluation results for bbox" in done.stdout
+    said = tmp_path / "said"
+    code = python([TRAIN_NET, *config, "--eval-only", "MODEL.WEIGHTS", weights, *gone], said)
+    assert code == 0, said.read_text()[-3000:]
+    assert "Evaluation results for bbox" in said.read_text()
     assert {x: x.read_bytes() for x in (output / "config.yaml", *output.glob("*.pth"))} == kept
 
     before = torch.load(weights, weights_only=True)["model"]
-    done = train_net(*config, "--resume", "SOLVER.MAX_ITER", 6)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "Resuming at iteration 4." in done.stdout
+    code = python([TRAIN_NET, *config, "--resume", "SOLVER.MAX_ITER", 6], said)
+    assert code == 0, said.read_text()[-3000:]
+    assert "Resuming at iteration 4." in said.read_text()
     checkpoint = torch.load(weights, weights_only=True)
     assert checkpoint["iteration"] == 5
     key = "backbone.fpn_output3.weight"

@@ -9,18 +9,19 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import detectron2.modeling
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from ..config import merge_opts
+from ..config import merge_opts, student_config
 from ..distiller import Distiller, describe_pair
 from ..heads.build import build_head
 from ..heads.registry import head_class
+from ..modeling.build import build_detector
 from ..schedule import WeightSchedule
+from ..teacher import Teacher, build_teacher
 from .batches import batch
 from .detectors import distill_config, enliven, write_teacher
 
@@ -66,11 +67,12 @@ class Case:
         self.cfg = _config(name, pair, opts)
         self.refusal = ""
         try:
-            seed_all(0)
-            self.distiller = build_model(self.cfg).train()
+            detectors = _detectors(self.cfg, pair, opts)
+            distiller = Distiller(**Distiller.between(self.cfg, *detectors))
         except ValueError as error:
             self.refusal = str(error)
             return
+        self.distiller = copy.deepcopy(distiller).train()
         enliven(self.distiller.student)
         enliven(self.distiller.teacher.model)
 
@@ -167,6 +169,21 @@ def _config(name: str, pair: Pair, opts: Sequence[Any]) -> CfgNode:
     cfg.DISTILL[name].SCHEDULE.WARMUP_ITERS = 0  # with warm-up the first weight would be 0
     merge_opts(cfg, list(opts), "conformance(opts=...)")
     return cfg
+
+
+_DETECTORS: Dict[Any, Tuple[nn.Module, Teacher, Tensor]] = {}
+
+
+def _detectors(cfg: CfgNode, pair: Pair, opts: Sequence[Any]) -> Tuple[nn.Module, Teacher]:
+    """Student and teacher, built once for all heads, with the generator as it was after that."""
+    key = pair, repr(opts)
+    seed_all(0)
+    if key not in _DETECTORS:
+        student = build_detector(student_config(cfg), "The student")
+        _DETECTORS[key] = student, build_teacher(cfg), torch.get_rng_state()
+    *detectors, state = _DETECTORS[key]
+    torch.set_rng_state(state)
+    return tuple(detectors)
 
 
 # Not created on import: spawned processes import this module too and would not remove the folder.

@@ -48,7 +48,7 @@ class AMDHead(nn.Module):
                 two-stage student)
             temperature: tau of FGD's attention: 0.5, and 0.8 for FCOS; larger: flatter
             attention_from: "teacher", which knows objects from the first iteration on (FGD is
-                guided by it as well), or "student"
+                guided by it as well), "student", or the mean of "both"
             adapt_channels: weigh the channels of the rebuilt features: the "simple and efficient"
                 module of the abstract, here squeeze and excitation
         """

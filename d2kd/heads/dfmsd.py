@@ -62,7 +62,8 @@ class DFMSDHead(nn.Module):
             cell_mask: which cells are hidden, given the attention
             channel_mask: which channels; half of them leaves enough to mix the others from
             temperature: tau of FGD's attention: 0.5, and 0.8 for FCOS; larger: flatter
-            attention_from: "teacher", which knows objects from the first iteration on, or "student"
+            attention_from: "teacher", which knows objects from the first iteration on, "student",
+                or the mean of "both"
             enhancement: gamma: how much high-frequency attention is added to the mask's; the paper
                 strengthens it with the stages: 0.0 in the first, 1.0 in the second
             enhanced_max_stride: levels up to this stride get it: small objects live on the fine
@@ -138,11 +139,14 @@ class DFMSDHead(nn.Module):
         enhancement = self.enhancement[level]
         if not enhancement:
             return attention
-        detail = high_pass(self.guide.of(x, target).float(), self.high_pass_cutoff, inside)
-        detail = detail.abs().mean(dim=1, keepdim=True)
-        detail = mean_one_softmax(detail, self.guide.temperature, inside)
+
+        def detail(y: Tensor) -> Tensor:
+            y = high_pass(y.float(), self.high_pass_cutoff, inside).abs().mean(dim=1, keepdim=True)
+            return mean_one_softmax(y, self.guide.temperature, inside)
+
+        enhanced = attention + enhancement * self.guide.mean(detail, x, target)
         # A mean of 1 again, so that a threshold keeps its meaning; the order is that of the sum.
-        return (attention + enhancement * detail) / (1 + enhancement)
+        return enhanced / (1 + enhancement)
 
 
 def _mean_square(x: Tensor, target: Tensor, inside: Optional[Tensor]) -> Tensor:

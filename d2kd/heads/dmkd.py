@@ -42,7 +42,7 @@ class DMKDHead(nn.Module):
                 others from
             temperature: tau of FGD's attention: 0.5, and 0.8 for FCOS; larger: flatter
             attention_from: "teacher", which knows objects from the first iteration on (FGD is
-                guided by it as well), or "student"
+                guided by it as well), "student", or the mean of "both"
         """
         super().__init__()
         self.levels = levels

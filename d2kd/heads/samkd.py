@@ -57,7 +57,8 @@ class SAMKDHead(nn.Module):
                 two-stage student)
             channel_mask: which channels; half of them leaves enough to mix the others from
             temperature: tau of FGD's attention: 0.5, and 0.8 for FCOS; larger: flatter
-            attention_from: "teacher", which knows objects from the first iteration on, or "student"
+            attention_from: "teacher", which knows objects from the first iteration on, "student",
+                or the mean of "both"
         """
         super().__init__()
         check_choice("hierarchy", hierarchy, sorted(HIERARCHIES))

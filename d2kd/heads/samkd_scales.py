@@ -65,13 +65,13 @@ class Windows(PooledMaps):
     def visible(scale: Scale, guide: AttentionGuide, mask: MaskRule) -> Tensor:
         if scale.size == 1:
             return PooledMaps.visible(scale, guide, mask)
-        magnitude = guide.of(scale.x, scale.target).float().abs().mean(dim=1, keepdim=True)
-        inside = torch.ones_like(magnitude).bool() if scale.inside is None else scale.inside
+        magnitudes = [y.float().abs().mean(dim=1, keepdim=True) for y in (scale.x, scale.target)]
+        inside = torch.ones_like(magnitudes[0]).bool() if scale.inside is None else scale.inside
         windows = cut_windows(inside, scale.size)  # (N, windows, H, W)
         # Each window as an image of its own, of which nothing else is inside.
-        magnitude = magnitude.expand_as(windows).flatten(0, 1)[:, None]
+        magnitudes = [y.expand_as(windows).flatten(0, 1)[:, None] for y in magnitudes]
         inside = windows.flatten(0, 1)[:, None]
-        visible = mask(guide.cells(magnitude, magnitude, inside), inside)
+        visible = mask(guide.cells(*magnitudes, inside), inside)
         return visible.view_as(windows).any(dim=1, keepdim=True)
 
     @staticmethod

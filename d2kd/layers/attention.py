@@ -1,7 +1,8 @@
 """Attention maps of FGD (https://arxiv.org/abs/2111.11837), normalised to mean 1."""
 
 from dataclasses import dataclass
-from typing import Optional
+from functools import partial
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..utils.checks import check_choice, check_temperature
 from .inside import mean_inside
 
-SOURCES = ("teacher", "student")
+SOURCES = ("teacher", "student", "both")
 
 
 def spatial_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
@@ -62,11 +63,11 @@ def mean_one_softmax(scores: Tensor, temperature: float, inside: Optional[Tensor
 @dataclass(frozen=True)
 class AttentionGuide:
     """
-    Attention of the teacher's or of the student's features, without gradient.
+    Attention of the teacher's features, the student's or both, without gradient.
 
     Attributes:
         temperature: tau of FGD's attention; larger values give a flatter map
-        source: "teacher" or "student"
+        source: "teacher", "student" or "both", whose maps are averaged
     """
 
     temperature: float = 0.5
@@ -76,9 +77,11 @@ class AttentionGuide:
         check_temperature("temperature", self.temperature)
         check_choice("attention_from", self.source, SOURCES)
 
-    def of(self, x: Tensor, target: Tensor) -> Tensor:
-        """The features of `source`: the student's, x, or the teacher's, target; detached."""
-        return (target if self.source == "teacher" else x).detach()
+    def mean(self, attention: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
+        """`attention` of the features of `source`: x, the student's, or target, the teacher's."""
+        if self.source == "both":
+            return (attention(x.detach()) + attention(target.detach())) / 2
+        return attention((x if self.source == "student" else target).detach())
 
     def cells(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
         """
@@ -89,8 +92,10 @@ class AttentionGuide:
         Returns:
             (N, 1, H, W), mean 1 over the cells inside
         """
-        return spatial_attention(self.of(x, target), self.temperature, inside)
+        attention = partial(spatial_attention, temperature=self.temperature, inside=inside)
+        return self.mean(attention, x, target)
 
     def channels(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
         """As `cells`, but (N, C, 1, 1) with mean 1 over channels."""
-        return channel_attention(self.of(x, target), self.temperature, inside)
+        attention = partial(channel_attention, temperature=self.temperature, inside=inside)
+        return self.mean(attention, x, target)

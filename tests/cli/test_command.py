@@ -1,6 +1,7 @@
 """`d2kd`: fast, helpful, from any folder, and one line for a user's mistake."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import d2kd_cli
 from d2kd.cli import train
+from tests.helpers.forks import cheap_processes
 from tests.helpers.toys import ROOT
 
 PKD = ["--config-file", "quickstart/pkd.yaml"]
@@ -21,17 +23,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def python(*words: str) -> "subprocess.CompletedProcess[str]":
-    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *words],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 @pytest.mark.process
 def test_help_lists_all_commands_and_imports_no_torch() -> None:
     code = (
@@ -39,7 +30,10 @@ def test_help_lists_all_commands_and_imports_no_torch() -> None:
         "assert d2kd_cli.main(['--help']) == 0\n"
         "assert not {'torch', 'detectron2', 'd2kd'} & set(sys.modules)"
     )
-    done = python("-c", code)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     for name, command in d2kd_cli.COMMANDS.items():
         assert f"  {name} " in done.stdout and command.summary in done.stdout
@@ -124,12 +118,18 @@ def test_traceback_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture)
 
 
 @pytest.mark.process
-def test_train_net_and_its_processes_end_alike() -> None:
+def test_train_net_and_its_processes_end_alike(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     several = ["--num-gpus", "2", "MODEL.DEVICE", "cpu"]
-    done = python(f"{ROOT}/train_net.py", *PKD, *several, "DISTILL.TEACHER.WEIGHTS", "gone.pth")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    words = ["train_net.py", *PKD, *several, "DISTILL.TEACHER.WEIGHTS", "gone.pth"]
+    monkeypatch.setattr(sys, "argv", words)
+    with cheap_processes(), pytest.raises(SystemExit) as ended:
+        runpy.run_path(f"{ROOT}/train_net.py", run_name="__main__")
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in text
     told = "d2kd train: error: DISTILL.TEACHER.WEIGHTS: there is no file 'gone.pth'."
-    assert done.stderr.splitlines()[-1] == told
+    assert text.splitlines()[-1] == told
 
 
 def test_bug_in_a_plugin_is_no_mistake_of_the_command_line() -> None:

@@ -1,8 +1,6 @@
 """All heads pass the conformance kit, and the kit catches heads with defects."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Type
 
@@ -26,6 +24,7 @@ from d2kd.heads import DistillPair
 from d2kd.heads.registry import head_names
 from d2kd.utils.user_mistakes import run_command
 from d2kd.views import DetectorView
+from tests.helpers.forks import python
 from tests.helpers.toys import ROOT
 
 TestHeads = conformance(*head_names())
@@ -251,11 +250,11 @@ def test_head_of_the_readme_passes_on_the_command_line(tmp_path: Path) -> None:
     code = re.search(r"```python\n(# my_head\.py\n.*?)```", readme, re.DOTALL).group(1)
     (tmp_path / "my_head.py").write_text(code)
     # A pytest of its own does not run inside that of the tests.
-    words = [sys.executable, "-W", "ignore", "-m", "d2kd.conformance", str(tmp_path / "my_head.py")]
-    words += ["-k", "retinanet-to-retinanet"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\d\d passed", done.stdout) and "failed" not in done.stdout
+    words = ["-m", "d2kd.conformance", tmp_path / "my_head.py", "-k", "retinanet-to-retinanet"]
+    exit_code = python(words, tmp_path / "said")
+    text = (tmp_path / "said").read_text()
+    assert exit_code == 0, text
+    assert re.search(r"\d\d passed", text) and "failed" not in text
 
 
 def test_command_teaches_and_refuses_a_file_without_heads(

@@ -258,7 +258,7 @@ def test_disk_without_room_is_told_and_what_was_saved_is_kept(
 ) -> None:
     full = at(run_config(folder, teacher), tmp_path, "full")
     interrupt(full, 2)
-    torch.multiprocessing.start_processes(limit_files, (full,), start_method="spawn")
+    torch.multiprocessing.start_processes(limit_files, (full,), start_method="forkserver")
     files = sorted(x.name for x in Path(full.OUTPUT_DIR).glob("*model*"))
     assert files == ["model_0000001.pth"], "neither a half one nor one that is left over"
     run(full, resume=True)  # there is room again

@@ -96,17 +96,17 @@ def die_before_naming(name: str) -> None:
     PlainCheckpointer.tag_last_checkpoint = tag_or_die
 
 
-# Name of a folder to how its run dies, and the checkpoint that is there to go on from
-POINTS = {
-    "step_of_stage_1": (lambda: Die(2), "model_stage_1_0000001.pth"),
-    "step_of_stage_2": (lambda: Die(6), "model_0000005.pth"),
-    "while_saving": (lambda: die_while_saving("model_0000005"), "model_0000003.pth"),
-    "before_naming": (lambda: die_before_naming("model_0000005"), "model_0000003.pth"),
-    "saving_the_end": (lambda: die_while_saving("model_final"), "model_0000007.pth"),
+# How the run dies, again and again, and the checkpoint that is then there to go on from
+DEATHS = {
+    "in a step of stage 1": (lambda: Die(2), "model_stage_1_0000001.pth"),
+    "while saving": (lambda: die_while_saving("model_0000005"), "model_0000003.pth"),
+    "before naming": (lambda: die_before_naming("model_0000005"), "model_0000003.pth"),
+    "in a step of stage 2": (lambda: Die(6), "model_0000005.pth"),
+    "saving the end": (lambda: die_while_saving("model_final"), "model_0000007.pth"),
 }
-POINTS_OF_TWO = {
-    "one_of_two": (lambda: Die(6, rank=1), "model_0000005.pth"),
-    "two_while_saving": (lambda: die_while_saving("model_0000005"), "model_0000003.pth"),
+DEATHS_OF_TWO = {
+    "two while saving": (lambda: die_while_saving("model_0000005"), "model_0000003.pth"),
+    "one of two": (lambda: Die(6, rank=1), "model_0000005.pth"),
 }
 
 
@@ -149,47 +149,45 @@ def assert_same_run(killed: CfgNode, whole: CfgNode) -> None:
 # The tests ----------------------------------------------------------------------------------------
 
 
-def train_and_write(cfg: CfgNode, point: str = "", resume: bool = False) -> None:
+def train_and_write(cfg: CfgNode, death: str = "", resume: bool = False) -> None:
     """For processes of their own: what is patched here stays so."""
-    hook = {**POINTS, **POINTS_OF_TWO}[point][0]() if point else None
+    hook = {**DEATHS, **DEATHS_OF_TWO}[death][0]() if death else None
     hooks = [WriteScalars(), hook] if hook else [WriteScalars()]
     build_hooks = Trainer.build_hooks
     Trainer.build_hooks = lambda self: [*hooks, *build_hooks(self)]
     train(cfg, resume=resume)
 
 
-def kill_and_resume(cfg: CfgNode, folder: Path) -> None:
-    assert fork(train_and_write, at(cfg, folder, "whole")) == 0
-    for point, (_, last) in POINTS.items():
-        killed = at(cfg, folder, point)
-        assert fork(train_and_write, killed, point) == -signal.SIGKILL, point
-        assert last_whole_checkpoint(killed.OUTPUT_DIR).endswith(f"/{last}")
+def kill_again_and_again(killed: CfgNode, whole: CfgNode) -> None:
+    assert fork(train_and_write, whole) == 0
+    for i, (death, (_, last)) in enumerate(DEATHS.items()):
+        assert fork(train_and_write, killed, death, i > 0) == -signal.SIGKILL, death
+        assert last_whole_checkpoint(killed.OUTPUT_DIR).endswith(f"/{last}"), death
         assert not Path(killed.OUTPUT_DIR, "model_final.pth").exists()
-        assert fork(train_and_write, killed, "", True) == 0, point
+    assert fork(train_and_write, killed, "", True) == 0
 
 
 def test_killed_run_resumes_to_the_same_losses_and_the_same_end(
     cfg: CfgNode, tmp_path: Path
 ) -> None:
-    in_clean_process(kill_and_resume, cfg, tmp_path)
-    for point in POINTS:
-        assert_same_run(at(cfg, tmp_path, point), at(cfg, tmp_path, "whole"))
-        assert not list((tmp_path / point).glob("*.unfinished"))
+    killed, whole = at(cfg, tmp_path, "killed"), at(cfg, tmp_path, "whole")
+    in_clean_process(kill_again_and_again, killed, whole)
+    assert_same_run(killed, whole)
+    assert not list(Path(killed.OUTPUT_DIR).glob("*.unfinished"))
 
 
-def kill_and_resume_two(cfg: CfgNode, folder: Path) -> None:
-    launch_two(train_and_write, at(cfg, folder, "whole"), start_method="fork")
-    for point, (_, last) in POINTS_OF_TWO.items():
-        killed = at(cfg, folder, point)
+def kill_two_again_and_again(killed: CfgNode, whole: CfgNode) -> None:
+    launch_two(train_and_write, whole, start_method="fork")
+    for i, (death, (_, last)) in enumerate(DEATHS_OF_TWO.items()):
         with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-            launch_two(train_and_write, killed, point, start_method="fork")
-        assert last_whole_checkpoint(killed.OUTPUT_DIR).endswith(f"/{last}")
-        launch_two(train_and_write, killed, "", True, start_method="fork")
+            launch_two(train_and_write, killed, death, i > 0, start_method="fork")
+        assert last_whole_checkpoint(killed.OUTPUT_DIR).endswith(f"/{last}"), death
+    launch_two(train_and_write, killed, "", True, start_method="fork")
 
 
 def test_two_processes_that_are_killed_resume_to_the_same_losses_and_the_same_end(
     cfg: CfgNode, tmp_path: Path
 ) -> None:
-    in_clean_process(kill_and_resume_two, cfg, tmp_path)
-    for point in POINTS_OF_TWO:
-        assert_same_run(at(cfg, tmp_path, point), at(cfg, tmp_path, "whole"))
+    killed, whole = at(cfg, tmp_path, "killed"), at(cfg, tmp_path, "whole")
+    in_clean_process(kill_two_again_and_again, killed, whole)
+    assert_same_run(killed, whole)

@@ -271,18 +271,16 @@ def test_teacher_of_a_later_stage_that_knows_nothing_is_refused_before_the_first
     assert not list(tmp_path.glob("*.pth"))
 
 
-# Stages are counted from 1.
-@pytest.mark.parametrize("dies_in, again", [(2, [2]), (3, [2]), (5, [])])
 def test_teacher_is_evaluated_until_its_stage_has_begun(
-    dies_in: int, again: List[int], staged: CfgNode, evaluated: List[str], stronger: Dict[str, str]
+    staged: CfgNode, evaluated: List[str], stronger: Dict[str, str]
 ) -> None:
-    both = [staged.DISTILL.TEACHER.WEIGHTS, stronger["WEIGHTS"]]
-    train_stages(staged, Interrupt(dies_in))
-    assert sorted(evaluated) == sorted(both)
-    evaluated.clear()
-    with mock.patch.object(Trainer, "train", side_effect=Interruption):
-        train_stages(staged, resume=True)
-    assert evaluated == [both[i - 1] for i in again]
+    train_stages(staged, Interrupt(2))
+    assert sorted(evaluated) == sorted([staged.DISTILL.TEACHER.WEIGHTS, stronger["WEIGHTS"]])
+    # From a checkpoint of the first stage, from its end, and from one of the second.
+    for dies_in, again in ((3, [stronger["WEIGHTS"]]), (5, [stronger["WEIGHTS"]]), (5, [])):
+        evaluated.clear()
+        train_stages(staged, Interrupt(dies_in), resume=True)
+        assert evaluated == again, dies_in
 
 
 def test_teacher_of_a_run_without_stages_is_evaluated_once(
@@ -430,21 +428,20 @@ def test_new_learning_rate_counts_in_a_resumed_stage(
 # Resuming ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "dies_in, goes_on_at, stage",
-    [(2, 2, 1), (3, 3, 2), (5, 4, 2)],
-    ids=["in stage 1", "between the stages", "in stage 2"],
-)
-def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
-    dies_in: int, goes_on_at: int, stage: int, whole: Dict[str, Any], staged: CfgNode
+def test_run_that_is_interrupted_anywhere_equals_an_uninterrupted_one(
+    whole: Dict[str, Any], staged: CfgNode
 ) -> None:
-    train_stages(staged, Interrupt(dies_in))
-    assert not (Path(staged.OUTPUT_DIR) / "model_final.pth").exists()
-    trainers = train_stages(staged, resume=True)
-    assert trainers[0].stage.index == stage
-    resumed = all_scalars(trainers)
-    for name, values in whole["scalars"].items():
-        assert resumed[name] == {i: v for i, v in values.items() if i >= goes_on_at}, name
+    expected = whole["scalars"]
+    train_stages(staged, Interrupt(2))
+    # In the first stage, at its end, and in the second.
+    for begins_at, stage, dies_in in ((2, 1, 3), (3, 2, 5), (4, 2, 6)):
+        assert not (Path(staged.OUTPUT_DIR) / "model_final.pth").exists()
+        trainers = train_stages(staged, Interrupt(dies_in), resume=True)
+        assert trainers[0].stage.index == stage
+        resumed = all_scalars(trainers)
+        for name, values in expected.items():
+            found = {i: v for i, v in resumed.get(name, {}).items() if i < dies_in}
+            assert found == {i: v for i, v in values.items() if begins_at <= i < dies_in}, name
     ours, theirs = saved(staged), saved(whole["cfg"])
     assert_same_checkpoint(ours, theirs)
     assert ours["teacher"] == theirs["teacher"]

@@ -185,6 +185,22 @@ def test_gradient_reaches_student_and_all_parameters_but_not_the_teacher(name: s
 
 
 @every_head
+def test_attention_of_both_is_that_of_neither_unless_features_are_equal(name: str) -> None:
+    sources = ("teacher", "student", "both")
+    x, target = noise(2, 4, 16, 16, seed=1).float(), noise(2, 4, 16, 16, seed=2).float()
+    for teacher, alike in ((x, True), (target, False)):
+        found = []
+        for source in sources:
+            head = random_head(name, (4, 4), attention_from=source)
+            torch.manual_seed(0)
+            loss_of(head, x, teacher)
+            *_, cells = head.maps.values()  # of SAMKD the coarsest scale
+            found.append(cells["p3"])
+        assert torch.equal(found[0], found[1]) == alike
+        assert (torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])) == alike
+
+
+@every_head
 def test_every_level_has_modules_and_a_loss_of_its_own(name: str) -> None:
     cls, values = HEADS[name]
     head = cls(levels=level_pairs(p3=(3, 4), p5=(4, 4)), **values)
@@ -284,7 +300,7 @@ HEAD_ERRORS: List[Tuple[str, Dict[str, Any], str]] = [
     ("DFMSD", {"TEMPERATURE": -1.0}, r"TEMPERATURE must be above 0, got -1.0"),
     ("SAMKD", {"TEMPERATURE": math.nan}, r"TEMPERATURE must be above 0, got nan"),
     *(
-        (k, {"ATTENTION_FROM": "both"}, r"ATTENTION_FROM must be one of .*, got 'both'")
+        (k, {"ATTENTION_FROM": "neck"}, r"ATTENTION_FROM must be one of .*, got 'neck'")
         for k in ("AMD", "DMKD", "DFMSD", "SAMKD")
     ),
     *(

@@ -1,7 +1,14 @@
 """Work in processes that are fresh and cheap: forks of one that has imported and done no more."""
 
 import multiprocessing
-from typing import Any, Callable
+import os
+import runpy
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Callable, Iterator, List, Sequence
 from unittest import mock
 
 import torch
@@ -37,9 +44,10 @@ def fork(work: Callable[..., None], *args: Any) -> int:
     return child.exitcode
 
 
-def launch_two(work: Callable[..., None], *args: Any, start_method: str = "forkserver") -> None:
+@contextmanager
+def cheap_processes(start_method: str = "forkserver") -> Iterator[None]:
     """
-    d2kd.engine.launch of two processes on the CPU, without importing everything anew.
+    Those of d2kd.engine.launch import nothing anew.
 
     Args:
         start_method: "fork" in a process that in_clean_process has begun
@@ -50,4 +58,49 @@ def launch_two(work: Callable[..., None], *args: Any, start_method: str = "forks
         start(*args, **{**kwargs, "start_method": start_method})
 
     with mock.patch("d2kd.engine.parallel.mp.start_processes", start_cheaply):
+        yield
+
+
+def launch_two(work: Callable[..., None], *args: Any, start_method: str = "forkserver") -> None:
+    """d2kd.engine.launch of two processes on the CPU; see cheap_processes."""
+    with cheap_processes(start_method):
         launch(work, 2, device="cpu", args=args)
+
+
+def python(words: Sequence[Any], said: Path) -> int:
+    """
+    What `python WORDS` does in a process that has imported all that d2kd needs.
+
+    Args:
+        words: a script or "-m", a module, and its command line
+        said: file that receives what it prints
+
+    Returns:
+        exit code
+    """
+    args = [str(x) for x in words], str(said)
+    process = multiprocessing.get_context("forkserver").Process(target=_python, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _python(words: List[str], said: str) -> None:
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def run_python(words: Sequence[str], **_: Any) -> "subprocess.CompletedProcess[str]":
+    """In the place of a module's subprocess.run that captures what is printed; see python."""
+    assert words[0] == sys.executable
+    with TemporaryDirectory() as folder:
+        said = Path(folder, "said")
+        code = python(words[1:], said)
+        return subprocess.CompletedProcess(words, code, said.read_text(), said.read_text())

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 import yaml
 
+from tests.helpers.forks import python
 from tests.helpers.runs import run_config
 from tests.helpers.toys import stock_backbone
 
@@ -237,7 +238,13 @@ def test_run_that_goes_on_with_other_code_has_both_commits(
     assert results(tool, place)[0]["commit"].endswith(" new")
 
 
-def test_train_net_is_what_the_bench_runs(tool: Callable, tmp_path: Path) -> None:
+def test_train_net_is_what_the_bench_runs(
+    tool: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Any, words: List[str], said: str, lock: Any) -> int:
+        return python([tool("bench_steps").TRAIN_NET, *words], Path(said))
+
+    monkeypatch.setattr(tool("bench_steps").Children, "run", run)
     schedule = {"SOLVER__MAX_ITER": 1, "SOLVER__STEPS": (), "SOLVER__WARMUP_ITERS": 0}
     cfg = run_config(tmp_path, **schedule, **stock_backbone("retinanet"))
     cfg.DATASETS.TEST, cfg.DATASETS.SHAPES.NUM_TEST = ("d2kd_shapes_val",), 4

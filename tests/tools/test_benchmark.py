@@ -1,6 +1,7 @@
 """The benchmark on toy detectors: what it measures belongs to the machine, how it sums up to us."""
 
 import json
+import multiprocessing
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -81,8 +82,14 @@ def test_report_says_what_was_measured_where(
 
 @pytest.mark.process
 def test_memory_of_student_and_each_step(
-    run: Callable[..., Dict[str, Any]], config_file: Callable[[str, str], str]
+    run: Callable[..., Dict[str, Any]],
+    config_file: Callable[[str, str], str],
+    benchmark: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Processes that import nothing anew are as good here.
+    context = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(benchmark, "get_context", lambda method: context)
     path = config_file("retinanet", "retinanet")
     report = run("--config-file", path, "--heads", "PKD", "--memory")
     assert list(report["peak_mib"]) == ["student", "with PKD"]

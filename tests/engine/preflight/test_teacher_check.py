@@ -29,8 +29,12 @@ from tests.helpers.toys import ROOT, write_teacher
 
 @pytest.fixture
 def cfg(folder: Path, monkeypatch: pytest.MonkeyPatch) -> CfgNode:
-    """The quickstart's pair, on a few images."""
     monkeypatch.chdir(ROOT)
+    return quickstart_config(folder)
+
+
+def quickstart_config(folder: Path) -> CfgNode:
+    """The quickstart's pair, on a few images; its paths start at ROOT."""
     data = ["NUM_TRAIN", 8, "NUM_VAL", 12, "ROOT", str(folder)]
     opts: List[Any] = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder / "run")]
     for key, value in zip(data[0::2], data[1::2]):
@@ -185,10 +189,13 @@ NAMES = list(CLASSES)
 Detections = List[Tuple[Dict[str, Any], Instances]]
 
 
-@pytest.fixture
-def whole(cfg: CfgNode) -> Detections:
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Detections:
     """The inputs and detections of the quickstart's teacher, image by image."""
-    teacher, mapper = build_teacher(cfg), DatasetMapper(cfg, is_train=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        cfg = quickstart_config(folder)
+        teacher, mapper = build_teacher(cfg), DatasetMapper(cfg, is_train=False)
     inputs = [mapper(x) for x in DatasetCatalog.get("d2kd_shapes_val")]
     with torch.no_grad():
         return [(x, teacher.model([x])[0]["instances"]) for x in inputs]

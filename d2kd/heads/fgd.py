@@ -94,7 +94,7 @@ class FGDHead(nn.Module):
             theirs.append(target.detach().float())
         masks = self._masks(student, [x.shape[-2:] for x in ours])
         terms: List[Tensor] = []  # the four of the first level, those of the second, ...
-        for level in zip(names, ours, theirs, masks, *self._attentions(ours, theirs)):
+        for level in zip(names, ours, theirs, masks):
             terms += self._terms(*level)
         weights = torch.tensor(list(self.weights.values())) / len(ours[0])
         weights = weights.to(terms[0].device, non_blocking=True)
@@ -102,47 +102,25 @@ class FGDHead(nn.Module):
         self.maps = {"foreground": {k: foreground for k, (foreground, _) in zip(names, masks)}}
         return {f"loss_fgd_{k}": dict(zip(names, x)) for k, x in zip(self.weights, terms)}
 
-    def _attentions(self, *detectors: Sequence[Tensor]) -> List[List[Tuple[Tensor, Tensor]]]:
-        """
-        Args:
-            detectors: maps of the levels of each, (N, C, Hi, Wi)
-
-        Returns:
-            of each detector and level: the attention over cells, (N, 1, Hi, Wi), and over channels,
-            (N, C, 1, 1)
-        """
-        sizes = [x.abs() for maps in detectors for x in maps]
-        cells = [mean_one_softmax(x.mean(1, keepdim=True), self.temperature) for x in sizes]
-        # All at once: these have the same shape.
-        channels = torch.cat([x.mean(dim=(2, 3), keepdim=True) for x in sizes])
-        channels = mean_one_softmax(channels, self.temperature).chunk(len(sizes))
-        both, levels = list(zip(cells, channels)), len(detectors[0])
-        return [both[i : i + levels] for i in range(0, len(both), levels)]
-
     def _terms(
-        self,
-        level: str,
-        x: Tensor,
-        target: Tensor,
-        masks: Tuple[Tensor, Tensor],
-        ours: Tuple[Tensor, Tensor],
-        theirs: Tuple[Tensor, Tensor],
+        self, level: str, x: Tensor, target: Tensor, masks: Tuple[Tensor, Tensor]
     ) -> List[Tensor]:
-        """
-        Args:
-            ours, theirs: attention over cells and over channels
-
-        Returns:
-            the four terms without their weights, summed over images
-        """
-        cells, channels = theirs
+        """The four terms without their weights, summed over images."""
+        sizes = [v.abs() for v in (x, target)]
+        our_cells, cells = self._attention([v.mean(dim=1, keepdim=True) for v in sizes])
+        our_channels, channels = self._attention([v.mean(dim=(2, 3), keepdim=True) for v in sizes])
         error = F.mse_loss(x, target, reduction="none") * channels
         error = error.sum(dim=1, keepdim=True) * cells
         foreground, background = ((error * mask).sum() for mask in masks)
-        of_cells, of_channels = (F.l1_loss(a, b, reduction="sum") for a, b in zip(ours, theirs))
+        of_cells = F.l1_loss(our_cells, cells, reduction="sum")
+        of_channels = F.l1_loss(our_channels, channels, reduction="sum")
         ours, theirs = self.student_context[level](x), self.teacher_context[level](target)
         context = F.mse_loss(x + ours, target + theirs, reduction="sum")
         return [foreground, background, of_cells + of_channels, context]
+
+    def _attention(self, means: List[Tensor]) -> Tuple[Tensor, Tensor]:
+        """Of mean magnitudes of student and teacher; both by the same operators."""
+        return mean_one_softmax(torch.cat(means), self.temperature).chunk(2)
 
     def _masks(
         self, view: DetectorView, sizes: Sequence[Tuple[int, int]]

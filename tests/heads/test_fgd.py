@@ -253,6 +253,17 @@ def test_new_head_gives_zero_for_equal_features() -> None:
     assert all(v.item() == 0 for levels in losses.values() for v in levels.values())
 
 
+def test_levels_of_unlike_channels_are_compared_as_each_alone() -> None:
+    both = random_head(levels=level_pairs(p3=(3, 4), p4=(5, 6)))
+    maps = [features({"p3": a, "p4": b}, 2, seed=a) for a, b in ((3, 5), (4, 6))]
+    found = both(*(BoxView(x, BOXES) for x in maps))
+    for level in ("p3", "p4"):
+        alone = random_head(levels=tuple(p for p in both.levels if p.student == level))
+        alone.load_state_dict({k: v for k, v in both.state_dict().items() if f".{level}." in k})
+        for name, losses in alone(*(BoxView({level: x[level]}, BOXES) for x in maps)).items():
+            torch.testing.assert_close(losses[level], found[name][level])
+
+
 def test_duplicated_images_leave_the_losses_as_they_are() -> None:
     head = random_head(levels=level_pairs(p3=(3, 4)), **weights_of(1.0, 1.0, 1.0, 1.0))
     x, target = noise(3, 3, 6, 7, seed=1).float(), noise(3, 4, 6, 7, seed=2).float()

@@ -37,7 +37,7 @@ class ACAMKDHead(nn.Module):
             diversity_weight: of the term that keeps masks apart; published: 1
         """
         super().__init__()
-        check_range("num_masks", num_masks, 1, float("inf"))
+        check_range("num_masks", num_masks, 1, 64, "each is as large as the map")
         check_range("diversity_weight", diversity_weight, 0, float("inf"))
         self.levels = levels
         self.diversity_weight = diversity_weight

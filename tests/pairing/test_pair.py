@@ -142,7 +142,7 @@ def test_detectors_with_unlike_cells_learn_by_what_does_not_compare_cells(
         text = refusal_of(name, config(), pair)
         assert f"{name} compares logits cell by cell, but the student {CELLS[student]}" in text
         assert f"and the teacher {CELLS[teacher].replace(' predicts', '')}. Take a teacher " in text
-        assert "ANCHOR_GENERATOR" not in text and "Heads that fit: AMD, " in text
+        assert "ANCHOR_GENERATOR" not in text and "Heads that fit: ACAMKD, AMD, " in text
 
 
 # Levels on which both predict --------------------------------------------------------------------

@@ -24,16 +24,17 @@ def deform_conv2d(
 
     It is written for GPUs: it finds the four cells around each place that the kernel reads, and
     their shares, anew for every channel. Here they are found once, and each moves a whole row of
-    channels: about an eighth of the time. What the kernel reads is kept for the backward.
+    channels: an eighth to a fifth of the time, half on maps of a few cells. What the kernel reads
+    is kept for the backward.
     """
     if x.is_cuda or torch.jit.is_tracing():
         how = stride, padding, dilation
         return torchvision.ops.deform_conv2d(x, offset, weight, bias, *how, mask)
     kernel = tuple(weight.shape[2:])
-    y, x_at = _places(offset, kernel, _pair(stride), _pair(padding), _pair(dilation))
+    places = _places(offset, kernel, _pair(stride), _pair(padding), _pair(dilation))
     if mask is not None:
         mask = mask.unflatten(1, (-1, *kernel)).permute(0, 4, 5, 1, 2, 3)
-    output = _convolve(_read(x, y, x_at, mask), weight)
+    output = _convolve(_read(x, *places, mask), weight)
     return (output if bias is None else output + bias).permute(0, 3, 1, 2)
 
 

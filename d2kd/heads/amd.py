@@ -78,7 +78,8 @@ class AMDHead(nn.Module):
         losses, self.maps = {}, {"visible": {}}
         for level, x, target, inside in match_inside(self.levels, student, teacher):
             x = self.adapter[level](x)
-            visible = self.mask(self.guide.cells(x, target, inside), inside)  # (N, 1, Hi, Wi)
+            magnitudes = self.guide.magnitudes(x, target)
+            visible = self.mask(self.guide.cells(magnitudes, inside), inside)  # (N, 1, Hi, Wi)
             rebuilt = self.generator[level](x * visible, inside)
             if level in self.gate:
                 rebuilt = rebuilt * self.gate[level](x, inside)

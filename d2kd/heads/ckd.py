@@ -83,9 +83,11 @@ class CKDHead(nn.Module):
         self.projection = PerAnchorLinear(student_channels, teacher_channels, num_anchors)
         self.shared = nn.Linear(teacher_channels, shared_channels, bias=False) if shared else None
         self.queue_size = queue_size
-        # (Q, D), newest first. Saved as extra state, since Q grows until the queue is full.
+        # (Q, D). Saved as extra state, since Q grows until the queue is full; from then on new keys
+        # overwrite the oldest.
         queue = torch.zeros(0, shared_channels if shared else teacher_channels)
         self.register_buffer("queue", queue, persistent=False)
+        self.oldest = 0  # its row
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
@@ -131,8 +133,19 @@ class CKDHead(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             queries, keys = unit_vectors(queries), unit_vectors(keys)
             loss = self._info_nce(queries, keys, regions, same_cell=not teacher.two_stage)
-        self.queue = torch.cat([keys.detach(), self.queue])[: self.queue_size]
+        self._enqueue(keys.detach()[: self.queue_size])
         return {"loss_ckd": loss}
+
+    def _enqueue(self, keys: Tensor) -> None:
+        room = self.queue_size - len(self.queue)
+        if room:
+            self.queue = torch.cat([self.queue, keys[:room]])
+        late = keys[room:]
+        if len(late):
+            # In place: the backward pass does not read the queue.
+            rows = torch.arange(self.oldest, self.oldest + len(late), device=late.device)
+            self.queue[rows % self.queue_size] = late
+            self.oldest = (self.oldest + len(late)) % self.queue_size
 
     def _info_nce(self, queries: Tensor, keys: Tensor, regions: Regions, same_cell: bool) -> Tensor:
         """
@@ -166,11 +179,15 @@ class CKDHead(nn.Module):
         alike &= image[:, None] == image
         return alike.fill_diagonal_(False)
 
-    def get_extra_state(self) -> Tensor:
-        return self.queue.clone()  # a file would hold all of the storage that this is a view of
+    def get_extra_state(self) -> Dict[str, Any]:
+        return {"queue": self.queue.clone(), "oldest": self.oldest}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self.queue = state[: self.queue_size].to(self.queue.device)
+    def set_extra_state(self, state: Dict[str, Any]) -> None:
+        queue, self.oldest = state["queue"], state["oldest"]
+        if len(queue) != self.queue_size:  # not full, or of another size: the newest, in order
+            queue = queue.roll(-self.oldest, 0)[max(len(queue) - self.queue_size, 0) :]
+            self.oldest = 0
+        self.queue = queue.to(self.queue.device, copy=True)
 
 
 class PerAnchorLinear(nn.Module):

@@ -1,5 +1,6 @@
 from typing import Any, Dict, FrozenSet, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode
@@ -154,4 +155,4 @@ class CrossKDHead(nn.Module):
 def _align(x: Tensor, like: Tensor) -> Tensor:
     """(N, C, H, W) each; sizes may differ."""
     std, mean = std_and_mean(like.detach().float())
-    return standardise(x.float()) * std + mean
+    return torch.addcmul(mean, standardise(x.float()), std)

@@ -10,7 +10,6 @@ from ..layers import (
     DualGenerator,
     MaskRule,
     build_adapters,
-    mean_one_softmax,
     standardise,
 )
 from ..pairing.levels import LevelPair, match_inside
@@ -123,28 +122,27 @@ class DFMSDHead(nn.Module):
                 error = _mean_square(standardise(x.float(), inside), normal, inside)
                 semantic[level] = self.semantic_ratio / 2 * error
             if level in self.generator:
-                attention = self._enhanced_attention(level, x, target, inside)
+                magnitudes = self.guide.magnitudes(x, target)
+                attention = self.guide.cells(magnitudes, inside)
+                if self.enhancement[level]:
+                    attention = self._enhanced(attention, level, x, target, inside)
                 cells = self.cell_mask(attention, inside)  # (N, 1, Hi, Wi)
-                channels = self.channel_mask(self.guide.channels(x, target, inside))
+                channels = self.channel_mask(self.guide.channels(magnitudes, inside))
                 rebuilt = self.generator[level](x, cells, channels, inside)
                 rebuild[level] = _mean_square(rebuilt.float(), normal, inside)
                 self.maps["visible"][level] = cells
         terms = {"loss_dfmsd_rebuild": rebuild, "loss_dfmsd_semantic": semantic}
         return {k: v for k, v in terms.items() if v}
 
-    def _enhanced_attention(
-        self, level: str, x: Tensor, target: Tensor, inside: Optional[Tensor]
+    def _enhanced(
+        self, attention: Tensor, level: str, x: Tensor, target: Tensor, inside: Optional[Tensor]
     ) -> Tensor:
-        attention = self.guide.cells(x, target, inside)
         enhancement = self.enhancement[level]
-        if not enhancement:
-            return attention
-
-        def detail(y: Tensor) -> Tensor:
-            y = high_pass(y.float(), self.high_pass_cutoff, inside).abs().mean(dim=1, keepdim=True)
-            return mean_one_softmax(y, self.guide.temperature, inside)
-
-        enhanced = attention + enhancement * self.guide.mean(detail, x, target)
+        details = [
+            high_pass(y.float(), self.high_pass_cutoff, inside).abs()
+            for y in self.guide.features(x, target)
+        ]
+        enhanced = attention + enhancement * self.guide.cells(details, inside)
         # A mean of 1 again, so that a threshold keeps its meaning; the order is that of the sum.
         return enhanced / (1 + enhancement)
 

@@ -72,8 +72,9 @@ class DMKDHead(nn.Module):
         losses, self.maps = {}, {"visible": {}}
         for level, x, target, inside in match_inside(self.levels, student, teacher):
             x = self.adapter[level](x)
-            cells = self.cell_mask(self.guide.cells(x, target, inside), inside)  # (N, 1, Hi, Wi)
-            channels = self.channel_mask(self.guide.channels(x, target, inside))  # (N, Ct, 1, 1)
+            magnitudes = self.guide.magnitudes(x, target)
+            cells = self.cell_mask(self.guide.cells(magnitudes, inside), inside)  # (N, 1, Hi, Wi)
+            channels = self.channel_mask(self.guide.channels(magnitudes, inside))  # (N, Ct, 1, 1)
             rebuilt = self.generator[level](x, cells, channels, inside)
             losses[level] = squared_error(rebuilt, target, inside)
             self.maps["visible"][level] = cells

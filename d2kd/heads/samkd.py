@@ -106,11 +106,10 @@ class SAMKDHead(nn.Module):
             ]
             outputs = self.generator[level].outputs()
             for scale in scales:
-                cells = self.hierarchy.visible(scale, self.guide, self.cell_mask)
-                channels = self.guide.channels(scale.x, scale.target, scale.inside)
-                rebuilt = self.generator[level](
-                    scale.x, cells, self.channel_mask(channels), scale.inside, outputs
-                )
+                magnitudes = self.guide.magnitudes(scale.x, scale.target)
+                cells = self.hierarchy.visible(scale, magnitudes, self.guide, self.cell_mask)
+                channels = self.channel_mask(self.guide.channels(magnitudes, scale.inside))
+                rebuilt = self.generator[level](scale.x, cells, channels, scale.inside, outputs)
                 errors.append(squared_error(rebuilt, scale.target, scale.inside, scale.area))
                 if len(scales) > 1:
                     lags.append(_lag(scale, self.hierarchy.judged(scale, cells)))

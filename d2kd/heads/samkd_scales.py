@@ -1,7 +1,7 @@
 """The two readings of SAMKD's scales: coarser maps, or windows of one map."""
 
 import math
-from typing import Dict, NamedTuple, Optional, Type
+from typing import Dict, List, NamedTuple, Optional, Type
 
 import torch
 from torch import Tensor
@@ -35,18 +35,16 @@ class PooledMaps:
     @staticmethod
     def scale(size: int, x: Tensor, target: Tensor, inside: Optional[Tensor]) -> Scale:
         """Of the whole map, see the fields of :class:`Scale`."""
-        return Scale(
-            size,
-            max_pool(x, size, inside),
-            max_pool(target, size, inside),
-            pool_inside(inside, size),
-            float(size * size),
-        )
+        blocks = pool_inside(inside, size)
+        maps = (max_pool(y, size, inside, blocks) for y in (x, target))
+        return Scale(size, *maps, blocks, float(size * size))
 
     @staticmethod
-    def visible(scale: Scale, guide: AttentionGuide, mask: MaskRule) -> Tensor:
+    def visible(
+        scale: Scale, magnitudes: List[Tensor], guide: AttentionGuide, mask: MaskRule
+    ) -> Tensor:
         """Cells that the generator sees, (N, 1, H, W), ranked over the whole map."""
-        return mask(guide.cells(scale.x, scale.target, scale.inside), scale.inside)
+        return mask(guide.cells(magnitudes, scale.inside), scale.inside)
 
     @staticmethod
     def judged(scale: Scale, visible: Tensor) -> Optional[Tensor]:
@@ -62,16 +60,18 @@ class Windows(PooledMaps):
         return Scale(size, x, target, inside, 1.0)
 
     @staticmethod
-    def visible(scale: Scale, guide: AttentionGuide, mask: MaskRule) -> Tensor:
+    def visible(
+        scale: Scale, magnitudes: List[Tensor], guide: AttentionGuide, mask: MaskRule
+    ) -> Tensor:
         if scale.size == 1:
-            return PooledMaps.visible(scale, guide, mask)
-        magnitudes = [y.float().abs().mean(dim=1, keepdim=True) for y in (scale.x, scale.target)]
+            return PooledMaps.visible(scale, magnitudes, guide, mask)
+        magnitudes = [y.mean(dim=1, keepdim=True) for y in magnitudes]
         inside = torch.ones_like(magnitudes[0]).bool() if scale.inside is None else scale.inside
         windows = cut_windows(inside, scale.size)  # (N, windows, H, W)
         # Each window as an image of its own, of which nothing else is inside.
         magnitudes = [y.expand_as(windows).flatten(0, 1)[:, None] for y in magnitudes]
         inside = windows.flatten(0, 1)[:, None]
-        visible = mask(guide.cells(*magnitudes, inside), inside)
+        visible = mask(guide.cells(magnitudes, inside), inside)
         return visible.view_as(windows).any(dim=1, keepdim=True)
 
     @staticmethod
@@ -83,13 +83,16 @@ class Windows(PooledMaps):
 HIERARCHIES: Dict[str, Type[PooledMaps]] = {"pool": PooledMaps, "window": Windows}
 
 
-def max_pool(x: Tensor, size: int, inside: Optional[Tensor] = None) -> Tensor:
+def max_pool(
+    x: Tensor, size: int, inside: Optional[Tensor] = None, blocks: Optional[Tensor] = None
+) -> Tensor:
     """
     The largest value of every size x size block; blocks at the border may be smaller.
 
     Args:
         x: (N, C, H, W)
         inside: (N, 1, H, W), cells that hold a part of their image, which alone count; None: all
+        blocks: `pool_inside(inside, size)`
 
     Returns:
         (N, C, ceil(H / size), ceil(W / size)), 0 where a block has no cell inside
@@ -99,7 +102,7 @@ def max_pool(x: Tensor, size: int, inside: Optional[Tensor] = None) -> Tensor:
     if inside is None:
         return F.max_pool2d(x, size, ceil_mode=True)
     pooled = F.max_pool2d(x.masked_fill(~inside, -math.inf), size, ceil_mode=True)
-    return pooled.masked_fill(~pool_inside(inside, size), 0.0)
+    return pooled.masked_fill(~blocks, 0.0)
 
 
 def pool_inside(inside: Optional[Tensor], size: int) -> Optional[Tensor]:

@@ -1,8 +1,7 @@
 """Attention maps of FGD (https://arxiv.org/abs/2111.11837), normalised to mean 1."""
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Callable, Optional
+from typing import List, Optional
 
 import torch
 from torch import Tensor
@@ -13,33 +12,36 @@ from .inside import mean_inside
 SOURCES = ("teacher", "student", "both")
 
 
-def spatial_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
+def spatial_attention(
+    magnitudes: Tensor, temperature: float, inside: Optional[Tensor] = None
+) -> Tensor:
     """
     Attention over cells: softmax of the mean magnitude over channels.
 
     Args:
-        x: features, (N, C, H, W)
+        magnitudes: absolute values of features, (N, C, H, W), in float32
         temperature: divides the magnitudes, > 0; published: 0.5, and 0.8 for FCOS
         inside: (N, 1, H, W), cells inside the image; None: all
 
     Returns:
         (N, 1, H, W) in float32, mean 1 over the cells inside each image, 0 outside
     """
-    return mean_one_softmax(x.float().abs().mean(dim=1, keepdim=True), temperature, inside)
+    return mean_one_softmax(magnitudes.mean(dim=1, keepdim=True), temperature, inside)
 
 
-def channel_attention(x: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
+def channel_attention(
+    magnitudes: Tensor, temperature: float, inside: Optional[Tensor] = None
+) -> Tensor:
     """
     Attention over channels: softmax of the mean magnitude over cells.
 
     Args:
-        x, temperature, inside: as for spatial_attention
+        magnitudes, temperature, inside: as for spatial_attention
 
     Returns:
         (N, C, 1, 1) in float32, mean 1 over channels
     """
-    magnitude = mean_inside(x.float().abs(), inside)
-    return mean_one_softmax(magnitude, temperature)
+    return mean_one_softmax(mean_inside(magnitudes, inside), temperature)
 
 
 def mean_one_softmax(scores: Tensor, temperature: float, inside: Optional[Tensor] = None) -> Tensor:
@@ -77,25 +79,30 @@ class AttentionGuide:
         check_temperature("temperature", self.temperature)
         check_choice("attention_from", self.source, SOURCES)
 
-    def mean(self, attention: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
-        """`attention` of the features of `source`: x, the student's, or target, the teacher's."""
-        if self.source == "both":
-            return (attention(x.detach()) + attention(target.detach())) / 2
-        return attention((x if self.source == "student" else target).detach())
+    def features(self, x: Tensor, target: Tensor) -> List[Tensor]:
+        """Those of `source`: x, the adapted student's, and target, the teacher's; (N, C, H, W)."""
+        features = {"student": [x], "teacher": [target], "both": [x, target]}[self.source]
+        return [y.detach() for y in features]
 
-    def cells(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
+    def magnitudes(self, x: Tensor, target: Tensor) -> List[Tensor]:
+        """Of the features of `source`, which cells and channels are ranked by."""
+        return [y.float().abs() for y in self.features(x, target)]
+
+    def cells(self, magnitudes: List[Tensor], inside: Optional[Tensor] = None) -> Tensor:
         """
         Args:
-            x, target: adapted student's and teacher's features, (N, C, H, W)
+            magnitudes: of :meth:`magnitudes`
             inside: (N, 1, H, W), cells inside the image; None: all
 
         Returns:
             (N, 1, H, W), mean 1 over the cells inside
         """
-        attention = partial(spatial_attention, temperature=self.temperature, inside=inside)
-        return self.mean(attention, x, target)
+        return _mean([spatial_attention(y, self.temperature, inside) for y in magnitudes])
 
-    def channels(self, x: Tensor, target: Tensor, inside: Optional[Tensor] = None) -> Tensor:
+    def channels(self, magnitudes: List[Tensor], inside: Optional[Tensor] = None) -> Tensor:
         """As `cells`, but (N, C, 1, 1) with mean 1 over channels."""
-        attention = partial(channel_attention, temperature=self.temperature, inside=inside)
-        return self.mean(attention, x, target)
+        return _mean([channel_attention(y, self.temperature, inside) for y in magnitudes])
+
+
+def _mean(maps: List[Tensor]) -> Tensor:
+    return maps[0] if len(maps) == 1 else sum(maps) / len(maps)

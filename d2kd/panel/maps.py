@@ -72,7 +72,8 @@ def _attention(view: DetectorView, level: str, index: int) -> Map:
     """The attention of a detector: softmax over the cells of the image, scaled to mean 1."""
     inside = view.inside_image(level)
     inside = inside if inside is None else inside[index : index + 1]
-    values = spatial_attention(view.features[level][index : index + 1], TEMPERATURE, inside)
+    magnitudes = view.features[level][index : index + 1].float().abs()
+    values = spatial_attention(magnitudes, TEMPERATURE, inside)
     return Map(f"{level} attention (teacher)", _array(values), view.strides[level], WEIGHTS)
 
 

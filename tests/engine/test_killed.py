@@ -141,7 +141,7 @@ def assert_same_run(killed: CfgNode, whole: CfgNode) -> None:
         assert values == expected[iteration], iteration
     ours, theirs = saved(killed), saved(whole)
     assert_same_checkpoint(ours, theirs)
-    assert len(theirs["distill_heads"]["CKD._extra_state"]) == 80, "the queue is full"
+    assert len(theirs["distill_heads"]["CKD._extra_state"]["queue"]) == 80, "the queue is full"
     rest = [{k: v for k, v in x["trainer"].items() if k != "_trainer"} for x in (ours, theirs)]
     assert rest[0] == rest[1] and ours["teacher"] == theirs["teacher"]
 

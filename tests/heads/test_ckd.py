@@ -385,7 +385,6 @@ def test_under_autocast_only_the_vectors_are_rounded(dtype: torch.dtype) -> None
     assert torch.tensor(1 / 0.07).half().exp().isinf()
     head = plain_head(8, queue_size=4)
     head.queue = torch.eye(8)[:4]
-    queue = head.queue
     student, teacher = views((8, 8))
     teacher.vectors = (student.vectors * 1.01).to(dtype)  # aligned; a teacher's run is half too
     x = student.vectors.requires_grad_()
@@ -394,7 +393,7 @@ def test_under_autocast_only_the_vectors_are_rounded(dtype: torch.dtype) -> None
     assert loss.dtype == torch.float32 and loss.isfinite()
     (gradient,) = torch.autograd.grad(loss, x)
     assert gradient.isfinite().all() and head.queue.dtype == torch.float32
-    head.queue = queue
+    head.queue = torch.eye(8)[:4]
     student.vectors = x.detach().to(dtype).float()
     teacher.vectors = teacher.vectors.float()
     torch.testing.assert_close(loss_of(head, student, teacher), loss, rtol=1e-6, atol=1e-7)
@@ -502,8 +501,8 @@ def test_queue_holds_the_latest_keys_and_those_of_a_batch_enter_after_its_loss(
         if any(boxes):
             expected = ckd_in_loops(head, student, teacher, queue).item()
             assert loss == pytest.approx(expected, rel=1e-5, abs=1e-7), f"batch {seed}"
-        # Newest batch first; of a batch that does not fit, its first keys.
-        past = [*past, *reversed(keys_in_loops(head, teacher))]
+        # The latest last; of a batch that does not fit, its first keys.
+        past = [*past, *keys_in_loops(head, teacher)[:queue_size]]
         latest = past[-queue_size:] if queue_size else []
         assert len(head.queue) == len(latest)
         if latest:
@@ -556,7 +555,10 @@ def test_queue_is_saved_and_resumed(batches: int, tmp_path: Path) -> None:
     for seed in range(batches):  # after three: 15 keys for 8 rows
         head(*views(seed=seed * 100))
     torch.save(head.state_dict(), tmp_path / "head.pth")
-    assert head.state_dict()["_extra_state"].untyped_storage().nbytes() == len(head.queue) * 6 * 4
+    assert (
+        head.state_dict()["_extra_state"]["queue"].untyped_storage().nbytes()
+        == len(head.queue) * 6 * 4
+    )
     resumed = make_head(queue_size=8)
     resumed.load_state_dict(torch.load(tmp_path / "head.pth", weights_only=True))
     assert torch.equal(resumed.queue, head.queue)
@@ -566,7 +568,12 @@ def test_queue_is_saved_and_resumed(batches: int, tmp_path: Path) -> None:
         assert torch.equal(*losses) and torch.equal(head.queue, resumed.queue)
     shorter = make_head(queue_size=3)
     shorter.load_state_dict(head.state_dict())
-    assert torch.equal(shorter.queue, head.queue[:3]), "the newest"
+    in_order = head.queue.roll(-head.oldest, 0)
+    assert torch.equal(shorter.queue, in_order[-3:]), "the newest"
+    longer = make_head(queue_size=20)
+    longer.load_state_dict(head.state_dict())
+    longer(*views(seed=700))
+    assert torch.equal(longer.queue[: len(in_order)], in_order)
 
 
 # Which pairs, and which values -------------------------------------------------------------------
@@ -795,4 +802,4 @@ def test_interrupted_and_resumed_run_has_the_queue_and_losses_of_an_uninterrupte
     )
     assert_same_tensors(found["model"], final["model"])
     assert_same_tensors(found["distill_heads"], final["distill_heads"])
-    assert torch.equal(found["distill_heads"]["CKD._extra_state"], heads[0].queue)
+    assert torch.equal(found["distill_heads"]["CKD._extra_state"]["queue"], heads[0].queue)

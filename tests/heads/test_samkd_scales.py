@@ -17,8 +17,8 @@ def test_pooling_takes_the_largest_of_each_block(size: int, padded: bool) -> Non
     # Negative values too: a zero of the padding must not win. Garbage neither.
     x = noise(3, 2, 7, 9) - 3
     inside = feature_view({"p3": x}, SIZES).inside_image("p3") if padded else None
-    pooled = max_pool(x if inside is None else torch.where(inside, x, 1e3), size, inside)
     blocks = pool_inside(inside, size)
+    pooled = max_pool(x if inside is None else torch.where(inside, x, 1e3), size, inside, blocks)
     assert pooled.shape == (3, 2, math.ceil(7 / size), math.ceil(9 / size))
     for n, (h, w) in enumerate([(7, 9), (5, 3), (1, 1)] if padded else [(7, 9)] * 3):
         for i in range(pooled.shape[2]):
@@ -37,7 +37,7 @@ def test_pooling_takes_the_largest_of_each_block(size: int, padded: bool) -> Non
 def test_pooling_gives_padding_no_gradient() -> None:
     x = noise(3, 2, 7, 9).requires_grad_()
     inside = feature_view({"p3": x}, SIZES).inside_image("p3")
-    max_pool(x, 4, inside).sum().backward()
+    max_pool(x, 4, inside, pool_inside(inside, 4)).sum().backward()
     assert (x.grad * ~inside == 0).all() and x.grad.isfinite().all()
     # One per block that is inside: 2 x 3, 2 x 1 and 1 blocks of both channels.
     assert x.grad.sum() == 2 * (6 + 2 + 1)

@@ -21,7 +21,7 @@ def inside_of(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("temperature", [0.5, 0.8])
 def test_attention_is_that_of_the_equations(temperature: float) -> None:
     x = noise(2, 3, 4, 5) * 2
-    cells, channels = spatial_attention(x, temperature), channel_attention(x, temperature)
+    cells, channels = (f(x.abs(), temperature) for f in (spatial_attention, channel_attention))
     assert cells.shape == (2, 1, 4, 5) and channels.shape == (2, 3, 1, 1)
     for n, image in enumerate(x):
         torch.testing.assert_close(cells[n], cells_of_equation(image, temperature).float())
@@ -32,7 +32,7 @@ def test_attention_of_a_padded_image_is_that_of_its_part() -> None:
     x = noise(3, 4, 5, 6)
     inside = inside_of(x)
     x = torch.where(inside, x, 1e4 * x)  # what is in the padding does not count
-    cells, channels = spatial_attention(x, 0.5, inside), channel_attention(x, 0.5, inside)
+    cells, channels = (f(x.abs(), 0.5, inside) for f in (spatial_attention, channel_attention))
     found = parts(cells, SIZES)
     for n, image in enumerate(parts(x, SIZES)):
         torch.testing.assert_close(found[n], cells_of_equation(image, 0.5).float())
@@ -44,25 +44,26 @@ def test_attention_of_a_padded_image_is_that_of_its_part() -> None:
 def test_mean_is_one_for_each_image() -> None:
     x = noise(3, 4, 5, 6) * 5
     for inside in (None, inside_of(x)):
-        cells, channels = spatial_attention(x, 0.5, inside), channel_attention(x, 0.5, inside)
+        cells, channels = (f(x.abs(), 0.5, inside) for f in (spatial_attention, channel_attention))
         torch.testing.assert_close(mean_inside(cells, inside), torch.ones(3, 1, 1, 1))
         torch.testing.assert_close(channels.mean(dim=1, keepdim=True), torch.ones(3, 1, 1, 1))
 
 
 def test_a_constant_added_to_the_magnitudes_does_not_matter() -> None:
     # Softmax is invariant to a shift; 5 added to |x| is 5 added to the mean of the magnitudes.
-    x = noise(3, 4, 5, 6)
-    shifted = x + 5 * x.sign()
+    x = noise(3, 4, 5, 6).abs()
     for inside in (None, inside_of(x)):
         for attention in (spatial_attention, channel_attention):
             torch.testing.assert_close(
-                attention(shifted, 0.5, inside), attention(x, 0.5, inside), rtol=1e-4, atol=1e-6
+                attention(x + 5, 0.5, inside), attention(x, 0.5, inside), rtol=1e-4, atol=1e-6
             )
 
 
 def test_large_magnitudes_do_not_overflow() -> None:
     x = torch.full((1, 2, 2, 2), 6e4, dtype=torch.float16)
-    for attention in (spatial_attention(x, 0.5), channel_attention(x, 0.5)):
+    guide = AttentionGuide(0.5)
+    magnitudes = guide.magnitudes(x, x)
+    for attention in (guide.cells(magnitudes), guide.channels(magnitudes)):
         assert attention.dtype == torch.float32 and (attention == 1).all()
 
 
@@ -71,9 +72,12 @@ def test_guide_reads_its_source_and_leaves_no_gradient(source: str) -> None:
     x, target = noise(2, 3, 4, 5, seed=1), noise(2, 3, 4, 5, seed=2)
     guide = AttentionGuide(0.8, source)
     x.requires_grad_(), target.requires_grad_()
-    cells, channels = guide.cells(x, target), guide.channels(x, target)
+    magnitudes = guide.magnitudes(x, target)
+    cells, channels = guide.cells(magnitudes), guide.channels(magnitudes)
     assert not cells.requires_grad and not channels.requires_grad
     features = {"teacher": [target], "student": [x], "both": [x, target]}[source]
     for found, attention in ((cells, spatial_attention), (channels, channel_attention)):
-        expected = torch.stack([attention(y.detach(), 0.8) for y in features]).mean(dim=0)
+        expected = torch.stack([attention(y.detach().float().abs(), 0.8) for y in features]).mean(
+            dim=0
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=0)

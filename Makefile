@@ -15,8 +15,9 @@ setup:
 quickstart: setup
 	dev/python tools/quickstart.py $(ARGS)
 
-# A process per core; the tests of a file share what they build, so they stay in one process.
-PYTEST = dev/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# A process per core; the tests of a file share what they build, so they stay in one process. In
+# the order of their names: by their number of tests, a file with a single long one would come last.
+PYTEST = dev/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) $(ARGS)

@@ -50,7 +50,7 @@ setup(
     extras_require={
         "conformance": PYTEST,
         "dev": PYTEST
-        + ["pytest-xdist>=3"]
+        + ["pytest-xdist>=3.8"]
         + DOCS
         + [f"{package}; python_version >= '3.11'" for package in LINTERS + ONNX],
         "docs": DOCS,

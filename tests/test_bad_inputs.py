@@ -19,7 +19,14 @@ from d2kd.engine import train
 from d2kd.heads.registry import head_class, head_names
 from d2kd.pairing.pair import ANY_PAIR
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
-from tests.helpers.runs import RecordBatches, build_trainer, run, run_config, scalars
+from tests.helpers.runs import (
+    RecordBatches,
+    build_trainer,
+    run,
+    run_config,
+    scalars,
+    tensors_in,
+)
 from tests.helpers.toys import distill_config, write_teacher
 
 PAIRS = {"retinanet": "dense -> dense", "faster_rcnn": "two-stage -> two-stage"}
@@ -75,8 +82,8 @@ def test_every_head_gives_finite_losses_and_gradients(
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_ten_thousand_boxes_in_one_image(name: str, distillers: Dict[str, torch.nn.Module]) -> None:
-    check_step(distillers[name], [image(64, 64, many_boxes(10_000))])
+def test_thousands_of_boxes_in_one_image(name: str, distillers: Dict[str, torch.nn.Module]) -> None:
+    check_step(distillers[name], [image(64, 64, many_boxes(3000))])
 
 
 def check_step(distiller: torch.nn.Module, inputs: List[Dict[str, Any]]) -> None:
@@ -151,7 +158,7 @@ def noise_image(*shape: int) -> Pixels:
 
 def test_odd_files_are_read_and_trained_on(tmp_path: Path, forget: Any) -> None:
     box, pixel = [5, 5, 30, 30], [40, 3, 1, 1]
-    corners = np.random.default_rng(0).integers(0, 56, size=(10_000, 2)).tolist()
+    corners = np.random.default_rng(0).integers(0, 56, size=(3000, 2)).tolist()
     images = {
         "gray.png": (noise_image(64, 64), [box]),
         "gray.jpg": (noise_image(64, 64), [box, pixel]),
@@ -172,14 +179,13 @@ def test_odd_files_are_read_and_trained_on(tmp_path: Path, forget: Any) -> None:
     for name in ("gray.png", "gray.jpg", "gray_row.png"):
         assert (met[name]["image"] == met[name]["image"][:1]).all(), "three equal channels"
     boxes = {name: len(x["instances"]) for name, x in met.items()}
-    assert (boxes["many_boxes.png"], boxes["pixels.png"], boxes["row.png"]) == (10_000, 3, 1)
+    assert (boxes["many_boxes.png"], boxes["pixels.png"], boxes["row.png"]) == (3000, 3, 1)
     assert boxes["no_boxes.png"] == boxes["no_area.png"] == 0
     losses = scalars(trainer)
     assert {"loss_mgd", "loss_fgd_foreground", "loss_ckd", "loss_cls"} <= set(losses)
     for name, values in losses.items():
         assert len(values) == len(images) and np.isfinite(list(values.values())).all(), name
-    parameters = trainer.model.state_dict().values()
-    assert all(x.isfinite().all() for x in parameters)
+    assert all(x.isfinite().all() for x in tensors_in(trainer.model.state_dict()))
 
 
 def eight_images() -> Dict[str, Tuple[Pixels, List[List[float]]]]:

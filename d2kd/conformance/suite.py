@@ -1,6 +1,6 @@
 """All checks as a pytest class, for any heads."""
 
-from typing import Any, List, Sequence, Tuple, Type
+from typing import Any, Callable, List, Sequence, Tuple, Type
 
 import pytest
 import torch
@@ -59,19 +59,20 @@ class HeadSuite:
     @pytest.fixture
     def one_case(self, name: str, case: Case) -> Case:
         """
-        With a dense student one case, and with a two-stage one, for what hardly depends on the
-        teacher's kind.
+        For what hardly depends on the detectors: a case with each kind of student, or a single one
+        of a head on features, which cannot tell detectors apart.
         """
-        return self._first_alike(case)
+        return self._first(case, lambda x: _alike(x) == _alike(case))
 
     @pytest.fixture
     def telling_case(self, name: str, case: Case) -> Case:
-        """Every case, or as one_case for a head on features, which cannot tell detectors apart."""
-        return self._first_alike(case) if case.distiller.requires == {"features"} else case
+        """Every case, or one with each kind of student of a head on features."""
+        if not _on_features(case):
+            return case
+        return self._first(case, lambda x: _two_stage(x) == _two_stage(case))
 
-    def _first_alike(self, case: Case) -> Case:
-        of_head = [x for x in self._served() if x.name == case.name]
-        first = next(x for x in of_head if _two_stage(x) == _two_stage(case))
+    def _first(self, case: Case, is_alike: Callable[[Case], bool]) -> Case:
+        first = next(x for x in self._served() if x.name == case.name and is_alike(x))
         if case is not first:
             pytest.skip(f"the same as {first.pair}, which is checked")
         return case
@@ -122,7 +123,7 @@ class HeadSuite:
 
     @pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")
     def test_two_processes_with_unlike_images_stay_equal(self, one_case: Case) -> None:
-        firsts = {(x.name, _two_stage(x)): x for x in reversed(self._served())}
+        firsts = {(x.name, _alike(x)): x for x in reversed(self._served())}
         check_processes(one_case, together=tuple(firsts.values()))
 
     def test_checkpoint_brings_the_head_back_as_it_was(self, one_case: Case) -> None:
@@ -147,6 +148,14 @@ class HeadSuite:
             check_refusal(case)
         else:
             check_gradients(case)
+
+
+def _on_features(case: Case) -> bool:
+    return case.distiller.requires == {"features"}
+
+
+def _alike(case: Case) -> bool:
+    return _two_stage(case) and not _on_features(case)
 
 
 def _two_stage(case: Case) -> bool:

@@ -29,7 +29,7 @@ from .data import register_datasets
 from .data.noise import noise_batch
 from .distiller import Distiller
 from .engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
-from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, suggest_weights
+from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, suggest
 from .engine.optimizer import build_optimizer
 from .engine.preflight.check_config import check_config
 from .engine.preflight.summary import summary
@@ -113,7 +113,7 @@ def examine(cfg: CfgNode, num_images: int) -> None:
     found, cost = try_out(cfg, distiller, num_images)
     weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
     print("\nLosses on noise, in the first step:\n" + describe(found))
-    print(suggest_weights(found, weights, cfg.DISTILL.LIVENESS.WANTED_SHARE))
+    print(suggest(found, weights, cfg.DISTILL.LIVENESS.WANTED_SHARE))
     print("\n" + _estimate(cfg, cost))
     batch = noise_batch(cost.images, *cost.size, 4, distiller.pair.student.num_classes)
     amp = cfg.SOLVER.AMP.ENABLED

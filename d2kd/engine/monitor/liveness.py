@@ -18,7 +18,7 @@ from ...distiller import Distiller
 from ..facts import write_fact
 from .head_check import HeadCheck
 from .head_parameters import HeadParameters
-from .loss_gradients import LossGradients, describe, loss_scale, suggest_weights
+from .loss_gradients import LossGradients, describe, loss_scale, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Liveness(HookBase):
 
     def _log_table(self, title: str) -> None:
         if comm.is_main_process():
-            hint = suggest_weights(self.found, self.loss_weights, self.wanted_share)
+            hint = suggest(self.found, self.loss_weights, self.wanted_share)
             took = f"measured in {self.seconds:.2f} s"
             logger.info(f"{title} ({took}):\n{describe(self.found)}\n{hint}")
             facts = {"iteration": self.trainer.iter, "hint": hint, **asdict(self.found)}

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, Iterator, List, Mapping
 
 import torch
 from tabulate import tabulate
@@ -107,10 +107,11 @@ def table(found: LossGradients) -> List[List[str]]:
     return rows
 
 
-def suggest_weights(found: LossGradients, loss_weights: Mapping[str, float], share: float) -> str:
+def suggest(found: LossGradients, loss_weights: Mapping[str, float], share: float) -> str:
     """
     For each head the LOSS_WEIGHT with which all heads together, in equal parts, would have the
-    wanted share of the gradient of this step.
+    wanted share of the gradient of this step; and the heads that follow levels on which the student
+    itself learns nothing.
 
     Args:
         loss_weights: of each head now
@@ -122,7 +123,25 @@ def suggest_weights(found: LossGradients, loss_weights: Mapping[str, float], sha
         norm = sum(found.losses[key].norm for key in keys)
         weight = loss_weights[name] * wanted / norm if norm else math.nan
         words.append(f"DISTILL.{name}.LOSS_WEIGHT {weight:.3g} (now {loss_weights[name]:g})")
-    return f"For a share of {share:g} in a step like this one: {', '.join(words)}."
+    weights = f"For a share of {share:g} in a step like this one: {', '.join(words)}."
+    return "\n".join([weights, *_misled(found)])
+
+
+def _misled(found: LossGradients) -> Iterator[str]:
+    """
+    Heads with over 90 % of their gradient on levels where the student's own losses have next to
+    none. There no object is learnt, and features of a teacher without norms may have any size.
+    """
+    own = found.losses[TASK]
+    idle = [k for k, norm in own.levels.items() if norm < 0.01 * own.norm]
+    for name, keys in found.heads.items():
+        whole = math.hypot(*(found.losses[k].norm for k in keys))
+        there = math.hypot(*(found.losses[k].levels[level] for k in keys for level in idle))
+        if there > 0.9 * whole:
+            yield (
+                f"{name} has {there / whole:.0%} of its gradient at {', '.join(idle)}, where the "
+                "student's own losses have none: DISTILL.LEVELS can leave these out."
+            )
 
 
 def _gradient(loss: Any, features: Mapping[str, Tensor], scale: float) -> Dict[str, Tensor]:

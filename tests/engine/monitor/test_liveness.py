@@ -16,7 +16,7 @@ from detectron2.structures import Instances
 
 from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.engine.monitor.liveness import Liveness, fingerprint, has_boxes
-from d2kd.engine.monitor.loss_gradients import TASK, LossGradients, describe, suggest_weights
+from d2kd.engine.monitor.loss_gradients import TASK, LossGradients, describe, suggest
 from d2kd.heads import DistillPair
 from d2kd.pairing.levels import LevelPair
 from d2kd.step import Step
@@ -78,12 +78,21 @@ def test_losses_can_still_go_backward() -> None:
 
 def test_suggested_weights_give_the_wanted_share_in_equal_parts() -> None:
     found = LossGradients.measure(**two_levels())
-    text = suggest_weights(found, {"A": 2.0, "B": 1.0}, share=0.5)
+    text = suggest(found, {"A": 2.0, "B": 1.0}, share=0.5)
     # As much as the task's 5 for both together: 2.5 each. A has 10 with 2, B has 13 with 1.
     assert "DISTILL.A.LOSS_WEIGHT 0.5 (now 2)" in text
     assert f"DISTILL.B.LOSS_WEIGHT {2.5 / 13:.3g} (now 1)" in text
     # Three times the task's for a share of 0.75.
-    assert "DISTILL.A.LOSS_WEIGHT 1.5 " in suggest_weights(found, {"A": 2.0, "B": 1.0}, 0.75)
+    assert "DISTILL.A.LOSS_WEIGHT 1.5 " in suggest(found, {"A": 2.0, "B": 1.0}, 0.75)
+
+
+def test_head_on_levels_that_the_student_does_not_learn_is_named() -> None:
+    # B has 12 of its 13 at p4, where the task has 0 of 5; A has nothing there.
+    found = LossGradients.measure(**two_levels())
+    text = suggest(found, {"A": 2.0, "B": 1.0}, share=0.5)
+    assert "\nB has 92% of its gradient at p4, where" in text and "\nA" not in text
+    found.losses[TASK].levels["p4"] = 0.1
+    assert "\n" not in suggest(found, {"A": 2.0, "B": 1.0}, share=0.5)
 
 
 def test_table_has_every_loss_and_level_and_scalars_are_not_printed_as_losses() -> None:

@@ -1,4 +1,4 @@
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +182,9 @@ class CKDHead(nn.Module):
     def get_extra_state(self) -> Dict[str, Any]:
         return {"queue": self.queue.clone(), "oldest": self.oldest}
 
-    def set_extra_state(self, state: Dict[str, Any]) -> None:
+    def set_extra_state(self, state: Union[Tensor, Dict[str, Any]]) -> None:
+        if isinstance(state, Tensor):  # of an earlier version: the keys, newest first
+            state = {"queue": state.flip(0), "oldest": 0}
         queue, self.oldest = state["queue"], state["oldest"]
         if len(queue) != self.queue_size:  # not full, or of another size: the newest, in order
             queue = queue.roll(-self.oldest, 0)[max(len(queue) - self.queue_size, 0) :]

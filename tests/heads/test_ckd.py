@@ -574,6 +574,9 @@ def test_queue_is_saved_and_resumed(batches: int, tmp_path: Path) -> None:
     longer.load_state_dict(head.state_dict())
     longer(*views(seed=700))
     assert torch.equal(longer.queue[: len(in_order)], in_order)
+    earlier = make_head(queue_size=8)
+    earlier.load_state_dict({**head.state_dict(), "_extra_state": in_order.flip(0)})
+    assert torch.equal(earlier.queue, in_order)
 
 
 # Which pairs, and which values -------------------------------------------------------------------

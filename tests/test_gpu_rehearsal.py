@@ -14,7 +14,7 @@ from tests.helpers.toys import ROOT
 
 # Every head takes a step in the test of its waits, between detectors of one kind; these take more.
 # A head on features cannot tell other detectors from a RetinaNet; for these three the operators of
-# a Faster R-CNN's levels are recorded. Of a RepPoints the regions alone are made in a way of its own.
+# a Faster R-CNN's levels are recorded. Of a RepPoints, the regions alone are made in their own way.
 ON_FEATURES = [x for x in head_names() if not hasattr(head_class(x), "requires")]
 OF_MANY_OPERATORS = ["DFMSD", "ReviewKD", "SAMKD"]
 ON_REGIONS = ["CKD", "MLD", "RoIFI", "SGFI"]

@@ -62,17 +62,17 @@ class HeadSuite:
         For what hardly depends on the detectors: a case with each kind of student, or a single one
         of a head on features, which cannot tell detectors apart.
         """
-        return self._first(case, lambda x: _alike(x) == _alike(case))
+        return self._first(case, _kind)
 
     @pytest.fixture
     def telling_case(self, name: str, case: Case) -> Case:
         """Every case, or one with each kind of student of a head on features."""
-        if not _on_features(case):
-            return case
-        return self._first(case, lambda x: _two_stage(x) == _two_stage(case))
+        return self._first(case, _two_stage) if _on_features(case) else case
 
-    def _first(self, case: Case, is_alike: Callable[[Case], bool]) -> Case:
-        first = next(x for x in self._served() if x.name == case.name and is_alike(x))
+    def _first(self, case: Case, kind: Callable[[Case], bool]) -> Case:
+        """The case, if it is the head's first of its kind; else the test is skipped."""
+        of_head = (x for x in self._served() if x.name == case.name)
+        first = next(x for x in of_head if kind(x) == kind(case))
         if case is not first:
             pytest.skip(f"the same as {first.pair}, which is checked")
         return case
@@ -123,7 +123,7 @@ class HeadSuite:
 
     @pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")
     def test_two_processes_with_unlike_images_stay_equal(self, one_case: Case) -> None:
-        firsts = {(x.name, _alike(x)): x for x in reversed(self._served())}
+        firsts = {(x.name, _kind(x)): x for x in reversed(self._served())}
         check_processes(one_case, together=tuple(firsts.values()))
 
     def test_checkpoint_brings_the_head_back_as_it_was(self, one_case: Case) -> None:
@@ -154,7 +154,8 @@ def _on_features(case: Case) -> bool:
     return case.distiller.requires == {"features"}
 
 
-def _alike(case: Case) -> bool:
+def _kind(case: Case) -> bool:
+    """That of the student, as far as the head can tell."""
     return _two_stage(case) and not _on_features(case)
 
 

@@ -83,16 +83,14 @@ class Windows(PooledMaps):
 HIERARCHIES: Dict[str, Type[PooledMaps]] = {"pool": PooledMaps, "window": Windows}
 
 
-def max_pool(
-    x: Tensor, size: int, inside: Optional[Tensor] = None, blocks: Optional[Tensor] = None
-) -> Tensor:
+def max_pool(x: Tensor, size: int, inside: Optional[Tensor], blocks: Optional[Tensor]) -> Tensor:
     """
     The largest value of every size x size block; blocks at the border may be smaller.
 
     Args:
         x: (N, C, H, W)
         inside: (N, 1, H, W), cells that hold a part of their image, which alone count; None: all
-        blocks: `pool_inside(inside, size)`
+        blocks: pool_inside(inside, size), which all maps of a level share
 
     Returns:
         (N, C, ceil(H / size), ceil(W / size)), 0 where a block has no cell inside

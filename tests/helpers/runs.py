@@ -1,7 +1,6 @@
 """Tiny training runs that the integration tests share: a toy student on a few built-in shapes."""
 
 import copy
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence
 
@@ -144,8 +143,12 @@ def assert_same_tensors(actual: Dict[str, Any], expected: Dict[str, Any]) -> Non
 
 
 def _same(actual: Any, expected: Any) -> bool:
-    pairs = zip_longest(tensors_in(actual), tensors_in(expected))
-    return all(torch.equal(x, y) for x, y in pairs)
+    """Of a tensor, or of a head's extra state: a dict of tensors and numbers."""
+    if isinstance(expected, dict):
+        return list(actual) == list(expected) and all(_same(actual[k], expected[k]) for k in actual)
+    if isinstance(expected, torch.Tensor):
+        return torch.equal(actual, expected)
+    return actual == expected
 
 
 def assert_same_checkpoint(actual: Dict[str, Any], expected: Dict[str, Any]) -> None:
@@ -169,5 +172,5 @@ def tensors_in(tree: Any) -> Iterable[torch.Tensor]:
             yield from tensors_in(value)
 
 
-def snapshot(module: nn.Module) -> Dict[str, torch.Tensor]:
+def snapshot(module: nn.Module) -> Dict[str, Any]:
     return copy.deepcopy(module.state_dict())

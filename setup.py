@@ -13,6 +13,8 @@ PYTEST = ["pytest>=7"]
 DOCS = ["mkdocs-material>=9.5"]
 # To prove an exported ONNX graph; without them it is not run.
 ONNX = ["onnx", "onnxruntime"]
+# Its backbones for detectors; their tests are skipped without it.
+TIMM = ["timm>=1.0"]
 
 setup(
     name="d2kd",
@@ -52,11 +54,13 @@ setup(
         "dev": PYTEST
         + ["pytest-xdist>=3.8"]
         + DOCS
+        + TIMM
         + [f"{package}; python_version >= '3.11'" for package in LINTERS + ONNX],
         "docs": DOCS,
         "onnx": ONNX,
         # Detectron2 draws with cv2, which opencv-python provides as well. The two overwrite each
         # other's files, so ask for this one only where `import cv2` fails; it needs no libGL.
         "opencv": ["opencv-python-headless"],
+        "timm": TIMM,
     },
 )

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from .utils.atomic_file import AtomicFiles
 from .utils.packaged import find_file
 from .weights.coverage import report_coverage
+from .weights.from_timm import named_for_detector
 from .weights.names import advice, check_named, describe, without_prefix
 from .weights.run_checkpoints import BEST, NOT_OF_A_RUN
 from .weights.safe_load import UNREADABLE, read_weights_file
@@ -108,7 +109,10 @@ class PlainCheckpointer(DetectionCheckpointer):
         if self._resumes and "trainer" not in checkpoint:
             raise ValueError(f"{self._path} {NOT_OF_A_RUN}")
         wanted = self.model.state_dict()
-        if not checkpoint.get("matching_heuristics"):
+        of_timm = named_for_detector(checkpoint["model"], self.model, self._path)
+        if of_timm:
+            checkpoint["model"] = of_timm
+        elif not checkpoint.get("matching_heuristics"):
             checkpoint["model"] = without_prefix(checkpoint["model"], wanted)
         given = dict(checkpoint["model"])
         self.found = describe(checkpoint, given)

@@ -93,6 +93,7 @@ READERS = (
         of=("MODEL.SEM_SEG_HEAD.*", "MODEL.PANOPTIC_FPN.*"),
     ),
     _backbone("a Swin", "swin", of=("MODEL.SWIN.*",)),
+    _backbone("a model of timm", "timm", of=("MODEL.TIMM.*",)),
     _backbone("a ResNet", "resnet", of=("MODEL.RESNETS.*", "MODEL.BACKBONE.FREEZE_AT")),
     _backbone("an FPN", "fpn", of=("MODEL.FPN.*",)),
     _switch("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", of=("MODEL.ROI_BOX_CASCADE_HEAD.*",)),

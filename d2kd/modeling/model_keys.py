@@ -3,7 +3,7 @@ from detectron2.config import CfgNode
 
 def add_model_config(cfg: CfgNode) -> None:
     """
-    Add MODEL.FCOS, MODEL.SWIN and MODEL.REPPOINTS; defaults are those of upstream's
+    Add MODEL.FCOS, MODEL.SWIN, MODEL.TIMM and MODEL.REPPOINTS; defaults are those of upstream's
     LazyConfigs, and for RepPoints the published ones.
     """
     node = cfg.MODEL.FCOS = CfgNode()
@@ -52,3 +52,16 @@ def add_model_config(cfg: CfgNode) -> None:
     node.FREEZE_AT = -1  # stages kept frozen; -1: none
     # Stages that feed the pyramid, "p0" (stride 4) to "p3" (stride 32)
     node.OUT_FEATURES = ["p0", "p1", "p2", "p3"]
+
+    # With MODEL.BACKBONE.NAME build_timm_fpn_backbone (two-stage detectors) or
+    # build_retinanet_timm_fpn_backbone (dense ones). MODEL.WEIGHTS: a file of timm's weights, or
+    # timm://NAME.TAG for its hub
+    node = cfg.MODEL.TIMM = CfgNode()
+    node.NAME = "mobilenetv3_large_100"  # a model of timm with features_only
+    # Of the features that the pyramid is built from; []: 4 to 32, and 8 to 32 for dense detectors
+    node.STRIDES = []
+    # What its BatchNorms do: "BN" train, "SyncBN" with statistics of all processes, "EvalBN" train
+    # weight and bias only, "FrozenBN" stay as they are
+    node.NORM = "BN"
+    node.FREEZE_TO_STRIDE = 0  # all that the features of this stride depend on stays frozen; 0: none
+    node.DROP_PATH_RATE = 0.0  # of stochastic depth, in the last block; less before

@@ -38,11 +38,6 @@ def why_no_checkpoint(path: str) -> str:
         return _of_zip(path)
     if head.lstrip().lower().startswith(_PAGES):
         return "it is a web page: download the file itself, not the page about it"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
-        return (
-            "it is a safetensors file. Make a .pth of it: from safetensors.torch import load_file; "
-            'torch.save({"model": load_file("the.safetensors")}, "the.pth")'
-        )
     if head[:1] == b"\x08" and head[2:3] == b"\x12":
         return "it is an ONNX graph: name the checkpoint that it was exported from"
     if tarfile.is_tarfile(path):
@@ -50,6 +45,13 @@ def why_no_checkpoint(path: str) -> str:
     if head.isascii() and head.decode().replace("\n", "").replace("\t", "").isprintable():
         return f"it is text that begins with {head[:40].decode()!r}"
     return ""
+
+
+def is_safetensors(path: str) -> bool:
+    """Whether it begins as one: the length of a header in JSON, and the header."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path)
 
 
 def _of_zip(path: str) -> str:

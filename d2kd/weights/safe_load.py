@@ -1,5 +1,6 @@
 """Read weights from a file without running any code in it."""
 
+import importlib
 import pickle
 import zipfile
 from typing import IO, Any, Dict, Tuple
@@ -9,7 +10,7 @@ import torch
 
 from detectron2.utils.file_io import PathManager
 
-from .file_kinds import is_pickle_of_arrays, objects_in, why_no_checkpoint
+from .file_kinds import is_pickle_of_arrays, is_safetensors, objects_in, why_no_checkpoint
 from .names import WANTED, with_model
 
 # Errors seen when reading a file that is no checkpoint, or half of one.
@@ -98,7 +99,7 @@ def read_arrays(file: IO[bytes]) -> Any:
 def read_weights_file(path: str) -> Dict[str, Any]:
     """
     Read a file as Detectron2's checkpointer does, but safely: a .pkl of arrays (model zoo,
-    Detectron1), a .pyth of pycls, and any other by PyTorch's weights-only loader.
+    Detectron1), a .pyth of pycls, safetensors, and any other by PyTorch's weights-only loader.
 
     Args:
         path: a local file
@@ -121,7 +122,9 @@ def _read(path: str) -> Dict[str, Any]:
     reason = why_no_checkpoint(path)
     if reason:
         raise pickle.UnpicklingError(reason)
-    if not path.endswith(".pkl"):
+    if is_safetensors(path):
+        data = _read_safetensors(path)
+    elif not path.endswith(".pkl"):
         data = load_tensors(path)
     elif zipfile.is_zipfile(path):
         raise pickle.UnpicklingError("it is a file of torch.save: name it .pth")
@@ -137,6 +140,20 @@ def _read(path: str) -> Dict[str, Any]:
         state = {k: v for k, v in data.get("blobs", data).items() if not k.endswith("_momentum")}
         return {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
     return with_model(data, path)
+
+
+def _read_safetensors(path: str) -> Dict[str, Any]:
+    try:
+        library = importlib.import_module("safetensors")
+    except ModuleNotFoundError:
+        raise pickle.UnpicklingError(
+            "it is a safetensors file, and that package is not installed: `pip install safetensors`"
+        ) from None
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except library.SafetensorError as error:
+        raise pickle.UnpicklingError(f"it begins as a safetensors file, but {error}") from error
 
 
 def load_tensors(path: str) -> Any:

@@ -1,5 +1,6 @@
 """What is handed over is the student, and needs no d2kd."""
 
+import importlib.util
 import json
 import os
 import re
@@ -156,6 +157,11 @@ def test_torchscript_detects_what_a_student_of_two_stages_does(saved: Any, tmp_p
     assert os.path.isfile(found["file"]) and found["detections"] > 0
 
 
+TIMM = {
+    "MODEL__BACKBONE__NAME": "build_retinanet_timm_fpn_backbone",
+    "MODEL__TIMM__NAME": "test_efficientnet",
+}
+needs_timm = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="timm is missing")
 DEFORMABLE = {
     "MODEL__RESNETS__DEFORM_ON_PER_STAGE": [False, False, False, True],
     "MODEL__RESNETS__DEFORM_MODULATED": True,
@@ -165,8 +171,13 @@ DEFORMABLE = {
 
 @pytest.mark.parametrize(
     "name, opts",
-    [("mask_rcnn", {}), ("reppoints", {}), ("retinanet", DEFORMABLE)],
-    ids=["mask_rcnn", "reppoints", "deformable retinanet"],
+    [
+        ("mask_rcnn", {}),
+        ("reppoints", {}),
+        ("retinanet", DEFORMABLE),
+        pytest.param("retinanet", TIMM, marks=needs_timm),
+    ],
+    ids=["mask_rcnn", "reppoints", "deformable retinanet", "retinanet on timm"],
 )
 def test_onnx_detects_what_the_student_does(
     name: str, opts: Dict[str, Any], saved: Any, tmp_path: Path

@@ -224,9 +224,9 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def write_safetensors(path: Path) -> None:
+def write_half_of_safetensors(path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
 
 
 def write_tar(path: Path) -> None:
@@ -255,7 +255,10 @@ FILES: Dict[str, Any] = {
     "empty.pth": (lambda p: write_text(p, ""), "is empty"),
     "empty.pkl": (lambda p: write_text(p, ""), "is empty"),
     "half.pth": (write_half, "its end is missing"),
-    "x.safetensors": (write_safetensors, "a safetensors file. Make a .pth of it"),
+    "x.safetensors": (
+        write_half_of_safetensors,
+        "begins as a safetensors file|is a safetensors file, and that package is not installed",
+    ),
     "x.tar": (write_tar, "a tar archive: unpack it"),
     "x.zip": (write_zip, r"a zip archive of model\.pth: unpack it"),
     "x.npz": (lambda p: np.savez(p, x=np.zeros(2)), r"a zip archive of x\.npy"),

@@ -1,0 +1,197 @@
+"""timm's models with an FPN, from YAML: MobileNet, EfficientNet-Lite, RepViT, ConvNeXt, ..."""
+
+import importlib
+import math
+from types import ModuleType
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+
+from ..utils.checks import check_choice, check_range, nearest
+
+NORMS = ("BN", "SyncBN", "EvalBN", "FrozenBN")
+
+
+def import_timm(wanted_by: str) -> ModuleType:
+    """
+    Args:
+        wanted_by: config key and value, for the error
+
+    Raises:
+        ValueError: timm is not installed
+    """
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{wanted_by} needs timm, which is not installed. Run `pip install timm`."
+        ) from None
+
+
+class Images(NamedTuple):
+    """What a detector's images are: the order of their channels, and (x - mean) / std."""
+
+    order: str
+    mean: Tuple[float, ...]
+    std: Tuple[float, ...]
+
+
+class TimmBackbone(Backbone):
+    """
+    Feature maps of a timm model at several strides, "stride4", "stride8", ..., each (N, C, H, W).
+
+    In training mode, BatchNorms that are frozen keep their statistics.
+    """
+
+    def __init__(
+        self, net: nn.Module, images: Images, norm: str = "BN", freeze_to_stride: int = 0
+    ):
+        """
+        Args:
+            net: from timm.create_model(..., features_only=True)
+            images: what it is fed, to be compared with what its weights were trained on
+            norm: what its BatchNorms do: "BN" train, "SyncBN" with statistics of all processes,
+                "EvalBN" train weight and bias only, "FrozenBN" stay as they are
+            freeze_to_stride: what the features of this stride depend on is not trained; 0: all is
+        """
+        super().__init__()
+        strides = net.feature_info.reduction()
+        self._out_features = [f"stride{x}" for x in strides]
+        self._out_feature_strides = dict(zip(self._out_features, strides))
+        self._out_feature_channels = dict(zip(self._out_features, net.feature_info.channels()))
+        if norm == "SyncBN":
+            net = import_timm("MODEL.TIMM.NORM SyncBN").layers.convert_sync_batchnorm(net)
+        self.net, self.images, self.norm = net, images, norm
+        self._channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        if freeze_to_stride:
+            for parameter in self._parameters_of(strides.index(freeze_to_stride)):
+                parameter.requires_grad_(False)
+        if norm == "FrozenBN":
+            for batch_norm in self._batch_norms():
+                batch_norm.requires_grad_(False)
+        self.train()
+
+    def forward(self, images: Tensor) -> Dict[str, Tensor]:
+        """
+        Args:
+            images: (N, C, H, W), normalised
+        """
+        features = self.net(images)
+        if self._channels_last:
+            features = [x.permute(0, 3, 1, 2).contiguous() for x in features]
+        return dict(zip(self._out_features, features))
+
+    def train(self, mode: bool = True) -> "TimmBackbone":
+        super().train(mode)
+        for batch_norm in self._batch_norms():
+            if self.norm == "EvalBN" or not batch_norm.weight.requires_grad:
+                batch_norm.eval()
+        return self
+
+    def _batch_norms(self) -> List[_BatchNorm]:
+        return [x for x in self.net.modules() if isinstance(x, _BatchNorm) and x.affine]
+
+    def _parameters_of(self, index: int) -> List[nn.Parameter]:
+        """
+        Those that a feature map depends on. Its gradient tells: timm's nets nest and name their
+        stages in many ways.
+        """
+        parameters = list(self.net.parameters())
+        channels = next(x for x in parameters if x.dim() == 4).shape[1]
+        side = self._out_feature_strides[self._out_features[-1]]
+        with torch.enable_grad():
+            feature = self.net.eval()(torch.zeros(1, channels, side, side))[index]
+            gradients = torch.autograd.grad(feature.sum(), parameters, allow_unused=True)
+        return [x for x, gradient in zip(parameters, gradients) if gradient is not None]
+
+
+def build_timm(cfg: CfgNode, input_shape: ShapeSpec, strides: Sequence[int]) -> TimmBackbone:
+    """
+    Build the model of MODEL.TIMM without weights.
+
+    Args:
+        strides: of the wanted feature maps, where MODEL.TIMM.STRIDES is empty
+
+    Raises:
+        ValueError: timm is missing, or a value is wrong
+    """
+    node = cfg.MODEL.TIMM
+    timm = import_timm(f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}")
+    strides = list(node.STRIDES or strides)
+    check_choice("MODEL.TIMM.NORM", node.NORM, NORMS)
+    check_range("MODEL.TIMM.DROP_PATH_RATE", node.DROP_PATH_RATE, 0, 1)
+    if node.FREEZE_TO_STRIDE not in (0, *strides):
+        raise ValueError(
+            f"MODEL.TIMM.FREEZE_TO_STRIDE must be 0 or one of the strides {strides}, got "
+            f"{node.FREEZE_TO_STRIDE}."
+        )
+    options: Dict[str, Any] = {"in_chans": input_shape.channels}
+    if node.DROP_PATH_RATE:
+        options["drop_path_rate"] = node.DROP_PATH_RATE
+    net = _create(timm, node.NAME, **options)
+    found = net.feature_info.reduction()
+    last = {stride: i for i, stride in enumerate(found)}
+    doubling = all(b == 2 * a for a, b in zip(strides, strides[1:]))
+    if not doubling or any(x not in last for x in strides):
+        raise ValueError(
+            f"MODEL.TIMM.STRIDES must be of {sorted(set(found))}, each twice the one before, as "
+            f"{node.NAME} has features there; got {strides}."
+        )
+    if net.pretrained_cfg.get("fixed_input_size"):
+        raise ValueError(
+            f"MODEL.TIMM.NAME: {node.NAME} takes images of {net.pretrained_cfg['input_size'][1:]} "
+            "pixels only; a detector's differ in size."
+        )
+    if found != strides:  # without the stages behind the last one
+        net = _create(timm, node.NAME, out_indices=[last[x] for x in strides], **options)
+    mean, std = tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)
+    images = Images(cfg.INPUT.FORMAT, mean, std)
+    backbone = TimmBackbone(net, images, node.NORM, node.FREEZE_TO_STRIDE)
+    if node.NORM != "BN" and not backbone._batch_norms():
+        raise ValueError(f"MODEL.TIMM.NORM: {node.NAME} has no BatchNorm; leave it at 'BN'.")
+    return backbone
+
+
+def _create(timm: ModuleType, name: str, **options: Any) -> nn.Module:
+    if not timm.is_model(name):
+        similar = ", ".join(nearest(name.split(".")[0], timm.list_models(), 3)) or "none similar"
+        raise ValueError(f"MODEL.TIMM.NAME: timm {timm.__version__} has no {name!r} ({similar}).")
+    try:
+        return timm.create_model(name, features_only=True, pretrained=False, **options)
+    except Exception as error:  # whatever a model says to arguments that it does not take
+        raise ValueError(
+            f"MODEL.TIMM.NAME: {name!r} cannot be built with {options}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """P2 to P5 and a pooled P6, for two-stage detectors."""
+    return _build_fpn(cfg, build_timm(cfg, input_shape, (4, 8, 16, 32)), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """P3 to P5, and P6 and P7 convolved from P5, for RetinaNet, FCOS and RepPoints."""
+    bottom_up, channels = build_timm(cfg, input_shape, (8, 16, 32)), cfg.MODEL.FPN.OUT_CHANNELS
+    last = int(math.log2(max(x.stride for x in bottom_up.output_shape().values())))
+    return _build_fpn(cfg, bottom_up, LastLevelP6P7(channels, channels, in_feature=f"p{last}"))
+
+
+def _build_fpn(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=list(bottom_up.output_shape()),
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -65,7 +65,9 @@ def convert(size: int) -> Dict[str, Tensor]:
     with torch.no_grad():
         found, expected = ours(2 * image - 1), theirs(2 * image - 1)
     difference = (found - expected).abs().max().item()
-    print(f"logits from {expected.min():.2f} to {expected.max():.2f}, they differ by {difference:.1e}")
+    print(
+        f"logits from {expected.min():.2f} to {expected.max():.2f}, they differ by {difference:.1e}"
+    )
     if difference > 1e-3:
         raise ValueError("the converted net computes something else; nothing is written")
     return ours.state_dict()

@@ -63,5 +63,7 @@ def add_model_config(cfg: CfgNode) -> None:
     # What its BatchNorms do: "BN" train, "SyncBN" with statistics of all processes, "EvalBN" train
     # weight and bias only, "FrozenBN" stay as they are
     node.NORM = "BN"
-    node.FREEZE_TO_STRIDE = 0  # all that the features of this stride depend on stays frozen; 0: none
+    node.FREEZE_TO_STRIDE = (
+        0  # all that the features of this stride depend on stays frozen; 0: none
+    )
     node.DROP_PATH_RATE = 0.0  # of stochastic depth, in the last block; less before

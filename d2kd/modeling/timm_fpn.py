@@ -50,9 +50,7 @@ class TimmBackbone(Backbone):
     In training mode, BatchNorms that are frozen keep their statistics.
     """
 
-    def __init__(
-        self, net: nn.Module, images: Images, norm: str = "BN", freeze_to_stride: int = 0
-    ):
+    def __init__(self, net: nn.Module, images: Images, norm: str = "BN", freeze_to_stride: int = 0):
         """
         Args:
             net: from timm.create_model(..., features_only=True)

@@ -21,6 +21,7 @@ from ..utils.packaged import find_file
 from .compiled import CompiledBackbone
 from .manifest import identity, make_manifest
 from .options import TeacherOptions
+from .square_pad import check_images_fit
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     device = options.device or cfg.MODEL.DEVICE
     model, image_format, text, names, own_cfg = build(config_file, opts, device)
     _check_format(image_format, cfg.INPUT.FORMAT)
+    check_images_fit(model, cfg)
     if weights:
         load_whole_detector(model, weights, "DISTILL.TEACHER.WEIGHTS", own_cfg)
     else:
@@ -175,7 +177,7 @@ def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
     except Exception as error:  # the file is Python
         raise ValueError(
             f"DISTILL.TEACHER.CONFIG_FILE: no detector can be built from {path!r} with "
-            f"DISTILL.TEACHER.OPTS: {type(error).__name__}: {error}"
+            f"DISTILL.TEACHER.OPTS: {type(error).__name__}: {error}{_package_to_install(error)}"
         ) from error
     image_format = "BGR"  # Detectron2's default, also for the model's `input_format`
     if "dataloader" in cfg:
@@ -185,6 +187,13 @@ def _from_lazy_config(path: str, opts: List[Any], device: str) -> Built:
     datasets = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
     names = names_in_sets([datasets] if isinstance(datasets, str) else datasets)
     return model, cfg.model.get("input_format") or image_format, text, names, None
+
+
+def _package_to_install(error: Exception) -> str:
+    """Upstream's ViT and MViT import timm and fairscale, which Detectron2 does not ask for."""
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    is_another = isinstance(error, ModuleNotFoundError) and missing not in ("", "detectron2")
+    return f". Run `pip install {missing}`." if is_another else ""
 
 
 def _refuse_training_keys(opts: List[Any]) -> None:

@@ -159,9 +159,7 @@ def test_hub_weights_are_loaded_by_their_name(
     student = detector()
     load_initial_weights(PlainCheckpointer(student), "timm://test_efficientnet.r160_in1k")
     assert asked == [("timm/test_efficientnet.r160_in1k", "model.safetensors")]
-    assert torch.equal(
-        student.backbone.bottom_up.net.conv_stem.weight, classifier.conv_stem.weight
-    )
+    assert torch.equal(student.backbone.bottom_up.net.conv_stem.weight, classifier.conv_stem.weight)
 
 
 def test_hub_that_cannot_be_reached_is_told_with_another_way(

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from ...distiller import Distiller
 from ...pairing.levels import describe_plan
 from ...pairing.pair import DistillPair
+from ...teacher.square_pad import square_pad
 
 MODULE_HEADERS = ("", "class", "parameters", "of which")
 
@@ -21,7 +22,7 @@ def summary(distiller: Distiller) -> str:
     plan = describe_plan(pair.levels, pair.student.shapes, pair.teacher.shapes)
     return (
         f"Distilling {pair.teacher.name} -> {pair.student.name}\n\n"
-        f"{_modules(distiller)}\n\nLevels, student's <- teacher's:\n{plan}\n\n"
+        f"{_modules(distiller)}\n\nLevels, student's <- teacher's:\n{plan}\n{_padding(distiller)}\n"
         f"Classes, student's <- teacher's:\n{pair.classes or _unnamed_classes(pair)}"
     )
 
@@ -38,6 +39,16 @@ def summary_facts(cfg: CfgNode, distiller: Distiller) -> Dict[str, Any]:
         "levels": [asdict(x) for x in pair.levels],
         "classes": str(pair.classes or _unnamed_classes(pair)),
     }
+
+
+def _padding(distiller: Distiller) -> str:
+    side = square_pad(distiller.teacher.model)
+    if not side:
+        return ""
+    return (
+        f"  the teacher pads every image to {side} x {side}, which is what it costs however small\n"
+        "  they are; its larger maps are cropped to the student's\n"
+    )
 
 
 def _unnamed_classes(pair: DistillPair) -> str:

@@ -40,10 +40,10 @@ def add_distill_config(cfg: CfgNode) -> None:
     node.INHERIT = []
     # Several teachers in sequence; the student is kept, heads and optimizer start anew. []: one
     # stage. Each stage is a mapping with ITERATIONS (which must add up to SOLVER.MAX_ITER) and,
-    # where it differs from the run, TEACHER (one with its own CONFIG_FILE takes neither the run's
-    # WEIGHTS nor its OPTS, CLASSES and ALIASES), HEADS, INHERIT (default from the second stage on:
-    # nothing), and OPTS, as on the command line: keys of heads, DISTILL.LEVELS, DISTILL.REGIONS
-    # and SOLVER's learning rate keys. DISTILL.ENABLED False ignores stages
+    # where it differs from the run, TEACHER (one with its own CONFIG_FILE or BACKBONE takes neither
+    # the run's WEIGHTS nor its OPTS, CLASSES and ALIASES), HEADS, INHERIT (default from the second
+    # stage on: nothing), and OPTS, as on the command line: keys of heads, DISTILL.LEVELS,
+    # DISTILL.REGIONS and SOLVER's learning rate keys. DISTILL.ENABLED False ignores stages
     node.STAGES = []
     # "restart": SOLVER's schedule in each stage, with warm-up, and STEPS at the same fractions of
     # the stage as of the run. "continue": one schedule over the whole run
@@ -53,7 +53,13 @@ def add_distill_config(cfg: CfgNode) -> None:
     # YAML or LazyConfig .py: a path, or a name in Detectron2's model zoo, such as
     # "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
     node.TEACHER.CONFIG_FILE = ""
-    # Weights of the trained detector: a path or URL; "": those of the model zoo's CONFIG_FILE
+    # In place of CONFIG_FILE: a model of timm that was never a detector, such as
+    # "vit_small_patch14_dinov2.lvd142m", for heads that compare features
+    node.TEACHER.BACKBONE = ""
+    # Of the levels that it teaches; a map that it has of another stride is resampled
+    node.TEACHER.BACKBONE_STRIDES = [16]
+    # Weights of the trained detector: a path or URL; "": those of the model zoo's CONFIG_FILE.
+    # Of a BACKBONE: a file of timm's weights, or timm://NAME.TAG for its hub
     node.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config, as on the command line: ["MODEL.RETINANET.NUM_CLASSES", 4]
     node.TEACHER.OPTS = []

@@ -13,6 +13,10 @@ from .readers import HEAD_SWITCHES, READERS, value_of
 # and its class names
 OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE", "DATASETS.TRAIN")
 OF_TEACHER += ("DATASETS.TEST", "DATASETS.COCO_FORMAT")
+OF_DETECTING_TEACHER = tuple(
+    f"DISTILL.TEACHER.{x}"
+    for x in ("OPTS", "CLASSES", "ALIASES", "ALLOW_OTHER_CLASSES", "EVAL_IMAGES", "MIN_AP")
+)
 INSTEAD = {
     "MODEL.WEIGHTS": "DISTILL.TEACHER.WEIGHTS names its weights",
     "MODEL.DEVICE": "it runs on the student's device",
@@ -87,6 +91,10 @@ def _why_unread_in_distillation(key: str, cfg: CfgNode) -> str:
         return f"by heads that use regions; DISTILL.HEADS is {heads}"
     if key == "DISTILL.STAGE_LR" and not node.STAGES:
         return "with DISTILL.STAGES"
+    if key == "DISTILL.TEACHER.BACKBONE_STRIDES" and not (node.TEACHER.BACKBONE or node.STAGES):
+        return "with DISTILL.TEACHER.BACKBONE"
+    if key in OF_DETECTING_TEACHER and node.TEACHER.BACKBONE and not node.STAGES:
+        return f"by a teacher that detects, not by DISTILL.TEACHER.BACKBONE {node.TEACHER.BACKBONE}"
     if key == "DISTILL.TEACHER.MIN_AP" and not node.TEACHER.EVAL_IMAGES:
         return "with DISTILL.TEACHER.EVAL_IMAGES above 0"
     if owner == "LIVENESS" and key != "DISTILL.LIVENESS.ENABLED" and not node.LIVENESS.ENABLED:

@@ -25,7 +25,11 @@ RULES = (
     # Paths may be others on another machine. What is behind them is compared: the images of
     # DATASETS.TRAIN by their fingerprint, the teacher by its manifest.
     Rule(("DATASETS.COCO_FORMAT", "DATASETS.SHAPES.ROOT"), PASSED_OVER, ""),
-    Rule(("DISTILL.TEACHER.CONFIG_FILE", "*.TEACHER.WEIGHTS", "*.TEACHER.OPTS"), PASSED_OVER, ""),
+    Rule(
+        tuple(f"DISTILL.TEACHER.{x}" for x in ("CONFIG_FILE", "BACKBONE*", "WEIGHTS", "OPTS")),
+        PASSED_OVER,
+        "",
+    ),
     # Compared by what they build: the checkpoint's heads and the student's meta-architecture.
     Rule(("DISTILL.ENABLED", "DISTILL.HEADS", "*.STUDENT_META_ARCHITECTURE"), PASSED_OVER, ""),
     # Compared by what the checkpoint's optimizer remembers.

@@ -1,7 +1,7 @@
 """One entry of DISTILL.STAGES: how it is read, and the config of the run during that stage."""
 
 from contextlib import contextmanager
-from typing import Iterator, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 from detectron2.config import CfgNode
 
@@ -52,11 +52,12 @@ def read_stage(cfg: CfgNode, index: int) -> CfgNode:
         raise ValueError(f"must be a mapping of ITERATIONS and other keys, got {entry!r}.")
     # Another teacher: weights, overrides and class names of the run's would not fit it.
     own = entry.get("TEACHER")
-    another = isinstance(own, dict) and "CONFIG_FILE" in own
-    teacher = {
-        "CONFIG_FILE": distill.TEACHER.CONFIG_FILE,
-        "WEIGHTS": "" if another else distill.TEACHER.WEIGHTS,
+    another = isinstance(own, dict) and bool({"CONFIG_FILE", "BACKBONE"} & set(own))
+    teacher: Dict[str, Any] = {
+        key: "" if another else distill.TEACHER[key]
+        for key in ("CONFIG_FILE", "BACKBONE", "WEIGHTS")
     }
+    teacher["BACKBONE_STRIDES"] = list(distill.TEACHER.BACKBONE_STRIDES)
     for key in ("OPTS", "CLASSES", "ALIASES"):
         teacher[key] = [] if another else list(distill.TEACHER[key])
     # The student of a later stage has learnt already; inheriting would throw that away.

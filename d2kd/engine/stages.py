@@ -64,10 +64,10 @@ class Stage:
             yield
 
     def __str__(self) -> str:
-        distill = self.cfg.DISTILL
+        teacher, heads = self.cfg.DISTILL.TEACHER, list(self.cfg.DISTILL.HEADS)
         return (
             f"Stage {self.index} of {self.count}: iterations {self.start} to {self.end - 1}, "
-            f"teacher {distill.TEACHER.CONFIG_FILE}, heads {list(distill.HEADS)}"
+            f"teacher {teacher.CONFIG_FILE or teacher.BACKBONE}, heads {heads}"
         )
 
 

@@ -38,7 +38,13 @@ def load_detector(cfg: CfgNode, use_teacher: bool) -> Teacher:
     own = student_config(cfg)
     check_config(own, evaluation=True)
     if use_teacher:
-        return build_teacher(plan_stages(cfg)[-1].cfg)
+        last = plan_stages(cfg)[-1].cfg
+        if last.DISTILL.TEACHER.BACKBONE:
+            raise ValueError(
+                f"DISTILL.TEACHER.BACKBONE {last.DISTILL.TEACHER.BACKBONE!r} has features and "
+                "detects nothing, so it cannot label."
+            )
+        return build_teacher(last)
     weights = find_file(own.MODEL.WEIGHTS)
     if not weights:
         raise ValueError(

@@ -35,6 +35,28 @@ def import_timm(wanted_by: str) -> ModuleType:
         ) from None
 
 
+def create_timm(key: str, name: str, **options: Any) -> nn.Module:
+    """
+    timm.create_model, without weights.
+
+    Args:
+        key: the config key that has the name, for errors
+
+    Raises:
+        ValueError: timm is missing, has no such model, or the model does not take the options
+    """
+    timm = import_timm(f"{key} {name!r}")
+    if not timm.is_model(name):
+        similar = ", ".join(nearest(name.split(".")[0], timm.list_models(), 3)) or "none similar"
+        raise ValueError(f"{key}: timm {timm.__version__} has no {name!r} ({similar}).")
+    try:
+        return timm.create_model(name, pretrained=False, **options)
+    except Exception as error:  # whatever a model says to arguments that it does not take
+        raise ValueError(
+            f"{key}: {name!r} cannot be built with {options}: {type(error).__name__}: {error}"
+        ) from error
+
+
 class Images(NamedTuple):
     """What a detector's images are: the order of their channels, and (x - mean) / std."""
 
@@ -121,7 +143,6 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec, strides: Sequence[int]) -> 
         ValueError: timm is missing, or a value is wrong
     """
     node = cfg.MODEL.TIMM
-    timm = import_timm(f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}")
     strides = list(node.STRIDES or strides)
     check_choice("MODEL.TIMM.NORM", node.NORM, NORMS)
     check_range("MODEL.TIMM.DROP_PATH_RATE", node.DROP_PATH_RATE, 0, 1)
@@ -130,10 +151,10 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec, strides: Sequence[int]) -> 
             f"MODEL.TIMM.FREEZE_TO_STRIDE must be 0 or one of the strides {strides}, got "
             f"{node.FREEZE_TO_STRIDE}."
         )
-    options: Dict[str, Any] = {"in_chans": input_shape.channels}
+    options: Dict[str, Any] = {"features_only": True, "in_chans": input_shape.channels}
     if node.DROP_PATH_RATE:
         options["drop_path_rate"] = node.DROP_PATH_RATE
-    net = _create(timm, node.NAME, **options)
+    net = create_timm("MODEL.TIMM.NAME", node.NAME, **options)
     found = net.feature_info.reduction()
     last = {stride: i for i, stride in enumerate(found)}
     doubling = all(b == 2 * a for a, b in zip(strides, strides[1:]))
@@ -148,26 +169,15 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec, strides: Sequence[int]) -> 
             "pixels only; a detector's differ in size."
         )
     if found != strides:  # without the stages behind the last one
-        net = _create(timm, node.NAME, out_indices=[last[x] for x in strides], **options)
+        net = create_timm(
+            "MODEL.TIMM.NAME", node.NAME, out_indices=[last[x] for x in strides], **options
+        )
     mean, std = tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)
     images = Images(cfg.INPUT.FORMAT, mean, std)
     backbone = TimmBackbone(net, images, node.NORM, node.FREEZE_TO_STRIDE)
     if node.NORM != "BN" and not backbone._batch_norms():
         raise ValueError(f"MODEL.TIMM.NORM: {node.NAME} has no BatchNorm; leave it at 'BN'.")
     return backbone
-
-
-def _create(timm: ModuleType, name: str, **options: Any) -> nn.Module:
-    if not timm.is_model(name):
-        similar = ", ".join(nearest(name.split(".")[0], timm.list_models(), 3)) or "none similar"
-        raise ValueError(f"MODEL.TIMM.NAME: timm {timm.__version__} has no {name!r} ({similar}).")
-    try:
-        return timm.create_model(name, features_only=True, pretrained=False, **options)
-    except Exception as error:  # whatever a model says to arguments that it does not take
-        raise ValueError(
-            f"MODEL.TIMM.NAME: {name!r} cannot be built with {options}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 @BACKBONE_REGISTRY.register()

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode, LazyConfig, instantiate
 
 from ..checkpoint import check_is_file, load_whole_detector
 from ..data.class_names import class_names, names_in_sets
+from ..modeling.backbone_teacher import build_backbone_teacher
 from ..modeling.build import build_detector
 from ..modeling.trainable import check_teaches
 from ..utils.packaged import find_file
@@ -84,9 +85,13 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     """
     config_file, weights = resolve_teacher(cfg)
     opts, options = list(cfg.DISTILL.TEACHER.OPTS), TeacherOptions.from_config(cfg)
-    build = _from_lazy_config if config_file.endswith(".py") else _from_yaml
     device = options.device or cfg.MODEL.DEVICE
-    model, image_format, text, names, own_cfg = build(config_file, opts, device)
+    if cfg.DISTILL.TEACHER.BACKBONE:
+        built = _from_timm(cfg, device)
+    else:
+        build = _from_lazy_config if config_file.endswith(".py") else _from_yaml
+        built = build(config_file, opts, device)
+    model, image_format, text, names, own_cfg = built
     _check_format(image_format, cfg.INPUT.FORMAT)
     check_images_fit(model, cfg)
     if weights:
@@ -102,20 +107,31 @@ def resolve_teacher(cfg: CfgNode) -> Tuple[str, str]:
     Find the teacher's files without building anything.
 
     Returns:
-        path of the config file; path or URL of the weights, "" only where random ones are allowed
+        path of the config file, "" of a BACKBONE; path or URL of the weights, "" only where random
+        ones are allowed
     """
     node = cfg.DISTILL.TEACHER
-    if not node.CONFIG_FILE:
+    if node.BACKBONE and node.CONFIG_FILE:
+        raise ValueError(
+            f"DISTILL.TEACHER.BACKBONE is {node.BACKBONE!r} and CONFIG_FILE {node.CONFIG_FILE!r}: "
+            "a teacher is one or the other. Leave one of them empty."
+        )
+    if not (node.CONFIG_FILE or node.BACKBONE):
         raise ValueError(
             "DISTILL.TEACHER.CONFIG_FILE is empty: name the teacher's YAML or LazyConfig .py, or a "
             "model-zoo config such as COCO-Detection/retinanet_R_101_FPN_3x.yaml."
         )
     config_file, zoo_weights = find_file(node.CONFIG_FILE), ""
-    if not os.path.isfile(config_file):
+    if config_file and not os.path.isfile(config_file):
         config_file, zoo_weights = _from_model_zoo(node.CONFIG_FILE)
     if node.ALLOW_RANDOM_WEIGHTS:
         return config_file, find_file(node.WEIGHTS)
     weights = find_file(node.WEIGHTS) or zoo_weights
+    if not weights and node.BACKBONE:
+        raise ValueError(
+            f"DISTILL.TEACHER.WEIGHTS is empty: name a file with weights of {node.BACKBONE}, or "
+            "timm://NAME.TAG for those of timm's hub."
+        )
     if not weights:
         raise ValueError(
             "DISTILL.TEACHER.WEIGHTS is empty: a teacher without weights knows nothing. Give the "
@@ -145,6 +161,13 @@ def _from_model_zoo(name: str) -> Tuple[str, str]:
         return config_file, model_zoo.get_checkpoint_url(name) or ""
     except RuntimeError:
         return config_file, ""
+
+
+def _from_timm(cfg: CfgNode, device: str) -> Built:
+    node = cfg.DISTILL.TEACHER
+    model = build_backbone_teacher(node.BACKBONE, node.BACKBONE_STRIDES).to(device)
+    text = f"timm {node.BACKBONE}, strides {list(node.BACKBONE_STRIDES)}"
+    return model, "RGB", text, (), None
 
 
 def _from_yaml(path: str, opts: List[Any], device: str) -> Built:

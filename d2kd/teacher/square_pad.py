@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 
 
 def square_pad(detector: nn.Module) -> int:
-    """Pixels on a side of the square that a detector pads its images to; 0: it pads to the batch."""
+    """Side of the square that a detector pads every image to, in pixels; 0: as large as needed."""
     backbone = getattr(detector, "backbone", None)
     return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
 

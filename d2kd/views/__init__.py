@@ -1,6 +1,7 @@
 from .base import DetectorView  # noqa isort:skip
 from .anchor_labels import AnchorLabels
 from .anchors import ReorderedAnchorsView, anchor_order
+from .backbone import BackboneView
 from .build import DETECTOR_VIEW_REGISTRY, describe_detector, find_view
 from .common_classes import CommonClassesView, MergeClasses
 from .dense import DenseView

@@ -9,6 +9,7 @@ from torch import nn
 
 from detectron2.utils.file_io import PathHandler, PathManager
 
+from ..modeling.backbone_teacher import BackboneTeacher, ResampledBackbone
 from ..modeling.timm_fpn import Images, TimmBackbone, import_timm
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,12 @@ def named_for_detector(
         ValueError: some of the backbone are missing or of another shape, or its images are not
             what the weights were trained on
     """
-    backbone = getattr(getattr(detector, "backbone", None), "bottom_up", None)
-    if not isinstance(backbone, TimmBackbone):
+    prefix, backbone = "backbone.bottom_up.", getattr(detector, "backbone", None)
+    if isinstance(detector, BackboneTeacher):
+        prefix = "backbone."
+    else:
+        backbone = getattr(backbone, "bottom_up", None)
+    if not isinstance(backbone, (TimmBackbone, ResampledBackbone)):
         return None
     wanted = backbone.net.state_dict()
     theirs = {_joined(k): k for k in state}
@@ -67,14 +72,15 @@ def named_for_detector(
         return None
     _check_covers(wanted, {k: state[name] for k, name in names.items()}, path)
     pretrained = _pretrained(path) if path.startswith(HUB) else backbone.net.pretrained_cfg
-    _check_images(backbone.images, pretrained, path)
+    if isinstance(backbone, TimmBackbone):
+        _check_images(backbone.images, pretrained, path)
     unused = sorted(set(state) - set(names.values()))
     logger.info(
-        f"MODEL.WEIGHTS: {path!r} has the whole backbone, {pretrained['architecture']} of timm. "
+        f"{path!r} has the whole backbone, {pretrained['architecture']} of timm. "
         f"Of its {len(state)} tensors {len(unused)} are not needed"
         + (f", such as {unused[0]}." if unused else ".")
     )
-    return {f"backbone.bottom_up.net.{k}": state[name] for k, name in names.items()}
+    return {f"{prefix}net.{k}": state[name] for k, name in names.items()}
 
 
 def _joined(name: str) -> str:
@@ -104,8 +110,9 @@ def _check_covers(wanted: Mapping[str, Any], found: Mapping[str, Any], path: str
     if wrong:
         more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(
-            f"{path!r} is not of the model that MODEL.TIMM.NAME says. Missing or of another "
-            f"shape: {', '.join(wrong[:20])}{more}."
+            f"{path!r} is not of the model that MODEL.TIMM.NAME (of a teacher, "
+            "DISTILL.TEACHER.BACKBONE) says. Missing or of another shape: "
+            f"{', '.join(wrong[:20])}{more}."
         )
 
 

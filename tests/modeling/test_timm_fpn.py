@@ -87,7 +87,7 @@ def test_stages_behind_the_last_stride_are_not_built() -> None:
     assert not [k for k, _ in short.named_parameters() if "layer4" in k]
 
 
-# What training leaves alone ------------------------------------------------------------------------
+# What training leaves alone -----------------------------------------------------------------------
 
 
 def changed_by_a_step(model: nn.Module) -> List[str]:
@@ -147,7 +147,7 @@ def test_drop_path_reaches_the_net() -> None:
     assert drops(build("retinanet", "test_convnext", DROP_PATH_RATE=0.2))
 
 
-# As student and teacher ----------------------------------------------------------------------------
+# As student and teacher ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DETECTORS_HERE)
@@ -171,7 +171,7 @@ def test_distillation_step_trains_the_student_alone(
     load_whole_detector(student, str(tmp_path / "run.pth"), "KEY")
 
 
-# Errors --------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ model = L(RetinaNet)(
         sizes=[[16], [32], [64]], aspect_ratios=[1.0], strides=[8, 16, 32], offset=0.0
     ),
     box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
-    anchor_matcher=L(Matcher)(thresholds=[0.4, 0.5], labels=[0, -1, 1], allow_low_quality_matches=True),
+    anchor_matcher=L(Matcher)(
+        thresholds=[0.4, 0.5], labels=[0, -1, 1], allow_low_quality_matches=True
+    ),
     num_classes=3,
     head_in_features=["p3", "p4", "p5"],
     pixel_mean=[103.53, 116.28, 123.675],

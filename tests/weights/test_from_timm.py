@@ -147,7 +147,7 @@ def test_checkpoint_of_the_detector_itself_is_read_as_ever(tmp_path: Path) -> No
     assert_same_tensors(other.state_dict(), own.state_dict())
 
 
-# The hub: its answers are played, since no test reaches a network ----------------------------------
+# The hub: its answers are played, since no test reaches a network ---------------------------------
 
 
 def test_hub_weights_are_loaded_by_their_name(

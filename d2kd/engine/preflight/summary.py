@@ -32,7 +32,7 @@ def summary_facts(cfg: CfgNode, distiller: Distiller) -> Dict[str, Any]:
     pair, node = distiller.pair, cfg.DISTILL
     return {
         "heads": list(node.HEADS),
-        "config_file": node.TEACHER.CONFIG_FILE,
+        "config_file": node.TEACHER.CONFIG_FILE or node.TEACHER.BACKBONE,
         "weights": node.TEACHER.WEIGHTS,
         "weights_sha256": distiller.teacher.manifest["weights_sha256"],
         "modules": _module_rows(distiller),
@@ -53,6 +53,8 @@ def _padding(distiller: Distiller) -> str:
 
 def _unnamed_classes(pair: DistillPair) -> str:
     ours, theirs = pair.student.num_classes, pair.teacher.num_classes
+    if not theirs:
+        return "  the teacher has features and no classes"
     names = "  their names are not known of both"
     if ours == theirs:
         return f"{names}: class i is taken for class i"

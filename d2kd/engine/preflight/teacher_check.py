@@ -12,6 +12,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 
 from ...data.mapper import CheckedMapper
+from ...modeling.backbone_teacher import BackboneTeacher
 from ...pairing.classes import CommonClasses
 from ...pairing.pair import DistillPair
 from ...teacher import Teacher
@@ -87,6 +88,8 @@ def _reason_to_skip(cfg: CfgNode, teacher: Teacher) -> str:
     """Why the teacher cannot be evaluated; "" if it can."""
     if not teacher.manifest["weights_sha256"]:
         return "its weights are random"
+    if isinstance(teacher.model, BackboneTeacher):
+        return "it has features and detects nothing"
     if not cfg.DATASETS.TEST:
         return "DATASETS.TEST is empty"
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])

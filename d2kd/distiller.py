@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage
 
 from .config import student_config
 from .heads.build import build_head
-from .heads.fit import requires_of
+from .heads.fit import requires_of, unlabelled_misfit
 from .heads.registry import compares_logits, head_class
 from .inherit import inherit
 from .modeling.build import build_detector
@@ -22,8 +22,9 @@ from .pairing.classes import common_classes
 from .pairing.levels import LevelPair, pair_levels
 from .pairing.pair import DENSE, DistillPair
 from .schedule import WeightSchedule, pixel_factor
-from .step import Step
+from .step import ByLevel, Step
 from .teacher import Teacher, TeacherOptions, build_teacher
+from .unlabelled import confident
 from .utils.compat import current_iteration
 from .views import (
     CommonClassesView,
@@ -36,6 +37,8 @@ from .views import (
 )
 
 logger = logging.getLogger(__name__)
+
+Views = Tuple[DetectorView, DetectorView]  # of the student and of the teacher
 
 
 @META_ARCH_REGISTRY.register()
@@ -57,6 +60,7 @@ class Distiller(nn.Module):
         heads: Mapping[str, nn.Module],
         schedules: Mapping[str, Callable[[int], float]],
         reference_pixels: Mapping[str, int] = MappingProxyType({}),
+        box_score: float = 0.0,
         image_format: str,
         inherit_parts: List[str],
         requires: FrozenSet[str] = frozenset({"features"}),
@@ -70,6 +74,8 @@ class Distiller(nn.Module):
             schedules: name of a head to its weight as a function of the stage's iteration
             reference_pixels: name of a head whose loss is a sum over cells to the number of pixels
                 that its weight is meant for; 0, or none: no matter how many
+            box_score: of the teacher's detections that stand in for the boxes of images without
+                labels; 0: no head needs any
             image_format: channel order of the batches, the student's INPUT.FORMAT
             inherit_parts: parts of the student that :meth:`inherit_from_teacher` initialises
             requires: what the heads require of both views
@@ -82,6 +88,7 @@ class Distiller(nn.Module):
         object.__setattr__(self, "teacher", teacher)
         self.schedules = dict(schedules)
         self.reference_pixels = dict(reference_pixels)
+        self.box_score = box_score
         self.image_format = image_format
         self.inherit_parts = inherit_parts
         self.requires = requires
@@ -118,12 +125,17 @@ class Distiller(nn.Module):
         """Arguments of a Distiller of two detectors that are built already."""
         names = list(cfg.DISTILL.HEADS)
         pair = describe_pair(cfg, student, teacher.model, teacher.class_names)
+        if cfg.DISTILL.UNLABELLED.SETS:
+            for problem in (unlabelled_misfit(name, cfg, pair) for name in names):
+                if problem:
+                    raise ValueError(problem)
         return {
             "student": student,
             "teacher": teacher,
             "heads": {name: build_head(name, cfg, pair) for name in names},
             "schedules": {name: WeightSchedule.from_config(name, cfg) for name in names},
             "reference_pixels": {x: cfg.DISTILL[x].get("REFERENCE_PIXELS", 0) for x in names},
+            "box_score": cfg.DISTILL.UNLABELLED.BOX_SCORE,
             "image_format": cfg.INPUT.FORMAT,
             "inherit_parts": list(cfg.DISTILL.INHERIT),
             "requires": frozenset().union(
@@ -140,7 +152,7 @@ class Distiller(nn.Module):
         """
         Args:
             batched_inputs: Detectron2's standard input: "image" (3, H, W) in the student's
-                INPUT.FORMAT, and in training "instances"
+                INPUT.FORMAT, and in training "instances"; images without these are not labelled
 
         Returns:
             in training, the student's losses and the weighted distillation losses, all scalars
@@ -152,25 +164,58 @@ class Distiller(nn.Module):
         batched_inputs = _to_device(batched_inputs, self.device)
         iteration = current_iteration() - self.start_iter
         weights = {name: self.schedules[name](iteration) for name in self.heads}
-        student = self.student_view(self.student, batched_inputs)
-        teacher = self.view_of_teacher(batched_inputs)
-        if any(weights.values()):
-            # Before the student: what its forward passes through is freed again, while what the
-            # student's passes through stays for the backward. Together they would be the peak.
-            features = teacher.features
-            for level in self.read_levels:
-                features[level]
-        # Already here: a student may stop in its forward, and be explained by its features.
-        self.last_step = Step(student, teacher)
-        with student.record(self.requires):
-            losses = dict(self.student(batched_inputs))
-        comparable = self._comparable(student, teacher)
+        labelled = [x for x in batched_inputs if "instances" in x]
+        unlabelled = [x for x in batched_inputs if "instances" not in x]
+        losses: Dict[str, Tensor] = {}
+        pairs: List[Views] = []
+        if unlabelled and any(weights.values()):
+            pairs.append(self._view_unlabelled(unlabelled))
+        if labelled:
+            pairs.append(self._view_labelled(labelled, any(weights.values())))
+            with pairs[-1][0].record(self.requires):
+                losses.update(self.student(labelled))
+        if pairs:
+            self.last_step = Step(*pairs[-1])
         for name, weight in weights.items():
-            views = comparable if compares_logits(self.heads[name]) else (student, teacher)
-            for key, loss in self._distill(name, weight, *views).items():
+            compares = compares_logits(self.heads[name])
+            views = [self._comparable(*x) if compares else x for x in pairs]
+            for key, loss in self._distill(name, weight, views).items():
                 assert key not in losses, f"{name} returns {key!r}, a name that is taken"
                 losses[key] = loss
+        if not losses:  # no labelled image, and every head off: a step that changes nothing
+            losses["loss_none"] = sum(0 * p.sum() for p in self.student.parameters())
         return losses
+
+    def _view_labelled(self, batched_inputs: List[Dict[str, Any]], is_on: bool) -> Views:
+        student = self.student_view(self.student, batched_inputs)
+        teacher = self.view_of_teacher(batched_inputs)
+        if is_on:
+            # Before the student: what its forward passes through is freed again, while what the
+            # student's passes through stays for the backward. Together they would be the peak.
+            self._read_features(teacher)
+        # Already here: a student may stop in its forward, and be explained by its features.
+        self.last_step = Step(student, teacher)
+        return student, teacher
+
+    def _view_unlabelled(self, batched_inputs: List[Dict[str, Any]]) -> Views:
+        """The student does not see them in a forward of its own, which would take losses."""
+        batched_inputs = [dict(x) for x in batched_inputs]  # which get "instances"
+        teacher = self.view_of_teacher(batched_inputs)
+        if self.box_score:
+            found = confident(teacher.detections(), self.box_score, self.pair.classes)
+            for view_inputs in (batched_inputs, teacher.batched_inputs):
+                for x, instances in zip(view_inputs, found):
+                    x["instances"] = instances
+        self._read_features(teacher)
+        return (
+            self.student_view.of_unlabelled(self.student, batched_inputs, self.requires),
+            teacher,
+        )
+
+    def _read_features(self, teacher: DetectorView) -> None:
+        features = teacher.features
+        for level in self.read_levels:
+            features[level]
 
     @property
     def read_levels(self) -> List[str]:
@@ -211,10 +256,14 @@ class Distiller(nn.Module):
             CommonClassesView(teacher, theirs, merge_labels=ours),
         )
 
-    def _distill(
-        self, name: str, weight: float, student: DetectorView, teacher: DetectorView
-    ) -> Dict[str, Tensor]:
-        """The weighted losses of one head; the only place where a weight is applied."""
+    def _distill(self, name: str, weight: float, pairs: Sequence[Views]) -> Dict[str, Tensor]:
+        """
+        The weighted losses of one head; the only place where a weight is applied.
+
+        Args:
+            pairs: views of student and teacher: of the images without labels, if there are some,
+                and of the labelled ones. A head's loss is its mean over images
+        """
         head = self.heads[name]
         _log(f"{name}/weight", weight)
         if weight == 0:
@@ -222,11 +271,18 @@ class Distiller(nn.Module):
             # parameter of the head to take part.
             zeros = [p.sum() * 0 for p in head.parameters()]
             return {f"loss_{name.lower()}": sum(zeros)} if zeros else {}
-        losses = head(student, teacher)
-        terms = {k: v if isinstance(v, dict) else {"": v} for k, v in losses.items()}
-        if self.reference_pixels.get(name):
-            factor = pixel_factor(self.reference_pixels[name], student.image_sizes)
-            terms = {k: {i: factor * x for i, x in v.items()} for k, v in terms.items()}
+        terms: Dict[str, ByLevel] = {}
+        total = sum(len(student.image_sizes) for student, _ in pairs)
+        for student, teacher in pairs:
+            share = len(student.image_sizes) / total
+            if self.reference_pixels.get(name):
+                share *= pixel_factor(self.reference_pixels[name], student.image_sizes)
+            for key, loss in head(student, teacher).items():
+                levels = loss if isinstance(loss, dict) else {"": loss}
+                if share != 1:
+                    levels = {level: share * x for level, x in levels.items()}
+                before = terms.get(key, {})
+                terms[key] = {k: before[k] + x if k in before else x for k, x in levels.items()}
         self.last_step.terms[name], self.last_step.maps[name] = terms, getattr(head, "maps", {})
         return {key: sum(levels.values()) * weight for key, levels in terms.items()}
 

@@ -6,15 +6,16 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 
 from d2kd.config.distill_keys import add_distill_config
 from d2kd.config.key_comments import meanings
 from d2kd.config.load import leaves
 from d2kd.heads.__main__ import describe_keys
+from d2kd.heads.fit import unlabelled_misfit
 from d2kd.heads.registry import compares_logits, head_class, head_names
-from d2kd.pairing.pair import ANY_PAIR, DENSE
-from d2kd.views import DetectorView
+from d2kd.pairing.pair import ANY_PAIR, DENSE, DistillPair
+from d2kd.views import DetectorInfo, DetectorView
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MARKED = re.compile(r"(<!-- generated: dev/write_docs.py -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -51,6 +52,7 @@ def documents() -> Dict[Path, str]:
     parts = {
         DOCS / "add_a_detector.md": f"\n```text\n{members_of_views()}\n```\n\n",
         DOCS / "methods.md": f"\n{table_of_pairs()}\n\n",
+        DOCS / "unlabelled.md": f"\n{table_without_labels()}\n\n",
     }
     written = {
         path: MARKED.sub(lambda x: x[1] + part + x[2], path.read_text(encoding="utf-8"))
@@ -74,6 +76,35 @@ def table_of_pairs() -> str:
     for taken, names in sorted(rows.items(), key=lambda row: -len(row[1])):
         lines.append(f"| {', '.join(names)} | {' | '.join(x or 'no' for x in taken)} |")
     return "\n".join(lines)
+
+
+def table_without_labels() -> str:
+    """Which heads learn from images without labels, by the kind of the student."""
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    rows: Dict[Tuple[str, ...], List[str]] = {}
+    for name in head_names():
+        learns = tuple(_learns_without_labels(name, cfg, kind) for kind in ("dense", "two-stage"))
+        rows.setdefault(learns, []).append(f"`{name}`")
+    lines = ["| heads | dense student | two-stage student |", "|---|---|---|"]
+    for learns, names in sorted(rows.items(), key=lambda row: -len(row[1])):
+        lines.append(f"| {', '.join(names)} | {' | '.join(learns)} |")
+    return "\n".join(lines)
+
+
+def _learns_without_labels(name: str, cfg: CfgNode, kind: str) -> str:
+    kinds = getattr(head_class(name), "pairs", ANY_PAIR)
+    if not any(x.endswith(f"-> {kind}") for x in kinds):
+        return "no such pair"
+    student, teacher = (
+        DetectorInfo("", {}, 1, frozenset(), two_stage=x) for x in (kind == "two-stage", False)
+    )
+    pair = DistillPair(student, teacher, ())
+    for score, answer in ((0.0, "yes"), (0.5, "with `BOX_SCORE`")):
+        cfg.DISTILL.UNLABELLED.BOX_SCORE = score
+        if unlabelled_misfit(name, cfg, pair) is None:
+            return answer
+    return "no"
 
 
 def members_of_views() -> str:

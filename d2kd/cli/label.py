@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from detectron2.utils.logger import setup_logger
 
 from .. import labelling
+from ..data.find_images import find_images
 from ..labelling import Gate, LabelledSet
 from ..utils.atomic_file import atomic_write, check_writable
 from ..utils.command_line import parse_command_line
@@ -42,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         setup_logger(name=name)
     cfg = read_config(args)
     check_args(args)
-    images = labelling.find_images(args.images, args.json)
+    images = find_images(args.images, args.json)
     labelled = labelling.read_labelled_set(cfg)
     detector = labelling.load_detector(cfg, args.teacher)
     categories = labelling.category_ids(cfg, detector, labelled, args.teacher)

@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode
 
 from ..data.data_keys import add_data_config
+from ..data.unlabelled import add_unlabelled_config
 from ..heads import DISTILL_HEAD_REGISTRY
 from ..heads.keys import add_head_keys
 from ..modeling import add_model_config
@@ -49,6 +50,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     # the stage as of the run. "continue": one schedule over the whole run
     node.STAGE_LR = "restart"
 
+    add_unlabelled_config(node)
     node.TEACHER = CfgNode()
     # YAML or LazyConfig .py: a path, or a name in Detectron2's model zoo, such as
     # "COCO-Detection/retinanet_R_101_FPN_3x.yaml"

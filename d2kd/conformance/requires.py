@@ -11,6 +11,7 @@ from .case import Case
 # Member of a DetectorView -> words that require it; all other members are always available.
 WORDS: Dict[str, Tuple[str, ...]] = {
     "features": ("features",),
+    "gt_instances": ("gt_instances",),
     "dense": ("dense",),
     "boxes": ("dense",),
     "towers": ("tower_",),

@@ -1,15 +1,21 @@
-from typing import Any, Callable, Dict, Iterator, List, Optional
+import itertools
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from detectron2.config import CfgNode, configurable
 from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
 from .batches import ResumableBatchSampler, aspect_ratio_groups, build_sampler
 from .mapper import CheckedMapper
 from .seeded import SeededDataset
+from .unlabelled import batch_sizes, find_unlabelled
+
+# Beside the run's seed, so that two images at one place of their streams are not augmented alike
+UNLABELLED_SEED = 1_000_003
 
 
 class ResumableLoader:
@@ -72,9 +78,18 @@ class ResumableLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
 
+    @property
+    def images(self) -> Sequence[Dict[str, Any]]:
+        """All that it draws from, in Detectron2's format."""
+        return self.dataset.dataset
+
     @classmethod
     def from_config(
-        cls, cfg: CfgNode, seed: int, mapper: Optional[Callable[..., Any]] = None
+        cls,
+        cfg: CfgNode,
+        seed: int,
+        batch_size: Optional[int] = None,
+        mapper: Optional[Callable[..., Any]] = None,
     ) -> Dict[str, Any]:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN is empty: list the data sets to train on.")
@@ -94,11 +109,11 @@ class ResumableLoader:
             "dataset_dicts": dataset_dicts,
             "mapper": mapper or CheckedMapper(cfg, is_train=True),
             "sampler": build_sampler(cfg, dataset_dicts, max(seed, 0)),
-            "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+            "total_batch_size": batch_size or cfg.SOLVER.IMS_PER_BATCH,
             "seed": seed,
             "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
             "num_workers": cfg.DATALOADER.NUM_WORKERS,
-            "pin_memory": cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
+            "pin_memory": pins_memory(cfg),
         }
 
     def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
@@ -127,13 +142,53 @@ def _as_list(samples: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     return samples
 
 
+class MixedLoader:
+    """
+    Batches of two loaders, the one's images behind the other's. The labelled ones are those of a
+    run that has no others.
+    """
+
+    def __init__(self, labelled: ResumableLoader, unlabelled: ResumableLoader):
+        self.labelled, self.unlabelled = labelled, unlabelled
+        self.start_iter = 0
+
+    @property
+    def images(self) -> Iterable[Dict[str, Any]]:
+        return itertools.chain(self.labelled.images, self.unlabelled.images)
+
+    def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
+        """Yields: as :class:`ResumableLoader`; samples without labels have no "instances"."""
+        self.labelled.start_iter = self.unlabelled.start_iter = self.start_iter
+        for labelled, unlabelled in zip(self.labelled, self.unlabelled):
+            yield labelled + unlabelled
+
+
 def build_train_loader(
     cfg: CfgNode, seed: int, mapper: Optional[Callable[..., Any]] = None
-) -> ResumableLoader:
+) -> Union[ResumableLoader, MixedLoader]:
     """
     Args:
         cfg: Detectron2's keys DATASETS, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH
         seed: >= 0, the same in all processes
         mapper: None: :class:`CheckedMapper`, Detectron2's mapper with checks of the image
     """
-    return ResumableLoader(cfg, seed, mapper=mapper)
+    count, count_unlabelled = batch_sizes(cfg)
+    labelled = ResumableLoader(cfg, seed, count, mapper=mapper) if count else None
+    if not count_unlabelled:
+        return labelled
+    images = find_unlabelled(cfg)
+    unlabelled = ResumableLoader(
+        dataset_dicts=images,
+        mapper=mapper or CheckedMapper(cfg, is_train=True),
+        sampler=TrainingSampler(len(images), seed=seed),
+        total_batch_size=count_unlabelled,
+        seed=seed + UNLABELLED_SEED,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=pins_memory(cfg),
+    )
+    return MixedLoader(labelled, unlabelled) if labelled else unlabelled
+
+
+def pins_memory(cfg: CfgNode) -> bool:
+    return cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()

@@ -98,13 +98,23 @@ def _worker(
     dist.destroy_process_group()
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
-    """Wrap for several processes; the model itself when there is one."""
+def data_parallel(model: nn.Module, all_used: bool = True) -> nn.Module:
+    """
+    Wrap for several processes; the model itself when there is one.
+
+    Args:
+        all_used: False: a step may leave parameters without a gradient
+    """
     if comm.get_world_size() == 1:
         return model
     on_gpu = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_gpu else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    return DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        broadcast_buffers=False,
+        find_unused_parameters=not all_used,
+    )
 
 
 def _free_port() -> int:

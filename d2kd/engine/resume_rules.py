@@ -23,8 +23,10 @@ class Rule(NamedTuple):
 RULES = (
     Rule(("VERSION", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS"), PASSED_OVER, ""),
     # Paths may be others on another machine. What is behind them is compared: the images of
-    # DATASETS.TRAIN by their fingerprint, the teacher by its manifest.
-    Rule(("DATASETS.COCO_FORMAT", "DATASETS.SHAPES.ROOT"), PASSED_OVER, ""),
+    # DATASETS.TRAIN and without labels by their fingerprint, the teacher by its manifest.
+    Rule(
+        ("DATASETS.COCO_FORMAT", "DATASETS.SHAPES.ROOT", "DISTILL.UNLABELLED.SETS"), PASSED_OVER, ""
+    ),
     Rule(
         tuple(f"DISTILL.TEACHER.{x}" for x in ("CONFIG_FILE", "BACKBONE*", "WEIGHTS", "OPTS")),
         PASSED_OVER,

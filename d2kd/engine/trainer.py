@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader, class_names
 from ..data.mapper import CheckedMapper
+from ..data.unlabelled import batch_sizes
 from ..pairing.pair import DistillPair
 from ..teacher import Teacher
 from ..utils.atomic_file import explain_full_disk
@@ -78,13 +79,14 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         inner = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
-        self._trainer = inner(data_parallel(model), data_loader, optimizer)
+        has_labels = batch_sizes(cfg)[0] > 0  # without, what only the own losses read is not used
+        self._trainer = inner(data_parallel(model, has_labels), data_loader, optimizer)
         lr_cfg, self.lr_start = self.stage.learning_rate
         with schedule_in_errors(lr_cfg):
             self.scheduler = self.build_lr_scheduler(lr_cfg, optimizer)
         if self.lr_start:
             move_to(self.scheduler, self.lr_start)
-        self.record = RunRecord(self.stage.run, self.seed, data_loader.dataset.dataset)
+        self.record = RunRecord(self.stage.run, self.seed, data_loader.images)
         write_fact(cfg.OUTPUT_DIR, "environment", **self.record.environment)
         self.checkpointer = PlainCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = self.stage.start, self.stage.end

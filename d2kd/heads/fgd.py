@@ -26,6 +26,7 @@ class FGDHead(nn.Module):
 
     loss_weight = 1.0
     zero_at_equal = True
+    requires = frozenset({"features", "gt_instances"})
 
     def __init__(
         self,

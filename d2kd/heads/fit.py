@@ -19,7 +19,7 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
     if pair.kind not in pairs:
         return f"{name} takes {_listed(pairs)}; this is {pair.kind} ({names})."
     for side, detector in (("student", student), ("teacher", teacher)):
-        missing = requires_of(cls, cfg, pair) - detector.provides
+        missing = requires_of(cls, cfg, pair) - detector.provides - {"gt_instances"}
         if missing:
             by_depth = f"tower_{cfg.DISTILL[name].get('DEPTH')}" in missing
             asked = f" (DISTILL.{name}.DEPTH)" if by_depth else ""
@@ -32,6 +32,29 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
         if problem:
             return problem
     return _other_logits(name, pair) if compares_logits(cls) else None
+
+
+def unlabelled_misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
+    """Why the head cannot learn from images without labels, a sentence; None: it can."""
+    requires, key = requires_of(head_class(name), cfg, pair), "DISTILL.UNLABELLED"
+    of_training = {"anchor_labels"}
+    if pair.student.two_stage:  # they are the proposals that it samples for its own loss
+        of_training |= {"regions", "region_vectors", "roi_predictions"}
+    missing = requires & of_training
+    if missing:
+        return (
+            f"{key}: {name} needs {_listed(missing)}, which a {pair.student.name} has of labelled "
+            "images only. Take heads that need none of these (docs/unlabelled.md), or no SETS."
+        )
+    needs_boxes = requires & {"gt_instances", "regions"}
+    if needs_boxes and not cfg.DISTILL.UNLABELLED.BOX_SCORE:
+        return (
+            f"{key}: {name} needs the boxes of each image. Set {key}.BOX_SCORE, such as 0.5: the "
+            "teacher's detections from this score on stand in."
+        )
+    if needs_boxes and not pair.teacher.num_classes:
+        return f"{key}: {name} needs boxes, and the teacher {pair.teacher.name} detects none."
+    return None
 
 
 def _other_activation(name: str, pair: DistillPair) -> Optional[str]:

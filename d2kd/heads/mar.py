@@ -85,7 +85,8 @@ class MARHead(nn.Module):
     @staticmethod
     def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
         on_regions = cfg.DISTILL.MAR.RELATION == "regions"
-        return frozenset({"features"} | ({"regions", "roi_features"} if on_regions else {"dense"}))
+        relation = {"regions", "roi_features"} if on_regions else {"dense"}
+        return frozenset({"features", "gt_instances"} | relation)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:

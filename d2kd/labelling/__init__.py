@@ -4,7 +4,6 @@ which a labelled set shows the precision that is wanted. `d2kd label` writes the
 """
 
 from .detector import category_ids, load_detector
-from .images import find_images
 from .inference import detect
 from .labelled_set import LabelledSet, read_labelled_set
 from .matches import ClassMatches, match
@@ -24,7 +23,6 @@ __all__ = [
     "describe_labels",
     "detect",
     "draw_sheet",
-    "find_images",
     "gate_table",
     "gate_warnings",
     "label_json",

@@ -1,7 +1,7 @@
 """Draw the maps of a distillation step as one image."""
 
 import os
-from typing import Sequence
+from typing import List, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -11,6 +11,7 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 
 from ..data.preview import annotate
 from ..distiller import Distiller
+from ..views import DetectorView
 from .maps import ENERGIES, WEIGHTS, image_maps
 from .tiles import (
     GAP,
@@ -46,27 +47,33 @@ def draw_panel(distiller: Distiller, index: int = 0, class_names: Sequence[str] 
     if distiller.last_step is None:
         raise ValueError("Nothing to draw: run a training forward pass with a teacher first.")
     view = distiller.last_step.student
-    size, boxes = view.image_sizes[index], view.gt_instances[index].gt_boxes.tensor.cpu().numpy()
+    size, (boxes, _) = view.image_sizes[index], _objects(view, index)
     rows = [
         join([blank(1, TILE) if x is None else map_tile(x, size, boxes) for x in row], axis=1)
         for row in image_maps(distiller, index)
     ]
-    picture = _ground_truth(distiller, index, boxes, class_names)
+    picture = _ground_truth(distiller, index, class_names)
     head = join([picture, _legend(distiller, index)], axis=1, gap=2 * GAP)
     panel = join([head, *rows], axis=0)
     return cv2.copyMakeBorder(panel, *[GAP] * 4, cv2.BORDER_CONSTANT, value=(255,) * 3)
 
 
-def _ground_truth(
-    distiller: Distiller, index: int, boxes: np.ndarray, names: Sequence[str]
-) -> np.ndarray:
+def _objects(view: DetectorView, index: int) -> Tuple[np.ndarray, List[int]]:
+    """Boxes and classes of an image; none where it has no labels."""
+    if "instances" not in view.batched_inputs[index]:
+        return np.zeros((0, 4)), []
+    objects = view.gt_instances[index]
+    return objects.gt_boxes.tensor.cpu().numpy(), objects.gt_classes.tolist()
+
+
+def _ground_truth(distiller: Distiller, index: int, names: Sequence[str]) -> np.ndarray:
     """The student's input image, enlarged, with boxes and class names."""
     view = distiller.last_step.student
     image = view.batched_inputs[index]["image"].permute(1, 2, 0)
     image = convert_image_to_rgb(image, distiller.image_format).clip(0, 255).astype(np.uint8)
     scale = 2 * TILE / max(image.shape[:2])
+    boxes, classes = _objects(view, index)
     picture = outline(resize(image, 2 * TILE), boxes, scale)
-    classes = view.gt_instances[index].gt_classes.tolist()
     annotations = [
         {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": k}
         for k, (x0, y0, x1, y1) in zip(classes, boxes)
@@ -83,9 +90,10 @@ def _legend(distiller: Distiller, index: int) -> np.ndarray:
         (colour_bar(ENERGIES), "energy: mean magnitude over channels"),
         (two_colours(), "masks: light is True, and the percentage is its share of the cells"),
     ]
+    count = f"{len(sample['instances'])} objects" if "instances" in sample else "no labels"
     lines = [
         text_line(os.path.basename(sample.get("file_name", ""))),
-        text_line(f"{width} x {height} pixels, {len(sample['instances'])} objects"),
+        text_line(f"{width} x {height} pixels, {count}"),
         *(join([colours, text_line(meaning)], axis=1) for colours, meaning in keys),
         text_line("Each map has a scale of its own, from its lowest to its highest value."),
     ]

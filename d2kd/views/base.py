@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.modeling.poolers import ROIPooler
@@ -27,15 +28,16 @@ class DetectorView(Recording):
     computes what it is asked for, without gradients.
 
     These are all members, by the word under which a head `requires` and a view `provides` them. To
-    ask for one that the detector does not provide is an error; all provide "features". (N images, K
-    classes, A predictions per cell, R boxes; "per level": a list in the order of
+    ask for one that the detector does not provide is an error; all provide the first two. (N
+    images, K classes, A predictions per cell, R boxes; "per level": a list in the order of
     `DensePredictions.levels`.)
 
     always               detector, batched_inputs, provides, info, two_stage, num_classes (K),
-                         num_anchors (A), strides, image_sizes, gt_instances
+                         num_anchors (A), strides, image_sizes
                          image_size: (height, width) of the padded batch
                          inside_image(level): (N, 1, Hi, Wi), or None
     "features"           features: {level: (N, C, Hi, Wi)}
+    "gt_instances"       gt_instances, also of images without labels
     "dense"              dense(): per level logits (N, A*K, Hi, Wi), deltas (N, A*4, Hi, Wi) and the
                          output of the classification tower (N, C, Hi, Wi)
                          boxes(deltas): per level (N, A*4, Hi, Wi)
@@ -72,6 +74,22 @@ class DetectorView(Recording):
         """
         super().__init__(detector, batched_inputs)
         self.requires = requires
+
+    @classmethod
+    def of_unlabelled(
+        cls,
+        detector: nn.Module,
+        batched_inputs: Sequence[Dict[str, Any]],
+        requires: FrozenSet[str],
+    ) -> "DetectorView":
+        """
+        A student's view of images that its own losses do not see: parts are computed as a
+        teacher's are, but with gradient. What only a training pass has, such as labels of anchors,
+        is missing.
+        """
+        view = cls(detector, batched_inputs, requires)
+        view._with_gradient = True
+        return view
 
     # Facts of the detector, whatever the batch ---------------------------------------------------
 
@@ -126,7 +144,10 @@ class DetectorView(Recording):
 
     @property
     def gt_instances(self) -> List[Instances]:
-        """Ground truth of each image, boxes XYXY in input pixels; may be empty."""
+        """
+        Ground truth of each image, boxes XYXY in input pixels; may be empty. Of an image without
+        labels, what the teacher detects (DISTILL.UNLABELLED.BOX_SCORE).
+        """
         device = next(self.detector.parameters()).device
         return self._once("gt_instances", lambda: ground_truth(self.batched_inputs, device))
 
@@ -137,6 +158,19 @@ class DetectorView(Recording):
         is computed when it is first read.
         """
         return self._part("backbone")[1]
+
+    @torch.no_grad()
+    def detections(self) -> List[Instances]:
+        """
+        What a teacher detects, boxes XYXY in input pixels. Its features are those of this pass.
+        """
+        handle = self.detector.backbone.register_forward_hook(self._on_backbone)
+        try:
+            # Without the original sizes, to which Detectron2 would scale the boxes.
+            outputs = self.detector([{"image": x["image"]} for x in self.batched_inputs])
+        finally:
+            handle.remove()
+        return [x["instances"] for x in outputs]
 
     def inside_image(self, level: str, like: Optional[Tensor] = None) -> Optional[Tensor]:
         """

@@ -13,6 +13,12 @@ def ground_truth(batched_inputs: Sequence[Dict[str, Any]], device: torch.device)
     The "instances" of each image on a device. Unlike Instances.to this does not wait until a GPU
     has done all its queued work.
     """
+    if any("instances" not in x for x in batched_inputs):
+        raise ValueError(
+            "An image without labels has no boxes. A head that reads gt_instances must have it in "
+            "its `requires`; then DISTILL.UNLABELLED.BOX_SCORE lets the teacher's detections stand "
+            "in."
+        )
     return [_moved(x["instances"], device) for x in batched_inputs]
 
 

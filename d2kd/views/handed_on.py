@@ -55,6 +55,10 @@ class HandedOnView(WrappedView):
         ask = partial(ground_truth, self._view.batched_inputs, self._device)
         return self._view._once("gt_instances handed on", ask)
 
+    def detections(self) -> List[Instances]:
+        with self._autocast():
+            return self._view.detections()
+
     def inside_image(self, level: str, like: Optional[Tensor] = None) -> Optional[Tensor]:
         return self._view.inside_image(level, self.features[level] if like is None else like)
 

@@ -28,6 +28,7 @@ class Recording:
         self._versions: Dict[str, List[Tuple[Tensor, int]]] = {}
         self._answers: Dict[Hashable, Any] = {}
         self._is_student = False
+        self._with_gradient = False
 
     @contextmanager
     def record(self, requires: FrozenSet[str]) -> Iterator[None]:
@@ -93,7 +94,7 @@ class Recording:
             raise RuntimeError(
                 f"A teacher has no {name!r}, which is recorded in a student's training forward."
             )
-        with torch.no_grad():
+        with torch.set_grad_enabled(self._with_gradient):
             return getattr(self, f"_compute_{name}")()
 
     def _once(self, question: Hashable, compute: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ...config import student_config
+from ...data.unlabelled import batch_sizes
 from ...heads import head_class
 from ...inherit import PARTS
 from ...modeling.trainable import check_trainable
@@ -114,6 +115,7 @@ def _check_distillation(cfg: CfgNode) -> None:
     check_range("DISTILL.TEACHER.EVAL_IMAGES", cfg.DISTILL.TEACHER.EVAL_IMAGES, 0, math.inf)
     check_range("DISTILL.TEACHER.MIN_AP", cfg.DISTILL.TEACHER.MIN_AP, 0, 100, "percent")
     TeacherOptions.from_config(cfg)
+    batch_sizes(cfg)
     _check_liveness(cfg.DISTILL.LIVENESS)
     resolve_teacher(cfg)
 

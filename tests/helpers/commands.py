@@ -30,6 +30,7 @@ COMMANDS: Dict[str, str] = {
     "tools/bench_curves.py": "bench_curves",
     "tools/bench_tables.py": "bench_tables",
     "tools/benchmark.py": "benchmark",
+    "tools/efficientnet_lite.py": "efficientnet_lite",
     "tools/gpu_check.py": "gpu_check",
     "tools/paired_baseline.py": "paired_baseline",
     "tools/shrink_checkpoint.py": "shrink_checkpoint",

@@ -186,13 +186,19 @@ def _refuse_unknown(said: Any, known: Sequence[str], where: str) -> None:
 def _digest(cfg: CfgNode) -> str:
     """
     Of a config and of the weights that it starts from. Left out is what changes nothing: its
-    OUTPUT_DIR, keys that are off, sections of heads not in use. So a later d2kd, with more keys and
-    more heads, knows a run again.
+    OUTPUT_DIR, keys that are off, sections not in use. So a later d2kd, with more keys and more
+    heads, knows a run again.
     """
     stages = [x for x in cfg.DISTILL.STAGES if isinstance(x, dict)]
     used = {*cfg.DISTILL.HEADS, *itertools.chain(*(x.get("HEADS") or () for x in stages))}
     heads = {name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY}
-    idle = tuple(f"DISTILL.{head}." for head in heads - used)
+    sections = {
+        **{f"DISTILL.{head}.": head in used for head in heads},
+        "DISTILL.UNLABELLED.": bool(cfg.DISTILL.UNLABELLED.SETS),
+        "DISTILL.TEACHER.BACKBONE_STRIDES": bool(cfg.DISTILL.TEACHER.BACKBONE),
+        "MODEL.TIMM.": "timm" in cfg.MODEL.BACKBONE.NAME,
+    }
+    idle = tuple(section for section, is_used in sections.items() if not is_used)
     said = [
         f"{key}: {value!r}"
         for key, value in leaves(cfg)

@@ -31,7 +31,9 @@ def _fold_neighbours(sequence: nn.Sequential) -> int:
         alone = getattr(layer, "norm", None) is None and getattr(layer, "activation", None) is None
         if isinstance(layer, nn.Conv2d) and alone and _is_fixed(norm):
             _fold(layer, norm)
-            sequence[i] = nn.Identity()  # what follows keeps its place
+            # What follows keeps its place. timm's norms have an activation in them.
+            rest = [norm.drop, norm.act] if hasattr(norm, "act") else []
+            sequence[i] = nn.Sequential(*rest) if rest else nn.Identity()
             folded += 1
     return folded
 

@@ -47,6 +47,18 @@ def test_norm_of_detectron2_s_layer_is_folded_before_its_activation(norm: str, b
     assert not any(p.requires_grad for p in conv.parameters())
 
 
+@torch.no_grad()
+def test_activation_in_a_norm_of_timm_is_kept() -> None:
+    layers = pytest.importorskip("timm.layers")
+    torch.manual_seed(0)
+    own = with_statistics(layers.BatchNormAct2d(8))
+    tower = nn.Sequential(nn.Conv2d(4, 8, 3), own, nn.Conv2d(8, 8, 1))
+    x = torch.randn(2, 4, 9, 9)
+    wanted = tower[2](expected(tower[0], own, x).relu())
+    assert fold_norms(tower) == 1
+    torch.testing.assert_close(tower(x), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 @torch.no_grad()
 def test_norm_behind_a_convolution_is_folded_and_what_follows_keeps_its_place(norm: str) -> None:

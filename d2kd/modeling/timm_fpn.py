@@ -72,7 +72,14 @@ class TimmBackbone(Backbone):
     In training mode, BatchNorms that are frozen keep their statistics.
     """
 
-    def __init__(self, net: nn.Module, images: Images, norm: str = "BN", freeze_to_stride: int = 0):
+    def __init__(
+        self,
+        net: nn.Module,
+        images: Images,
+        norm: str = "BN",
+        freeze_to_stride: int = 0,
+        has_more: bool = False,
+    ):
         """
         Args:
             net: from timm.create_model(..., features_only=True)
@@ -80,6 +87,7 @@ class TimmBackbone(Backbone):
             norm: what its BatchNorms do: "BN" train, "SyncBN" with statistics of all processes,
                 "EvalBN" train weight and bias only, "FrozenBN" stay as they are
             freeze_to_stride: what the features of this stride depend on is not trained; 0: all is
+            has_more: the model has coarser features; some of timm's keep the layers of these
         """
         super().__init__()
         strides = net.feature_info.reduction()
@@ -90,9 +98,15 @@ class TimmBackbone(Backbone):
             net = import_timm("MODEL.TIMM.NORM SyncBN").layers.convert_sync_batchnorm(net)
         self.net, self.images, self.norm = net, images, norm
         self._channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        if has_more:  # otherwise DistributedDataParallel would wait for their gradients
+            used = set(self._parameters_of(len(strides)))
+            frozen = [x for x in net.parameters() if x not in used]
+        else:
+            frozen = []
         if freeze_to_stride:
-            for parameter in self._parameters_of(strides.index(freeze_to_stride)):
-                parameter.requires_grad_(False)
+            frozen += self._parameters_of(1 + strides.index(freeze_to_stride))
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         if norm == "FrozenBN":
             for batch_norm in self._batch_norms():
                 batch_norm.requires_grad_(False)
@@ -118,17 +132,18 @@ class TimmBackbone(Backbone):
     def _batch_norms(self) -> List[_BatchNorm]:
         return [x for x in self.net.modules() if isinstance(x, _BatchNorm) and x.affine]
 
-    def _parameters_of(self, index: int) -> List[nn.Parameter]:
+    def _parameters_of(self, count: int) -> List[nn.Parameter]:
         """
-        Those that a feature map depends on. Its gradient tells: timm's nets nest and name their
-        stages in many ways.
+        Those that the first `count` feature maps depend on. The gradient tells: timm's nets nest
+        and name their stages in many ways.
         """
         parameters = list(self.net.parameters())
         channels = next(x for x in parameters if x.dim() == 4).shape[1]
         side = self._out_feature_strides[self._out_features[-1]]
         with torch.enable_grad():
-            feature = self.net.eval()(torch.zeros(1, channels, side, side))[index]
-            gradients = torch.autograd.grad(feature.sum(), parameters, allow_unused=True)
+            features = self.net.eval()(torch.zeros(1, channels, side, side))[:count]
+            total = sum(x.sum() for x in features)
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         return [x for x, gradient in zip(parameters, gradients) if gradient is not None]
 
 
@@ -174,7 +189,8 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec, strides: Sequence[int]) -> 
         )
     mean, std = tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)
     images = Images(cfg.INPUT.FORMAT, mean, std)
-    backbone = TimmBackbone(net, images, node.NORM, node.FREEZE_TO_STRIDE)
+    has_more = strides[-1] < max(found)
+    backbone = TimmBackbone(net, images, node.NORM, node.FREEZE_TO_STRIDE, has_more)
     if node.NORM != "BN" and not backbone._batch_norms():
         raise ValueError(f"MODEL.TIMM.NORM: {node.NAME} has no BatchNorm; leave it at 'BN'.")
     return backbone

@@ -87,6 +87,15 @@ def test_stages_behind_the_last_stride_are_not_built() -> None:
     assert not [k for k, _ in short.named_parameters() if "layer4" in k]
 
 
+def test_layers_that_timm_keeps_behind_the_last_stride_wait_for_no_gradient() -> None:
+    cfg = detector_config("retinanet", **timm_keys("retinanet", STRIDES=[8, 16]))
+    backbone = build_backbone(cfg)
+    sum(x.sum() for x in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
+    trained = {k: p for k, p in backbone.bottom_up.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values())
+    assert 0 < len(trained) < len(list(backbone.bottom_up.parameters()))
+
+
 # What training leaves alone -----------------------------------------------------------------------
 
 

@@ -207,5 +207,7 @@ def test_missing_timm_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) 
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr("importlib.import_module", missing)
-    with pytest.raises(ValueError, match=f"MODEL.BACKBONE.NAME {DENSE}.*pip install timm"):
+    with pytest.raises(
+        ValueError, match="MODEL.TIMM.NAME 'test_efficientnet' needs timm.*pip install timm"
+    ):
         build("retinanet")

@@ -207,6 +207,7 @@ TRIED: Dict[str, Callable[[List[str]], Any]] = {
     "tools/bench.py": try_bench,
     "tools/bench_curves.py": partial(parse, "tools/bench_curves.py"),
     "tools/bench_tables.py": partial(parse, "tools/bench_tables.py"),
+    "tools/bench_verdict.py": partial(parse, "tools/bench_verdict.py"),
     "tools/benchmark.py": try_benchmark,
     "tools/shrink_checkpoint.py": run_shrink,
     "tools/efficientnet_lite.py": partial(parse, "tools/efficientnet_lite.py"),

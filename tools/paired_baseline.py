@@ -11,7 +11,7 @@ import io
 import math
 import os
 import sys
-from typing import Dict, List, Sequence
+from typing import ContextManager, Dict, List, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] = None) -> None:
             print(f"\n{arm}, seed {seed}", flush=True)
             opts = opts_of(arm, seed, args)
             results[arm][seed] = steps.run(args.config_file, opts)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+    with silent():
         verdict = verdict_of(args, truth, results)
     report = make_report(results, verdict, args.samples)
     if cfg.DISTILL.STAGES and cfg.DISTILL.STAGE_LR == "restart":
@@ -77,6 +77,11 @@ def main(argv: Sequence[str] = None) -> None:
     print(f"\nIn {args.output}: table.md, results.csv, gain.png and the runs.")
 
 
+def silent() -> ContextManager:
+    """pycocotools talks."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 def opts_of(arm: str, seed: int, args: argparse.Namespace) -> List[str]:
     alone = ["DISTILL.ENABLED", "False"] if arm == "alone" else []
     folder = os.path.join(args.output, f"{arm}_seed_{seed}")
@@ -90,7 +95,7 @@ def truth_of(cfg: CfgNode) -> COCO:
     path = MetadataCatalog.get(names[0]).get("json_file") if names else ""
     if not path:
         sys.exit(f"DATASETS.TEST is {names}: an interval needs a test set in COCO's format.")
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+    with silent():
         truth = COCO(path)
     complete_truth(truth)
     return truth

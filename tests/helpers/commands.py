@@ -29,6 +29,7 @@ COMMANDS: Dict[str, str] = {
     "tools/bench.py": "bench",
     "tools/bench_curves.py": "bench_curves",
     "tools/bench_tables.py": "bench_tables",
+    "tools/bench_verdict.py": "bench_verdict",
     "tools/benchmark.py": "benchmark",
     "tools/efficientnet_lite.py": "efficientnet_lite",
     "tools/gpu_check.py": "gpu_check",

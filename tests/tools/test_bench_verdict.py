@@ -1,0 +1,102 @@
+"""The verdict on runs of a bench: which runs it takes, and of which set."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Dict, List
+
+import pytest
+import yaml
+
+from detectron2.data import MetadataCatalog
+
+from d2kd import load_config
+from d2kd.data import register_datasets
+from tests.helpers.runs import run_config
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A table of two rows and three seeds, whose runs have finished but one."""
+    cfg = run_config(tmp_path, DATASETS__SHAPES__NUM_VAL=6, DATASETS__SHAPES__NUM_TEST=6)
+    cfg.DATASETS.TEST = ("d2kd_shapes_val",)
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+    return tmp_path
+
+
+def truth(place: Path, name: str) -> Dict[str, Any]:
+    cfg = load_config(str(place / "student.yaml"), ["DATASETS.TEST", repr((name,))])
+    register_datasets(cfg, "", parts=("TEST",))
+    return json.loads(Path(MetadataCatalog.get(name).json_file).read_text())
+
+
+def finish(
+    tool: Callable[[str], ModuleType], path: str, name: str, right: Dict[str, float]
+) -> None:
+    """Write what finished runs leave: of each row, this share of all objects, found exactly."""
+    table = tool("bench_cells").read_table(path)
+    objects = truth(Path(path).parent, name)["annotations"]
+    for cell in table.cells:
+        folder = Path(table.folder(cell))
+        inference = folder / ("test" if table.test else "") / "inference"
+        inference.mkdir(parents=True)
+        found = objects[cell.seed : cell.seed + round(right[cell.row] * len(objects))]
+        detections = [
+            {k: x[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for x in found
+        ]
+        (inference / "coco_instances_results.json").write_text(json.dumps(detections))
+        (folder / ("test.json" if table.test else "val.json")).write_text("{}")
+
+
+def write(place: Path, **said: Any) -> str:
+    rows = [
+        {"NAME": "alone", "CONFIG": str(place / "student.yaml")},
+        {"NAME": "better", "CONFIG": str(place / "student.yaml"), "OPTS": ["SOLVER.BASE_LR", 0.1]},
+        {"NAME": "same", "CONFIG": str(place / "student.yaml"), "OPTS": ["SOLVER.BASE_LR", 0.2]},
+    ]
+    table = {
+        "RESULTS": str(place / "x.csv"),
+        "OUTPUT_DIR": str(place / "runs"),
+        "SEEDS": [1, 2, 3],
+        "ITERATIONS": [4],
+        "BASELINE": "alone",
+        "ROWS": rows,
+        **said,
+    }
+    (place / "table.yaml").write_text(yaml.safe_dump(table))
+    return str(place / "table.yaml")
+
+
+@pytest.mark.parametrize("test", ["", "d2kd_shapes_test"])
+def test_rows_are_compared_with_the_baseline_on_the_set_of_the_table(
+    test: str, place: Path, tool: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = write(place, **({"TEST": test} if test else {}))
+    shares = {"alone": 0.2, "better": 0.8, "same": 0.2}
+    finish(tool, path, test or "d2kd_shapes_val", shares)
+    tool("bench_verdict").main([path, "--samples", "20"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("better, 4 iterations, 3 seeds: GAIN: +")
+    assert lines[1].startswith("same, 4 iterations, 3 seeds: NO GAIN: +0.0 AP")
+
+
+def test_run_that_is_not_finished_is_left_out(
+    place: Path, tool: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = write(place)
+    finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.2})
+    table = tool("bench_cells").read_table(path)
+    folders: List[Path] = [
+        Path(table.folder(x)) for x in table.cells if x.row == "better" and x.seed > 1
+    ]
+    for folder in folders:
+        (folder / "val.json").unlink()
+    tool("bench_verdict").main([path, "--rows", "better", "--samples", "20"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("better, 4 iterations, 1 seed: INCONCLUSIVE")
+
+
+def test_unknown_row_is_refused_with_those_there_are(place: Path, tool: Callable) -> None:
+    with pytest.raises(ValueError, match="--rows: 'best' is no row; there are alone, better, same"):
+        tool("bench_verdict").main([write(place), "--rows", "best"])

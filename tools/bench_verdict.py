@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""
+Say of each row of a bench whether it is better than the baseline: GAIN, NO GAIN or INCONCLUSIVE, by
+the rule of paired_baseline.py, over the seeds that both have finished. Needs the runs' folders.
+
+example:
+  python tools/bench_verdict.py configs/bench/heads.yaml --rows PKD CanKD
+"""
+
+import argparse
+import os
+import sys
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+
+from pycocotools.coco import COCO
+
+from bench_cells import Cell, Table, read_table
+from d2kd.utils.user_mistakes import run_command
+from paired_ap import ImageAP, image_error, read_detections
+from paired_baseline import silent, truth_of
+from paired_verdict import Verdict, decide
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    table = read_table(args.table)
+    unknown = sorted(set(args.rows) - set(table.rows))
+    if unknown:
+        raise ValueError(f"--rows: {unknown[0]!r} is no row; there are {', '.join(table.rows)}.")
+    for row, iterations, seeds, verdict in verdicts(table, args):
+        print(f"{row}, {iterations} iterations, {seeds} seed{"s" * (seeds > 1)}: {verdict}", flush=True)
+
+
+def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int, int, Verdict]]:
+    """Yields: row, iterations, number of seeds, and the verdict on them."""
+    finished = {(x.row, x.iterations, x.seed): x for x in table.cells if _detections(table, x)}
+    truth: Optional[COCO] = None
+    base: Dict[Tuple[int, int], ImageAP] = {}
+    for row, iterations in dict.fromkeys((x.row, x.iterations) for x in table.cells):
+        if row == table.baseline or (args.rows and row not in args.rows):
+            continue
+        seeds = [
+            seed
+            for name, budget, seed in finished
+            if (name, budget) == (row, iterations) and (table.baseline, budget, seed) in finished
+        ]
+        if not seeds:
+            continue
+        if truth is None:
+            cfg = finished[row, iterations, seeds[0]].cfg
+            cfg.DATASETS.TEST = (table.test,) if table.test else cfg.DATASETS.TEST
+            truth = truth_of(cfg)
+        with silent():
+            for seed in seeds:
+                if (iterations, seed) not in base:
+                    cell = finished[table.baseline, iterations, seed]
+                    base[iterations, seed] = _ap(truth, table, cell)
+            alone = [base[iterations, seed] for seed in seeds]
+            found = [_ap(truth, table, finished[row, iterations, seed]) for seed in seeds]
+            everything = list(range(truth_size(truth)))
+            gains = [ours(everything) - theirs(everything) for ours, theirs in zip(found, alone)]
+            verdict = decide(gains, image_error(alone, found, args.samples), args.threshold)
+        yield row, iterations, len(seeds), verdict
+
+
+def truth_size(truth: COCO) -> int:
+    return len(truth.getImgIds())
+
+
+def _ap(truth: COCO, table: Table, cell: Cell) -> ImageAP:
+    return ImageAP(truth, read_detections(_detections(table, cell)))
+
+
+def _detections(table: Table, cell: Cell) -> str:
+    """File of the set that the table reports; "" where the run has not got so far."""
+    parts: List[str] = ["test"] if table.test else []
+    folder = table.folder(cell)
+    done = os.path.join(folder, "test.json" if table.test else "val.json")
+    path = os.path.join(folder, *parts, "inference", "coco_instances_results.json")
+    return path if os.path.isfile(done) and os.path.isfile(path) else ""
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("table", help="YAML of the bench")
+    add("--rows", nargs="+", default=[], metavar="ROW", help="default: all")
+    add("--threshold", type=float, default=0.5, metavar="AP", help="no more is no gain (0.5)")
+    add("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench_verdict.py", main))

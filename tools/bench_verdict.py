@@ -28,7 +28,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if unknown:
         raise ValueError(f"--rows: {unknown[0]!r} is no row; there are {', '.join(table.rows)}.")
     for row, iterations, seeds, verdict in verdicts(table, args):
-        print(f"{row}, {iterations} iterations, {seeds} seed{"s" * (seeds > 1)}: {verdict}", flush=True)
+        count = "one seed" if seeds == 1 else f"{seeds} seeds"
+        print(f"{row}, {iterations} iterations, {count}: {verdict}", flush=True)
 
 
 def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int, int, Verdict]]:

@@ -94,7 +94,7 @@ def test_run_that_is_not_finished_is_left_out(
         (folder / "val.json").unlink()
     tool("bench_verdict").main([path, "--rows", "better", "--samples", "20"])
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("better, 4 iterations, 1 seed: INCONCLUSIVE")
+    assert line.startswith("better, 4 iterations, one seed: INCONCLUSIVE")
 
 
 def test_unknown_row_is_refused_with_those_there_are(place: Path, tool: Callable) -> None:

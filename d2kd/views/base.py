@@ -2,7 +2,6 @@
 
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
-import torch
 from torch import Tensor, nn
 
 from detectron2.modeling.poolers import ROIPooler
@@ -75,22 +74,6 @@ class DetectorView(Recording):
         super().__init__(detector, batched_inputs)
         self.requires = requires
 
-    @classmethod
-    def of_unlabelled(
-        cls,
-        detector: nn.Module,
-        batched_inputs: Sequence[Dict[str, Any]],
-        requires: FrozenSet[str],
-    ) -> "DetectorView":
-        """
-        A student's view of images that its own losses do not see: parts are computed as a
-        teacher's are, but with gradient. What only a training pass has, such as labels of anchors,
-        is missing.
-        """
-        view = cls(detector, batched_inputs, requires)
-        view._with_gradient = True
-        return view
-
     # Facts of the detector, whatever the batch ---------------------------------------------------
 
     @property
@@ -158,19 +141,6 @@ class DetectorView(Recording):
         is computed when it is first read.
         """
         return self._part("backbone")[1]
-
-    @torch.no_grad()
-    def detections(self) -> List[Instances]:
-        """
-        What a teacher detects, boxes XYXY in input pixels. Its features are those of this pass.
-        """
-        handle = self.detector.backbone.register_forward_hook(self._on_backbone)
-        try:
-            # Without the original sizes, to which Detectron2 would scale the boxes.
-            outputs = self.detector([{"image": x["image"]} for x in self.batched_inputs])
-        finally:
-            handle.remove()
-        return [x["instances"] for x in outputs]
 
     def inside_image(self, level: str, like: Optional[Tensor] = None) -> Optional[Tensor]:
         """

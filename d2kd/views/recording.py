@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, FrozenSet, Hashable, Iterator, List, Seq
 import torch
 from torch import Tensor, nn
 
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 
 from .lazy_levels import LazyLevels, lazy_levels
 from .predictions import DensePredictions
@@ -45,6 +45,35 @@ class Recording:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @classmethod
+    def of_unlabelled(
+        cls,
+        detector: nn.Module,
+        batched_inputs: Sequence[Dict[str, Any]],
+        requires: FrozenSet[str],
+    ) -> "Recording":
+        """
+        A student's view of images that its own losses do not see: parts are computed as a
+        teacher's are, but with gradient. What only a training pass has, such as labels of anchors,
+        is missing.
+        """
+        view = cls(detector, batched_inputs, requires)
+        view._with_gradient = True
+        return view
+
+    @torch.no_grad()
+    def detections(self) -> List[Instances]:
+        """
+        What a teacher detects, boxes XYXY in input pixels. Its features are those of this pass.
+        """
+        handle = self.detector.backbone.register_forward_hook(self._on_backbone)
+        try:
+            # Without the original sizes, to which Detectron2 would scale the boxes.
+            outputs = self.detector([{"image": x["image"]} for x in self.batched_inputs])
+        finally:
+            handle.remove()
+        return [x["instances"] for x in outputs]
 
     # What a subclass adds ------------------------------------------------------------------------
 

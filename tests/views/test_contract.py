@@ -35,7 +35,7 @@ ASKED: Dict[str, Callable[[Any], Any]] = {
 }
 # What a head need not require.
 ALWAYS = {"detector", "batched_inputs", "provides", "info", "two_stage", "num_classes"}
-ALWAYS |= {"num_anchors", "strides", "image_sizes", "gt_instances", "image_size", "inside_image"}
+ALWAYS |= {"num_anchors", "strides", "image_sizes", "image_size", "inside_image"}
 
 
 def public(cls: type) -> Set[str]:

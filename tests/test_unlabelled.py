@@ -187,7 +187,7 @@ def test_head_that_cannot_learn_without_labels_is_refused(
     name: str, head: str, keys: Any, expected: str, tmp_path: Path
 ) -> None:
     opts = write_teacher(tmp_path, name)
-    with pytest.raises(ValueError, match=f"DISTILL.UNLABELLED: {expected}"):
+    with pytest.raises(ValueError, match=f"DISTILL.UNLABELLED.SETS: {expected}"):
         build_model(distill_config(name, opts, [head], **{**SETS, **keys}))
 
 

@@ -1,6 +1,7 @@
 """Images without labels, from which a student learns beside those of DATASETS.TRAIN."""
 
 import json
+import os
 from typing import Any, Dict, List, Tuple
 
 from detectron2.config import CfgNode
@@ -63,27 +64,46 @@ def batch_sizes(cfg: CfgNode) -> Tuple[int, int]:
     return labelled, unlabelled if cfg.DISTILL.ENABLED else 0
 
 
+def unlabelled_sets(cfg: CfgNode) -> List[Tuple[str, str, str]]:
+    """
+    Returns:
+        of each of DISTILL.UNLABELLED.SETS the key, the folder, and the JSON or ""
+
+    Raises:
+        ValueError: an entry that is neither a folder nor a mapping
+        FileNotFoundError: no such folder or file
+    """
+    found = []
+    for i, entry in enumerate(cfg.DISTILL.UNLABELLED.SETS):
+        key = f"{KEY}.SETS[{i}]"
+        entry = {"IMAGES": entry} if isinstance(entry, str) else entry
+        is_mapping = isinstance(entry, dict) and {"IMAGES"} <= set(entry) <= {"IMAGES", "JSON"}
+        if not is_mapping or not all(isinstance(x, str) for x in entry.values()):
+            raise ValueError(
+                f"{key} must be a folder or {{IMAGES: folder, JSON: file}}: {entry!r}."
+            )
+        folder, json_file = entry["IMAGES"], find_file(entry.get("JSON", ""))
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"{key} IMAGES: there is no folder {folder!r}.")
+        if json_file and not os.path.isfile(json_file):
+            raise FileNotFoundError(f"{key} JSON: there is no file {json_file!r}.")
+        found.append((key, folder, json_file))
+    return found
+
+
 def find_unlabelled(cfg: CfgNode) -> List[Dict[str, Any]]:
     """
     The images of DISTILL.UNLABELLED.SETS, in Detectron2's format, without annotations.
 
     Raises:
-        OSError, ValueError: an entry that is neither a folder nor a mapping, images that are not
-            there or cannot be read, or a JSON with labels
+        OSError, ValueError: as of :func:`unlabelled_sets`; images that are not there or cannot be
+            read, or a JSON with labels
     """
     found: List[Dict[str, Any]] = []
-    for i, entry in enumerate(cfg.DISTILL.UNLABELLED.SETS):
-        key = f"{KEY}.SETS[{i}]"
-        entry = {"IMAGES": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or not {"IMAGES"} <= set(entry) <= {"IMAGES", "JSON"}:
-            raise ValueError(
-                f"{key} must be a folder or {{IMAGES: folder, JSON: file}}: {entry!r}."
-            )
-        json_file = find_file(entry.get("JSON", ""))
-        images = find_images(entry["IMAGES"], json_file, (f"{key} IMAGES", f"{key} JSON"))
+    for key, folder, json_file in unlabelled_sets(cfg):
+        found += find_images(folder, json_file, (f"{key} IMAGES", f"{key} JSON"))
         if json_file:
             _check_no_labels(json_file, key)
-        found += images
     for number, image in enumerate(found):
         image["image_id"] = number  # those of several sets may be the same
     return found

@@ -36,7 +36,7 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
 
 def unlabelled_misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
     """Why the head cannot learn from images without labels, a sentence; None: it can."""
-    requires, key = requires_of(head_class(name), cfg, pair), "DISTILL.UNLABELLED"
+    requires, key = requires_of(head_class(name), cfg, pair), "DISTILL.UNLABELLED.SETS"
     of_training = {"anchor_labels"}
     if pair.student.two_stage:  # they are the proposals that it samples for its own loss
         of_training |= {"regions", "region_vectors", "roi_predictions"}
@@ -44,13 +44,13 @@ def unlabelled_misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[st
     if missing:
         return (
             f"{key}: {name} needs {_listed(missing)}, which a {pair.student.name} has of labelled "
-            "images only. Take heads that need none of these (docs/unlabelled.md), or no SETS."
+            "images only. Take heads that need none of these (docs/unlabelled.md), or no such sets."
         )
     needs_boxes = requires & {"gt_instances", "regions"}
     if needs_boxes and not cfg.DISTILL.UNLABELLED.BOX_SCORE:
         return (
-            f"{key}: {name} needs the boxes of each image. Set {key}.BOX_SCORE, such as 0.5: the "
-            "teacher's detections from this score on stand in."
+            f"{key}: {name} needs the boxes of each image. Set DISTILL.UNLABELLED.BOX_SCORE, such "
+            "as 0.5: the teacher's detections from this score on stand in."
         )
     if needs_boxes and not pair.teacher.num_classes:
         return f"{key}: {name} needs boxes, and the teacher {pair.teacher.name} detects none."

@@ -124,6 +124,19 @@ def resample(x: Tensor, old: int, new: int, size: Sequence[int]) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
+def check_strides(strides: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: DISTILL.TEACHER.BACKBONE_STRIDES are not what levels can have
+    """
+    is_power = all(isinstance(x, int) and x > 0 and not x & (x - 1) for x in strides)
+    if not strides or not is_power or len(set(strides)) < len(strides) or max(strides) > 1024:
+        raise ValueError(
+            "DISTILL.TEACHER.BACKBONE_STRIDES must be different powers of 2 up to 1024, got "
+            f"{list(strides)}."
+        )
+
+
 def build_backbone_teacher(name: str, strides: Sequence[int]) -> BackboneTeacher:
     """
     Args:
@@ -133,9 +146,8 @@ def build_backbone_teacher(name: str, strides: Sequence[int]) -> BackboneTeacher
     Raises:
         ValueError: timm is missing, has no such model, or cannot build it for images of any size
     """
-    key, is_power = "DISTILL.TEACHER.BACKBONE", all(x > 0 and not x & (x - 1) for x in strides)
-    if not strides or not is_power or len(set(strides)) < len(strides):
-        raise ValueError(f"{key}_STRIDES must be different powers of 2, got {list(strides)}.")
+    key = "DISTILL.TEACHER.BACKBONE"
+    check_strides(strides)
     try:
         net = create_timm(key, name, num_classes=0, dynamic_img_size=True)
     except ValueError as error:

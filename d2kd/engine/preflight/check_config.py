@@ -9,9 +9,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ...config import student_config
-from ...data.unlabelled import batch_sizes
+from ...data.unlabelled import batch_sizes, unlabelled_sets
 from ...heads import head_class
 from ...inherit import PARTS
+from ...modeling.backbone_teacher import check_strides
 from ...modeling.trainable import check_trainable
 from ...schedule import WeightSchedule
 from ...teacher import TeacherOptions, resolve_teacher
@@ -116,6 +117,8 @@ def _check_distillation(cfg: CfgNode) -> None:
     check_range("DISTILL.TEACHER.MIN_AP", cfg.DISTILL.TEACHER.MIN_AP, 0, 100, "percent")
     TeacherOptions.from_config(cfg)
     batch_sizes(cfg)
+    unlabelled_sets(cfg)
+    check_strides(cfg.DISTILL.TEACHER.BACKBONE_STRIDES)
     _check_liveness(cfg.DISTILL.LIVENESS)
     resolve_teacher(cfg)
 

@@ -38,9 +38,10 @@ def batch_sizes(cfg: CfgNode) -> Tuple[int, int]:
     Raises:
         ValueError: a share with which one of the two is no multiple of the processes
     """
-    total, node, processes = cfg.SOLVER.IMS_PER_BATCH, cfg.DISTILL.UNLABELLED, comm.get_world_size()
-    if not node.SETS:
+    total, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if "DISTILL" not in cfg or not cfg.DISTILL.UNLABELLED.SETS:
         return total, 0
+    node = cfg.DISTILL.UNLABELLED
     check_range(f"{KEY}.BOX_SCORE", node.BOX_SCORE, 0, 1)
     check_range(f"{KEY}.SHARE", node.SHARE, 0, 1)
     unlabelled = round(node.SHARE * total)

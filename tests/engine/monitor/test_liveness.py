@@ -346,7 +346,7 @@ def test_steps_without_any_object_prove_nothing(
 def test_objects_of_classes_that_the_student_alone_knows_prove_nothing() -> None:
     none, own = torch.zeros(0, dtype=torch.int64), torch.tensor([1, 1])
     objects = [Instances((64, 64), gt_classes=x) for x in (none, own)]
-    step = Step(SimpleNamespace(gt_instances=objects), None)
+    step = Step(SimpleNamespace(gt_instances=objects, batched_inputs=[]), None)
     merge = MergeClasses([[0], [2]], num_classes=3)
     assert has_boxes(SimpleNamespace(last_step=step, merges=[]))
     assert not has_boxes(SimpleNamespace(last_step=step, merges=[merge]))

@@ -24,7 +24,7 @@ from .pairing.pair import DENSE, DistillPair
 from .schedule import WeightSchedule, pixel_factor
 from .step import ByLevel, Step
 from .teacher import Teacher, TeacherOptions, build_teacher
-from .unlabelled import confident
+from .teacher.stand_in import confident
 from .utils.compat import current_iteration
 from .views import (
     CommonClassesView,
@@ -164,21 +164,20 @@ class Distiller(nn.Module):
         batched_inputs = _to_device(batched_inputs, self.device)
         iteration = current_iteration() - self.start_iter
         weights = {name: self.schedules[name](iteration) for name in self.heads}
+        is_on = any(weights.values())
         labelled = [x for x in batched_inputs if "instances" in x]
         unlabelled = [x for x in batched_inputs if "instances" not in x]
         losses: Dict[str, Tensor] = {}
         pairs: List[Views] = []
-        if unlabelled and any(weights.values()):
+        if unlabelled and is_on:
             pairs.append(self._view_unlabelled(unlabelled))
         if labelled:
-            pairs.append(self._view_labelled(labelled, any(weights.values())))
+            pairs.append(self._view_labelled(labelled, is_on))
             with pairs[-1][0].record(self.requires):
                 losses.update(self.student(labelled))
-        if pairs:
-            self.last_step = Step(*pairs[-1])
+        comparable = [self._comparable(*x) for x in pairs]
         for name, weight in weights.items():
-            compares = compares_logits(self.heads[name])
-            views = [self._comparable(*x) if compares else x for x in pairs]
+            views = comparable if compares_logits(self.heads[name]) else pairs
             for key, loss in self._distill(name, weight, views).items():
                 assert key not in losses, f"{name} returns {key!r}, a name that is taken"
                 losses[key] = loss
@@ -207,10 +206,9 @@ class Distiller(nn.Module):
                 for x, instances in zip(view_inputs, found):
                     x["instances"] = instances
         self._read_features(teacher)
-        return (
-            self.student_view.of_unlabelled(self.student, batched_inputs, self.requires),
-            teacher,
-        )
+        student = self.student_view.of_unlabelled(self.student, batched_inputs, self.requires)
+        self.last_step = Step(student, teacher)
+        return student, teacher
 
     def _read_features(self, teacher: DetectorView) -> None:
         features = teacher.features

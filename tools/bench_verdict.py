@@ -58,14 +58,10 @@ def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int,
                     base[iterations, seed] = _ap(truth, table, cell)
             alone = [base[iterations, seed] for seed in seeds]
             found = [_ap(truth, table, finished[row, iterations, seed]) for seed in seeds]
-            everything = list(range(truth_size(truth)))
+            everything = list(range(found[0].num_images))
             gains = [ours(everything) - theirs(everything) for ours, theirs in zip(found, alone)]
             verdict = decide(gains, image_error(alone, found, args.samples), args.threshold)
         yield row, iterations, len(seeds), verdict
-
-
-def truth_size(truth: COCO) -> int:
-    return len(truth.getImgIds())
 
 
 def _ap(truth: COCO, table: Table, cell: Cell) -> ImageAP:

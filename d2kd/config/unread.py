@@ -6,6 +6,7 @@ from typing import Any, List, Sequence
 from detectron2.config import CfgNode
 
 from ..heads.registry import head_class, head_names
+from ..utils.distils import distils
 from . import leaves, load_config, student_config
 from .readers import HEAD_SWITCHES, READERS, value_of
 
@@ -75,8 +76,7 @@ def why_unread(key: str, cfg: CfgNode) -> str:
 
 def _why_unread(key: str, cfg: CfgNode, student: CfgNode) -> str:
     if key.startswith("DISTILL."):
-        distils = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
-        return _why_unread_in_distillation(key, cfg) if distils else ""
+        return _why_unread_in_distillation(key, cfg) if distils(cfg) else ""
     readers = (x for x in READERS if any(fnmatchcase(key, pattern) for pattern in x.patterns))
     return next((x.who for x in readers if not x.reads(student)), "")
 

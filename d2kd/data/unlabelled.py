@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..utils.checks import check_range
+from ..utils.distils import distils
 from ..utils.packaged import find_file
 from .find_images import find_images
 
@@ -57,12 +58,12 @@ def batch_sizes(cfg: CfgNode) -> Tuple[int, int]:
             f"{KEY}.SHARE {node.SHARE} of SOLVER.IMS_PER_BATCH {total} are {labelled} labelled and "
             f"{unlabelled} unlabelled images; both must be multiples of the {processes} processes."
         )
-    if not (labelled or cfg.DISTILL.ENABLED):
+    if not (labelled or distils(cfg)):
         raise ValueError(
             f"{KEY}.SHARE is 1.0: no labelled image is left for a student alone "
             "(DISTILL.ENABLED False)."
         )
-    return labelled, unlabelled if cfg.DISTILL.ENABLED else 0
+    return labelled, unlabelled if distils(cfg) else 0
 
 
 def unlabelled_sets(cfg: CfgNode) -> List[Tuple[str, str, str]]:

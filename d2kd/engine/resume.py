@@ -15,9 +15,9 @@ from detectron2.utils import comm
 from .. import __version__
 from ..config import student_config
 from ..config.unread import why_unread
+from ..utils.distils import distils
 from ..weights.trained_config import Change, changed_keys
 from .resume_rules import REFUSED, TAKEN, UNUSED, rule_of
-from .stages import distils
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..utils.distils import distils
 from .stage_config import read_stage, stage_config, stage_in_errors
 
 STAGE_LR = ("restart", "continue")
@@ -79,11 +80,6 @@ class LogStage(HookBase):
 
     def after_step(self) -> None:
         self.trainer.storage.put_scalar("stage", self.index, smoothing_hint=False)
-
-
-def distils(cfg: CfgNode) -> bool:
-    """Whether a run has a teacher."""
-    return cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.ENABLED
 
 
 def whole_run(cfg: CfgNode) -> Stage:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.structures import ImageList
 
@@ -83,12 +82,6 @@ class ResampledBackbone(Backbone):
         return {
             level: resample(found[i], self.reductions[level], self.levels[level], (height, width))
             for level, i in self.indices.items()
-        }
-
-    def output_shape(self) -> Dict[str, ShapeSpec]:
-        return {
-            k: ShapeSpec(channels=self._out_feature_channels[k], stride=stride)
-            for k, stride in self.levels.items()
         }
 
 

@@ -13,6 +13,7 @@ from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 from ..utils.checks import check_range, check_weight
 from ..utils.compat import require
+from .pyramid import build_pyramid
 
 
 def build_fcos(cfg: CfgNode) -> nn.Module:
@@ -106,11 +107,9 @@ if "FCOS" not in META_ARCH_REGISTRY:
 def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape) -> FPN:
     """A ResNet with an FPN whose P6 and P7 come from P5, as FCOS has it (RetinaNet: from C5)."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return FPN(
-        bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    return build_pyramid(
+        cfg,
+        build_resnet_backbone(cfg, input_shape),
+        cfg.MODEL.FPN.IN_FEATURES,
+        LastLevelP6P7(channels, channels, in_feature="p5"),
     )

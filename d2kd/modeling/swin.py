@@ -10,6 +10,7 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P
 
 from ..utils.checks import MAX_CHANNELS, check_range
 from ..utils.compat import require
+from .pyramid import build_pyramid
 
 
 def build_swin(cfg: CfgNode) -> nn.Module:
@@ -55,7 +56,7 @@ def build_swin(cfg: CfgNode) -> nn.Module:
 @BACKBONE_REGISTRY.register()
 def build_swin_fpn_backbone(cfg: CfgNode, input_shape) -> FPN:
     """Swin with P2..P5 and a pooled P6, for two-stage detectors."""
-    return _build_fpn(cfg, build_swin(cfg), LastLevelMaxPool())
+    return build_pyramid(cfg, build_swin(cfg), cfg.MODEL.SWIN.OUT_FEATURES, LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
@@ -66,15 +67,4 @@ def build_retinanet_swin_fpn_backbone(cfg: CfgNode, input_shape) -> FPN:
     top = LastLevelP6P7(
         bottom_up.output_shape()[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last
     )
-    return _build_fpn(cfg, bottom_up, top)
-
-
-def _build_fpn(cfg: CfgNode, bottom_up: nn.Module, top_block: nn.Module) -> FPN:
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.SWIN.OUT_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_pyramid(cfg, bottom_up, cfg.MODEL.SWIN.OUT_FEATURES, top)

@@ -15,6 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 
 from ..utils.checks import check_choice, check_range, nearest
+from .pyramid import build_pyramid
 
 NORMS = ("BN", "SyncBN", "EvalBN", "FrozenBN")
 
@@ -199,23 +200,15 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec, strides: Sequence[int]) -> 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """P2 to P5 and a pooled P6, for two-stage detectors."""
-    return _build_fpn(cfg, build_timm(cfg, input_shape, (4, 8, 16, 32)), LastLevelMaxPool())
+    bottom_up = build_timm(cfg, input_shape, (4, 8, 16, 32))
+    return build_pyramid(cfg, bottom_up, list(bottom_up.output_shape()), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """P3 to P5, and P6 and P7 convolved from P5, for RetinaNet, FCOS and RepPoints."""
     bottom_up, channels = build_timm(cfg, input_shape, (8, 16, 32)), cfg.MODEL.FPN.OUT_CHANNELS
-    last = int(math.log2(max(x.stride for x in bottom_up.output_shape().values())))
-    return _build_fpn(cfg, bottom_up, LastLevelP6P7(channels, channels, in_feature=f"p{last}"))
-
-
-def _build_fpn(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=list(bottom_up.output_shape()),
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    features = bottom_up.output_shape()
+    last = int(math.log2(max(x.stride for x in features.values())))
+    top_block = LastLevelP6P7(channels, channels, in_feature=f"p{last}")
+    return build_pyramid(cfg, bottom_up, list(features), top_block)

@@ -9,7 +9,7 @@ from torch import nn
 
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from ..modeling.backbone_teacher import BackboneTeacher, ResampledBackbone
+from ..modeling.backbone_teacher import ResampledBackbone
 from ..modeling.timm_fpn import Images, TimmBackbone, import_timm
 
 logger = logging.getLogger(__name__)
@@ -58,12 +58,11 @@ def named_for_detector(
         ValueError: some of the backbone are missing or of another shape, or its images are not
             what the weights were trained on
     """
-    prefix, backbone = "backbone.bottom_up.", getattr(detector, "backbone", None)
-    if isinstance(detector, BackboneTeacher):
-        prefix = "backbone."
-    else:
-        backbone = getattr(backbone, "bottom_up", None)
-    if not isinstance(backbone, (TimmBackbone, ResampledBackbone)):
+    own = (TimmBackbone, ResampledBackbone)
+    prefix, backbone = next(
+        ((name, x) for name, x in detector.named_modules() if isinstance(x, own)), ("", None)
+    )
+    if backbone is None:
         return None
     wanted = backbone.net.state_dict()
     theirs = {_joined(k): k for k in state}
@@ -80,7 +79,7 @@ def named_for_detector(
         f"Of its {len(state)} tensors {len(unused)} are not needed"
         + (f", such as {unused[0]}." if unused else ".")
     )
-    return {f"{prefix}net.{k}": state[name] for k, name in names.items()}
+    return {f"{prefix}.net.{k}": state[name] for k, name in names.items()}
 
 
 def _joined(name: str) -> str:

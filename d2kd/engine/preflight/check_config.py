@@ -17,8 +17,9 @@ from ...modeling.trainable import check_trainable
 from ...schedule import WeightSchedule
 from ...teacher import TeacherOptions, resolve_teacher
 from ...utils.checks import check_choice, check_range, nearest
+from ...utils.distils import distils
 from ..optimizer import CLIP_TYPES, OPTIMIZERS
-from ..stages import STAGE_LR, Stage, distils, plan_stages
+from ..stages import STAGE_LR, Stage, plan_stages
 from .evaluation_keys import check_evaluation
 
 

@@ -6,7 +6,7 @@ import torch
 
 from detectron2.structures import Boxes, Instances
 
-from .pairing.classes import CommonClasses
+from ..pairing.classes import CommonClasses
 
 
 def confident(
@@ -21,17 +21,16 @@ def confident(
     Returns:
         gt_boxes, XYXY in input pixels, and gt_classes, the student's, of each image
     """
+    count = len(classes.teacher_names) if classes else 0
+    to_student = torch.tensor([classes.student_class.get(i, -1) for i in range(count)])
     found = []
     for x in detections:
-        known = torch.ones_like(x.pred_classes, dtype=torch.bool)
         new = x.pred_classes
         if classes is not None:
-            count = len(classes.teacher_names)
-            to_student = torch.tensor([classes.student_class.get(i, -1) for i in range(count)])
             new = to_student.to(new.device)[new]
-            known = new >= 0
-        keep = known & (x.scores >= score)
-        found.append(
-            Instances(x.image_size, gt_boxes=Boxes(x.pred_boxes.tensor[keep]), gt_classes=new[keep])
-        )
+        keep = (new >= 0) & (x.scores >= score)
+        boxes = Boxes(
+            x.pred_boxes.tensor[keep].float()
+        )  # a teacher may have a precision of its own
+        found.append(Instances(x.image_size, gt_boxes=boxes, gt_classes=new[keep]))
     return found

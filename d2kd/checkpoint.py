@@ -40,9 +40,9 @@ class PlainCheckpointer(DetectionCheckpointer):
         model = unwrap(model)
         if hasattr(model, "student"):
             checkpointables["distill_heads"] = model.heads
-            if model.teacher is not None:
+            if model.lessons:
                 # First, to refuse another teacher before loading optimizer and heads.
-                guard = TeacherManifest(model.teacher.manifest)
+                guard = TeacherManifest(model.teacher_manifest)
                 checkpointables = {"teacher": guard, **checkpointables}
             model = model.student
         super().__init__(model, save_dir, **checkpointables)
@@ -135,7 +135,7 @@ class TeacherManifest:
     def __init__(self, manifest: Dict[str, str]):
         """
         Args:
-            manifest: "config" and "weights_sha256" of :class:`Teacher`
+            manifest: "config" and "weights_sha256" of :class:`Teacher`, or those of several
         """
         self.manifest = manifest
 

@@ -1,54 +1,43 @@
-"""The meta-architecture that trains a student with a frozen teacher beside it."""
+"""The meta-architecture that trains a student with one or several frozen teachers beside it."""
 
 import logging
 from types import MappingProxyType
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 
 from .config import student_config
+from .config.lessons import lesson_configs
 from .heads.build import build_head
-from .heads.fit import requires_of, unlabelled_misfit
-from .heads.registry import compares_logits, head_class
+from .heads.registry import compares_logits
 from .inherit import inherit
+from .lesson import Lesson, Views, check_claims
 from .modeling.build import build_detector
 from .modeling.trainable import check_trainable
-from .pairing.classes import common_classes
-from .pairing.levels import LevelPair, pair_levels
-from .pairing.pair import DENSE, DistillPair
+from .pairing.levels import LevelPair
+from .pairing.pair import DistillPair
 from .schedule import WeightSchedule, pixel_factor
 from .step import ByLevel, Step
-from .teacher import Teacher, TeacherOptions, build_teacher
+from .teacher import Teacher, build_teacher
 from .teacher.stand_in import confident
 from .utils.compat import current_iteration
-from .views import (
-    CommonClassesView,
-    DetectorView,
-    HandedOnView,
-    MergeClasses,
-    ReorderedAnchorsView,
-    describe_detector,
-    find_view,
-)
+from .views import DetectorView, find_view
 
 logger = logging.getLogger(__name__)
-
-Views = Tuple[DetectorView, DetectorView]  # of the student and of the teacher
 
 
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
     """
-    A student, a teacher and the distillation heads between them.
+    A student, its teachers, most often one, and the distillation heads between them.
 
-    In training: the student's own losses plus one per head. In eval mode it *is* the student.
-    The teacher is held outside the module tree: it has no part in state_dict(), parameters(),
-    DistributedDataParallel or the optimizer, yet follows `.to(device)`.
+    In training: the student's own losses plus those of each head. In eval mode it *is* the student.
     """
 
     @configurable
@@ -56,48 +45,35 @@ class Distiller(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: Optional[Teacher],
-        heads: Mapping[str, nn.Module],
-        schedules: Mapping[str, Callable[[int], float]],
+        lessons: Sequence[Lesson] = (),
+        heads: Mapping[str, nn.Module] = MappingProxyType({}),
+        schedules: Mapping[str, Callable[[int], float]] = MappingProxyType({}),
         reference_pixels: Mapping[str, int] = MappingProxyType({}),
         box_score: float = 0.0,
         image_format: str,
-        inherit_parts: List[str],
-        requires: FrozenSet[str] = frozenset({"features"}),
-        pair: Optional[DistillPair] = None,
     ):
         """
         Args:
             student: any detector with a DetectorView
-            teacher: see build_teacher; None trains the student alone
-            heads: name in DISTILL.HEADS to head
+            lessons: one for each teacher; none trains the student alone
+            heads: by name: as in DISTILL.HEADS, of one of several teachers NAME/HEAD
             schedules: name of a head to its weight as a function of the stage's iteration
             reference_pixels: name of a head whose loss is a sum over cells to the number of pixels
                 that its weight is meant for; 0, or none: no matter how many
-            box_score: of the teacher's detections that stand in for the boxes of images without
+            box_score: of the teachers' detections that stand in for the boxes of images without
                 labels; 0: no head needs any
             image_format: channel order of the batches, the student's INPUT.FORMAT
-            inherit_parts: parts of the student that :meth:`inherit_from_teacher` initialises
-            requires: what the heads require of both views
-            pair: student and teacher as the heads were told of them
         """
         super().__init__()
         self.student = student
         self.heads = nn.ModuleDict(heads)
-        # Past nn.Module's own __setattr__, which would make a submodule of it.
-        object.__setattr__(self, "teacher", teacher)
+        self.lessons = nn.ModuleList(lessons)
         self.schedules = dict(schedules)
         self.reference_pixels = dict(reference_pixels)
         self.box_score = box_score
         self.image_format = image_format
-        self.inherit_parts = inherit_parts
-        self.requires = requires
-        self.pair = pair
-        if teacher is not None:
+        if lessons:
             self.student_view = find_view(student, "student")
-            self.teacher_view = find_view(teacher.model, "teacher")
-        self.merges = _merges(pair)
-        self.anchor_orders = pair.anchor_orders if pair and pair.kind in DENSE else {}
         # The run's iteration from which the schedules count: where its stage began.
         self.start_iter = 0
         # The latest training step with a teacher; None of a student alone, or in eval mode.
@@ -108,45 +84,65 @@ class Distiller(nn.Module):
         check_trainable(student_config(cfg))
         # The student first: its initialisation must not depend on whether there is a teacher.
         student = build_detector(student_config(cfg), "The student")
-        if cfg.DISTILL.ENABLED:
-            return cls.between(cfg, student, build_teacher(cfg))
-        logger.warning("DISTILL.ENABLED is False: training the student alone.")
-        return {
-            "student": student,
-            "teacher": None,
-            "heads": {},
-            "schedules": {},
-            "image_format": cfg.INPUT.FORMAT,
-            "inherit_parts": [],
-        }
+        if not cfg.DISTILL.ENABLED:
+            logger.warning("DISTILL.ENABLED is False: training the student alone.")
+            return {"student": student, "image_format": cfg.INPUT.FORMAT}
+        teachers = []
+        for own in lesson_configs(cfg):
+            with own.in_errors():
+                teachers.append(build_teacher(own.cfg))
+        return cls.between(cfg, student, *teachers)
 
     @staticmethod
-    def between(cfg: CfgNode, student: nn.Module, teacher: Teacher) -> Dict[str, Any]:
-        """Arguments of a Distiller of two detectors that are built already."""
-        names = list(cfg.DISTILL.HEADS)
-        pair = describe_pair(cfg, student, teacher.model, teacher.class_names)
-        if cfg.DISTILL.UNLABELLED.SETS:
-            for problem in (unlabelled_misfit(name, cfg, pair) for name in names):
-                if problem:
-                    raise ValueError(problem)
+    def between(cfg: CfgNode, student: nn.Module, *teachers: Teacher) -> Dict[str, Any]:
+        """Arguments of a Distiller of detectors that are built already."""
+        lessons, heads, schedules, pixels = [], {}, {}, {}
+        for own, teacher in zip(lesson_configs(cfg), teachers):
+            with own.in_errors():
+                lesson = Lesson.between(own, student, teacher)
+                lessons.append(lesson)
+                for name, head in zip(own.cfg.DISTILL.HEADS, lesson.heads):
+                    heads[head] = build_head(name, own.cfg, lesson.pair)
+                    schedules[head] = WeightSchedule.from_config(name, own.cfg)
+                    pixels[head] = own.cfg.DISTILL[name].get("REFERENCE_PIXELS", 0)
+        check_claims(lessons, cfg)
         return {
             "student": student,
-            "teacher": teacher,
-            "heads": {name: build_head(name, cfg, pair) for name in names},
-            "schedules": {name: WeightSchedule.from_config(name, cfg) for name in names},
-            "reference_pixels": {x: cfg.DISTILL[x].get("REFERENCE_PIXELS", 0) for x in names},
+            "lessons": lessons,
+            "heads": heads,
+            "schedules": schedules,
+            "reference_pixels": pixels,
             "box_score": cfg.DISTILL.UNLABELLED.BOX_SCORE,
             "image_format": cfg.INPUT.FORMAT,
-            "inherit_parts": list(cfg.DISTILL.INHERIT),
-            "requires": frozenset().union(
-                *(requires_of(head_class(name), cfg, pair) for name in names)
-            ),
-            "pair": pair,
         }
 
     @property
     def device(self) -> torch.device:
         return self.student.device
+
+    @property
+    def requires(self) -> FrozenSet[str]:
+        """What the heads require of the student's view."""
+        return frozenset().union(*(x.requires for x in self.lessons))
+
+    @property
+    def teacher(self) -> Optional[Teacher]:
+        """The first one; None of a student alone."""
+        return self.lessons[0].teacher if self.lessons else None
+
+    @property
+    def teacher_manifest(self) -> Dict[str, str]:
+        """Of the teacher; the keys of several begin with their names."""
+        return {
+            f"{x.name}: {key}" if x.name else key: value
+            for x in self.lessons
+            for key, value in x.teacher.manifest.items()
+        }
+
+    @property
+    def pair(self) -> Optional[DistillPair]:
+        """The student and its first teacher; None of a student alone."""
+        return self.lessons[0].pair if self.lessons else None
 
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Union[Dict[str, Tensor], List[Any]]:
         """
@@ -159,7 +155,7 @@ class Distiller(nn.Module):
             whose names start with "loss_"; else the student's detections
         """
         self.last_step = None
-        if not self.training or self.teacher is None:
+        if not self.training or not self.lessons:
             return self.student(batched_inputs)
         batched_inputs = _to_device(batched_inputs, self.device)
         iteration = current_iteration() - self.start_iter
@@ -168,93 +164,92 @@ class Distiller(nn.Module):
         labelled = [x for x in batched_inputs if "instances" in x]
         unlabelled = [x for x in batched_inputs if "instances" not in x]
         losses: Dict[str, Tensor] = {}
-        pairs: List[Views] = []
+        steps: List[Step] = []
         if unlabelled and is_on:
-            pairs.append(self._view_unlabelled(unlabelled))
+            steps.append(self._view_unlabelled(unlabelled, weights))
         if labelled:
-            pairs.append(self._view_labelled(labelled, is_on))
-            with pairs[-1][0].record(self.requires):
+            steps.append(self._view_labelled(labelled, weights))
+            with steps[-1].student.record(self.requires):
                 losses.update(self.student(labelled))
-        comparable = [self._comparable(*x) for x in pairs]
-        for name, weight in weights.items():
-            views = comparable if compares_logits(self.heads[name]) else pairs
-            for key, loss in self._distill(name, weight, views).items():
-                assert key not in losses, f"{name} returns {key!r}, a name that is taken"
-                losses[key] = loss
+        for index, lesson in enumerate(self.lessons):
+            pairs = [(x.student, x.teachers[index]) for x in steps]
+            comparable = [lesson.comparable(*x) for x in pairs]
+            for name in lesson.heads:
+                views = comparable if compares_logits(self.heads[name]) else pairs
+                for key, loss in self._distill(lesson, name, weights[name], views).items():
+                    assert key not in losses, f"{name} returns {key!r}, a name that is taken"
+                    losses[key] = loss
         if not losses:  # no labelled image, and every head off: a step that changes nothing
             losses["loss_none"] = sum(0 * p.sum() for p in self.student.parameters())
         return losses
 
-    def _view_labelled(self, batched_inputs: List[Dict[str, Any]], is_on: bool) -> Views:
+    def _view_labelled(
+        self, batched_inputs: List[Dict[str, Any]], weights: Mapping[str, float]
+    ) -> Step:
         student = self.student_view(self.student, batched_inputs)
-        teacher = self.view_of_teacher(batched_inputs)
-        if is_on:
-            # Before the student: what its forward passes through is freed again, while what the
-            # student's passes through stays for the backward. Together they would be the peak.
-            self._read_features(teacher)
+        teachers = [self.view_of_teacher(batched_inputs, lesson) for lesson in self.lessons]
+        # Before the student: what a teacher's forward passes through is freed again, while what
+        # the student's passes through stays for the backward. Together they would be the peak.
+        self._read_features(teachers, weights)
         # Already here: a student may stop in its forward, and be explained by its features.
-        self.last_step = Step(student, teacher)
-        return student, teacher
+        self.last_step = Step(student, teachers)
+        return self.last_step
 
-    def _view_unlabelled(self, batched_inputs: List[Dict[str, Any]]) -> Views:
+    def _view_unlabelled(
+        self, batched_inputs: List[Dict[str, Any]], weights: Mapping[str, float]
+    ) -> Step:
         """The student does not see them in a forward of its own, which would take losses."""
         batched_inputs = [dict(x) for x in batched_inputs]  # which get "instances"
-        teacher = self.view_of_teacher(batched_inputs)
+        teachers = [self.view_of_teacher(batched_inputs, lesson) for lesson in self.lessons]
         if self.box_score:
-            found = confident(teacher.detections(), self.box_score, self.pair.classes)
-            for view_inputs in (batched_inputs, teacher.batched_inputs):
-                for x, instances in zip(view_inputs, found):
+            found = [
+                confident(view.detections(), self.box_score, lesson.pair.classes)
+                for view, lesson in zip(teachers, self.lessons)
+                if lesson.pair.teacher.num_classes
+            ]
+            of_images = [Instances.cat(list(x)) for x in zip(*found)]
+            for view_inputs in (batched_inputs, *(x.batched_inputs for x in teachers)):
+                for x, instances in zip(view_inputs, of_images):
                     x["instances"] = instances
-        self._read_features(teacher)
+        self._read_features(teachers, weights)
         student = self.student_view.of_unlabelled(self.student, batched_inputs, self.requires)
-        self.last_step = Step(student, teacher)
-        return student, teacher
+        self.last_step = Step(student, teachers)
+        return self.last_step
 
-    def _read_features(self, teacher: DetectorView) -> None:
-        features = teacher.features
-        for level in self.read_levels:
-            features[level]
+    def _read_features(
+        self, teachers: Sequence[DetectorView], weights: Mapping[str, float]
+    ) -> None:
+        """Of teachers with a head that is on, one after the other."""
+        for lesson, view in zip(self.lessons, teachers):
+            if any(weights[name] for name in lesson.heads):
+                features = view.features
+                for level in self.read_levels(lesson):
+                    features[level]
 
-    @property
-    def read_levels(self) -> List[str]:
+    def read_levels(self, lesson: Lesson) -> List[str]:
         """The teacher's levels of which heads say that they compare features."""
-        read = [pair for head in self.heads.values() for pair in getattr(head, "levels", ())]
+        heads = [self.heads[name] for name in lesson.heads]
+        read = [pair for head in heads for pair in getattr(head, "levels", ())]
         return list(dict.fromkeys(x.teacher for x in read if isinstance(x, LevelPair)))
 
     def view_of_teacher(
-        self, batched_inputs: List[Dict[str, Any]], teacher: Optional[Teacher] = None
+        self,
+        batched_inputs: List[Dict[str, Any]],
+        lesson: Optional[Lesson] = None,
+        teacher: Optional[Teacher] = None,
     ) -> DetectorView:
         """
         Args:
             batched_inputs: as of :meth:`forward`
-            teacher: the same detector with other options; None: its own
+            lesson: None: the first
+            teacher: its teacher with other options; None: its teacher as it is
         """
-        teacher = teacher or self.teacher
-        batch = teacher.batch(batched_inputs, self.image_format)
-        view = self.teacher_view(teacher.model, batch, self.requires)
-        if teacher.options == TeacherOptions():
-            return view
-        dtype = None if teacher.dtype is None else torch.float32
-        return HandedOnView(view, self.device, dtype, teacher.autocast)
+        lesson = lesson or self.lessons[0]
+        return lesson.view(batched_inputs, self.image_format, self.device, teacher)
 
-    def _comparable(
-        self, student: DetectorView, teacher: DetectorView
-    ) -> Tuple[DetectorView, DetectorView]:
-        """
-        The views as heads see them that compare class logits: the teacher's anchors in the
-        student's order, and both in the classes that they have in common.
-        """
-        if self.anchor_orders:
-            teacher = ReorderedAnchorsView(teacher, self.anchor_orders)
-        if not self.merges:
-            return student, teacher
-        ours, theirs = self.merges
-        return (
-            CommonClassesView(student, ours, merge_labels=ours),
-            CommonClassesView(teacher, theirs, merge_labels=ours),
-        )
-
-    def _distill(self, name: str, weight: float, pairs: Sequence[Views]) -> Dict[str, Tensor]:
+    def _distill(
+        self, lesson: Lesson, name: str, weight: float, pairs: Sequence[Views]
+    ) -> Dict[str, Tensor]:
         """
         The weighted losses of one head; the only place where a weight is applied.
 
@@ -268,7 +263,8 @@ class Distiller(nn.Module):
             # Off, and the teacher is not asked. DistributedDataParallel still wants each
             # parameter of the head to take part.
             zeros = [p.sum() * 0 for p in head.parameters()]
-            return {f"loss_{name.lower()}": sum(zeros)} if zeros else {}
+            key = f"loss_{name.rpartition('/')[2].lower()}"
+            return {lesson.loss_name(key): sum(zeros)} if zeros else {}
         terms: Dict[str, ByLevel] = {}
         total = sum(len(student.image_sizes) for student, _ in pairs)
         for student, teacher in pairs:
@@ -276,7 +272,7 @@ class Distiller(nn.Module):
             if self.reference_pixels.get(name):
                 share *= pixel_factor(self.reference_pixels[name], student.image_sizes)
             for key, loss in head(student, teacher).items():
-                levels = loss if isinstance(loss, dict) else {"": loss}
+                key, levels = lesson.loss_name(key), loss if isinstance(loss, dict) else {"": loss}
                 if share != 1:
                     levels = {level: share * x for level, x in levels.items()}
                 before = terms.get(key, {})
@@ -286,51 +282,10 @@ class Distiller(nn.Module):
 
     def inherit_from_teacher(self) -> None:
         """Initialise the parts of the student in DISTILL.INHERIT from the teacher; say which."""
-        if self.inherit_parts:
-            same_classes = self.pair.same_classes
-            inherit(self.student, self.teacher.model, self.inherit_parts, same_classes)
-
-    def train(self, mode: bool = True) -> "Distiller":
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.model.eval()  # also after somebody switched it by hand
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], **kwargs: bool) -> "Distiller":
-        # PyTorch's `recurse`, since 2.1, says whether children take part; the teacher is one,
-        # unless it has a device of its own.
-        takes_part = self.teacher is not None and not self.teacher.options.device
-        if takes_part and kwargs.get("recurse", True):
-            self.teacher.model._apply(fn, **kwargs)
-        return super()._apply(fn, **kwargs)
-
-
-def describe_pair(
-    cfg: CfgNode, student: nn.Module, teacher: nn.Module, teacher_classes: Sequence[str] = ()
-) -> DistillPair:
-    """
-    Match the two detectors' levels and classes.
-
-    Args:
-        teacher_classes: names that the teacher's config tells; () where it does not
-    """
-    infos = [
-        describe_detector(detector, role)
-        for role, detector in (("student", student), ("teacher", teacher))
-    ]
-    shapes = infos[0].shapes, infos[1].shapes
-    levels = pair_levels(*shapes, named=cfg.DISTILL.LEVELS)
-    counts = infos[0].num_classes, infos[1].num_classes
-    classes = common_classes(cfg, *counts, teacher_classes)
-    return DistillPair(infos[0], infos[1], levels, classes)
-
-
-def _merges(pair: Optional[DistillPair]) -> nn.ModuleList:
-    """For the student and for the teacher; empty where they have the same classes, or none."""
-    if pair is None or pair.same_classes or not pair.classes.student:
-        return nn.ModuleList()
-    student = MergeClasses(pair.classes.student, pair.student.num_classes)
-    return nn.ModuleList([student, MergeClasses(pair.classes.teacher, pair.teacher.num_classes)])
+        for lesson in self.lessons:
+            if lesson.inherit_parts:
+                same_classes = lesson.pair.same_classes
+                inherit(self.student, lesson.teacher.model, lesson.inherit_parts, same_classes)
 
 
 def _to_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:

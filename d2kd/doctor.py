@@ -25,6 +25,7 @@ from detectron2.utils.events import EventStorage
 
 from .cli.common import add_config_options, command_parser, read_config
 from .config import student_config
+from .config.lessons import lesson_configs
 from .data import register_datasets
 from .data.noise import noise_batch
 from .distiller import Distiller
@@ -106,18 +107,23 @@ def examine(cfg: CfgNode, num_images: int) -> None:
     distiller = build_model(cfg).train()
     distiller.inherit_from_teacher()
     print("\n" + summary(distiller))
-    print("\nHeads for this pair:\n" + _fits(cfg, distiller.pair))
-    plain = plain_copy(distiller.teacher)
-    for option in distiller.teacher.options.steps:
-        speed_up(distiller.teacher, option)
+    plain = []
+    for lesson, own in zip(distiller.lessons, lesson_configs(cfg)):
+        of = f"with {lesson.name}" if lesson.name else "for this pair"
+        print(f"\nHeads {of}:\n" + _fits(own.cfg, lesson.pair))
+        plain.append(plain_copy(lesson.teacher))
+        for option in lesson.teacher.options.steps:
+            speed_up(lesson.teacher, option)
     found, cost = try_out(cfg, distiller, num_images)
-    weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
+    weights = {name: x.weight for name, x in distiller.schedules.items()}
     print("\nLosses on noise, in the first step:\n" + describe(found))
     print(suggest(found, weights, cfg.DISTILL.LIVENESS.WANTED_SHARE))
     print("\n" + _estimate(cfg, cost))
     batch = noise_batch(cost.images, *cost.size, 4, distiller.pair.student.num_classes)
     amp = cfg.SOLVER.AMP.ENABLED
-    print("\n" + teacher_savings(distiller, plain, batch, cost.seconds, amp))
+    for lesson, teacher in zip(distiller.lessons, plain):
+        saved = teacher_savings(distiller, lesson, teacher, batch, cost.seconds, amp)
+        print("\n" + (f"{lesson.name}: {saved}" if lesson.name else saved))
 
 
 def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
@@ -159,7 +165,9 @@ def _told_by_weights(cfg: CfgNode, step: int) -> Iterator[None]:
         yield
     except FloatingPointError as error:
         weights = {
-            f"DISTILL.{x}.LOSS_WEIGHT": cfg.DISTILL[x].LOSS_WEIGHT for x in cfg.DISTILL.HEADS
+            f"DISTILL.{x}.LOSS_WEIGHT": own.cfg.DISTILL[x].LOSS_WEIGHT
+            for own in lesson_configs(cfg)
+            for x in own.cfg.DISTILL.HEADS
         }
         raise ValueError(
             f"Step {step + 1} on images of noise: {error} Too large for it may be SOLVER.BASE_LR "

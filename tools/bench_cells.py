@@ -189,7 +189,7 @@ def _digest(cfg: CfgNode) -> str:
     OUTPUT_DIR, keys that are off, sections not in use. So a later d2kd, with more keys and more
     heads, knows a run again.
     """
-    stages = [x for x in cfg.DISTILL.STAGES if isinstance(x, dict)]
+    stages = [x for x in (*cfg.DISTILL.STAGES, *cfg.DISTILL.TEACHERS) if isinstance(x, dict)]
     used = {*cfg.DISTILL.HEADS, *itertools.chain(*(x.get("HEADS") or () for x in stages))}
     heads = {name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY}
     sections = {

@@ -26,6 +26,7 @@ from d2kd.engine.monitor.loss_gradients import LossGradients
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.heads.fit import requires_of
+from d2kd.lesson import Lesson
 from d2kd.teacher import Teacher, TeacherOptions
 from d2kd.teacher.options import PRECISIONS
 from d2kd.teacher.speed_up import with_options
@@ -156,14 +157,13 @@ def with_heads(
     cfg: CfgNode, whole: Distiller, names: Sequence[str], teacher: Optional[Teacher] = None
 ) -> Distiller:
     """A Distiller of the same student, and teacher unless another is given, with some heads."""
+    lesson = Lesson(teacher or whole.teacher, names, required_by(cfg, whole, names))
     return Distiller(
         student=whole.student,
-        teacher=teacher or whole.teacher,
+        lessons=[lesson],
         heads={name: whole.heads[name] for name in names},
         schedules=whole.schedules,
         image_format=whole.image_format,
-        inherit_parts=[],
-        requires=required_by(cfg, whole, names),
     )
 
 
@@ -200,7 +200,7 @@ def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
     def step() -> None:
         with autocast(cfg):
             view = distiller.view_of_teacher(batch)
-            for level in distiller.read_levels or view.features:
+            for level in distiller.read_levels(distiller.lessons[0]) or view.features:
                 view.features[level]
             if reads_dense(distiller):
                 view.dense()

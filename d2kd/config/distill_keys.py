@@ -46,6 +46,10 @@ def add_distill_config(cfg: CfgNode) -> None:
     # stage on: nothing), and OPTS, as on the command line: keys of heads, DISTILL.LEVELS,
     # DISTILL.REGIONS and SOLVER's learning rate keys. DISTILL.ENABLED False ignores stages
     node.STAGES = []
+    # Several teachers at once. Each is a mapping with NAME, which its losses are called by, and
+    # as in STAGES, where it differs from the run, TEACHER, HEADS, INHERIT (default from the second
+    # on: nothing), and OPTS: keys of heads, DISTILL.LEVELS and DISTILL.REGIONS. []: one teacher
+    node.TEACHERS = []
     # "restart": SOLVER's schedule in each stage, with warm-up, and STEPS at the same fractions of
     # the stage as of the run. "continue": one schedule over the whole run
     node.STAGE_LR = "restart"
@@ -72,6 +76,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     # is in several pairs, its partners are merged. Classes listed here are matched by these pairs
     # only, not by name; "" on one side: the other class has no counterpart
     node.TEACHER.ALIASES = []
+    # Of the student's classes, those that its class logits, and its detections in place of labels,
+    # are for; []: all that both have. Of several teachers, each class is for one
+    node.TEACHER.FOR_CLASSES = []
     # Continue if there are no common classes, with heads that compare features
     node.TEACHER.ALLOW_OTHER_CLASSES = False
     # Number of images of the first test set to evaluate the teacher on before training; 0: none

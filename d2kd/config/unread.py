@@ -16,7 +16,15 @@ OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE", "DATASETS.
 OF_TEACHER += ("DATASETS.TEST", "DATASETS.COCO_FORMAT")
 OF_DETECTING_TEACHER = tuple(
     f"DISTILL.TEACHER.{x}"
-    for x in ("OPTS", "CLASSES", "ALIASES", "ALLOW_OTHER_CLASSES", "EVAL_IMAGES", "MIN_AP")
+    for x in (
+        "OPTS",
+        "CLASSES",
+        "ALIASES",
+        "FOR_CLASSES",
+        "ALLOW_OTHER_CLASSES",
+        "EVAL_IMAGES",
+        "MIN_AP",
+    )
 )
 INSTEAD = {
     "MODEL.WEIGHTS": "DISTILL.TEACHER.WEIGHTS names its weights",
@@ -83,6 +91,7 @@ def _why_unread(key: str, cfg: CfgNode, student: CfgNode) -> str:
 
 def _why_unread_in_distillation(key: str, cfg: CfgNode) -> str:
     node, owner, heads = cfg.DISTILL, key.split(".")[1], _heads(cfg)
+    several = node.STAGES or node.TEACHERS
     if owner in head_names():
         if owner not in heads:
             return f"where {owner!r} is in DISTILL.HEADS, which is {heads}"
@@ -91,9 +100,9 @@ def _why_unread_in_distillation(key: str, cfg: CfgNode) -> str:
         return f"by heads that use regions; DISTILL.HEADS is {heads}"
     if key == "DISTILL.STAGE_LR" and not node.STAGES:
         return "with DISTILL.STAGES"
-    if key == "DISTILL.TEACHER.BACKBONE_STRIDES" and not (node.TEACHER.BACKBONE or node.STAGES):
+    if key == "DISTILL.TEACHER.BACKBONE_STRIDES" and not (node.TEACHER.BACKBONE or several):
         return "with DISTILL.TEACHER.BACKBONE"
-    if key in OF_DETECTING_TEACHER and node.TEACHER.BACKBONE and not node.STAGES:
+    if key in OF_DETECTING_TEACHER and node.TEACHER.BACKBONE and not several:
         return f"by a teacher that detects, not by DISTILL.TEACHER.BACKBONE {node.TEACHER.BACKBONE}"
     if key == "DISTILL.TEACHER.MIN_AP" and not node.TEACHER.EVAL_IMAGES:
         return "with DISTILL.TEACHER.EVAL_IMAGES above 0"
@@ -111,8 +120,9 @@ def _why_unread_in_head(key: str, cfg: CfgNode) -> str:
 
 
 def _heads(cfg: CfgNode) -> List[str]:
-    """Names of the heads of the run and of its stages."""
-    nodes = [cfg.DISTILL, *(x for x in cfg.DISTILL.STAGES if isinstance(x, dict))]
+    """Names of the heads of the run, of its stages and of its teachers."""
+    entries = (*cfg.DISTILL.STAGES, *cfg.DISTILL.TEACHERS)
+    nodes = [cfg.DISTILL, *(x for x in entries if isinstance(x, dict))]
     named = [x["HEADS"] for x in nodes if isinstance(x.get("HEADS"), (list, tuple))]
     return list(dict.fromkeys(name for names in named for name in names if isinstance(name, str)))
 

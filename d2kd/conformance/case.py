@@ -16,9 +16,10 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
 from ..config import merge_opts, student_config
-from ..distiller import Distiller, describe_pair
+from ..distiller import Distiller
 from ..heads.build import build_head
 from ..heads.registry import head_class
+from ..lesson import describe_pair
 from ..modeling.build import build_detector
 from ..schedule import WeightSchedule
 from ..teacher import Teacher, build_teacher
@@ -87,8 +88,8 @@ class Case:
         Args:
             own_teacher: also copy the teacher, for the check that the head does not change it
         """
-        shared = {} if own_teacher else {id(self.distiller.teacher): self.distiller.teacher}
-        return copy.deepcopy(self.distiller, shared)
+        teachers = [] if own_teacher else [x.teacher for x in self.distiller.lessons]
+        return copy.deepcopy(self.distiller, {id(x): x for x in teachers})
 
     def with_new_head(self, cfg: CfgNode, seed: int) -> Distiller:
         """The same detectors with a new head, built from `cfg`."""

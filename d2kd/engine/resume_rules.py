@@ -66,7 +66,7 @@ RULES = (
         "the checkpoint's weights were trained as that detector",
     ),
     Rule(
-        ("DISTILL.STAGES", "DISTILL.LEVELS", "DISTILL.TEACHER.*"),
+        ("DISTILL.STAGES", "DISTILL.TEACHERS", "DISTILL.LEVELS", "DISTILL.TEACHER.*"),
         REFUSED,
         "student and heads have learnt with it so far",
     ),

@@ -15,7 +15,7 @@ from ..data import register_datasets
 from ..weights.run_checkpoints import last_whole_checkpoint
 from .plan import RunPlan
 from .preflight.check_config import check_config
-from .preflight.teacher_check import check_teacher
+from .preflight.teacher_check import check_teachers
 from .preflight.teacher_options import apply_options
 from .resume_point import ResumePoint
 from .stages import Stage
@@ -103,7 +103,7 @@ def preflight_stage(stage: Stage) -> None:
         distiller = build_model(stage.cfg)
         distiller.inherit_from_teacher()
         apply_options(stage.cfg, distiller)
-        check_teacher(stage.cfg, distiller.teacher, distiller.pair)
+        check_teachers(stage.cfg, distiller)
 
 
 def _train_stage(
@@ -122,9 +122,9 @@ def _train_stage(
     with stage.in_errors():
         trainer = Trainer(stage.cfg, stage, seed)
     trainer.start_from(point)
-    if trainer.start_iter == stage.start and trainer.teacher and not teacher_is_checked:
+    if trainer.start_iter == stage.start and trainer.distiller and not teacher_is_checked:
         with stage.in_errors():
-            check_teacher(stage.cfg, trainer.teacher, trainer.pair)
+            check_teachers(stage.cfg, trainer.distiller)
     trainer.train()
     comm.synchronize()  # the next stage reads the checkpoint that the main process has written
     return getattr(trainer, "_last_eval_results", None) or {}

@@ -1,13 +1,12 @@
 """One entry of DISTILL.STAGES: how it is read, and the config of the run during that stage."""
 
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Tuple
+from typing import ContextManager, Tuple
 
 from detectron2.config import CfgNode
 
-from ..config import merge_mapping, merge_opts
+from ..config import merge_opts
+from ..config.lessons import is_of_heads, prefixed, read_entry, with_entry
 from ..config.unread import refuse_unread
-from ..heads import DISTILL_HEAD_REGISTRY
 
 # Keys of SOLVER that a stage may change: the learning rate. Others would move the run's iterations
 # or the order of its data.
@@ -26,14 +25,9 @@ LR_KEYS = (
 )
 
 
-@contextmanager
-def stage_in_errors(index: int) -> Iterator[None]:
+def stage_in_errors(index: int) -> ContextManager[None]:
     """Prefix ValueError and FileNotFoundError with the stage, whose index counts from 1."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"DISTILL.STAGES[{index - 1}]: {error}") from error
+    return prefixed(f"DISTILL.STAGES[{index - 1}]")
 
 
 def read_stage(cfg: CfgNode, index: int) -> CfgNode:
@@ -47,25 +41,8 @@ def read_stage(cfg: CfgNode, index: int) -> CfgNode:
     Raises:
         ValueError: a key that nobody reads, or a value of the wrong type
     """
-    entry, distill = cfg.DISTILL.STAGES[index - 1], cfg.DISTILL
-    if not isinstance(entry, dict):
-        raise ValueError(f"must be a mapping of ITERATIONS and other keys, got {entry!r}.")
-    # Another teacher: weights, overrides and class names of the run's would not fit it.
-    own = entry.get("TEACHER")
-    another = isinstance(own, dict) and bool({"CONFIG_FILE", "BACKBONE"} & set(own))
-    teacher: Dict[str, Any] = {
-        key: "" if another else distill.TEACHER[key]
-        for key in ("CONFIG_FILE", "BACKBONE", "WEIGHTS")
-    }
-    teacher["BACKBONE_STRIDES"] = list(distill.TEACHER.BACKBONE_STRIDES)
-    for key in ("OPTS", "CLASSES", "ALIASES"):
-        teacher[key] = [] if another else list(distill.TEACHER[key])
-    # The student of a later stage has learnt already; inheriting would throw that away.
-    inherit = list(distill.INHERIT) if index == 1 else []
-    heads = list(distill.HEADS)
-    values = {"ITERATIONS": 0, "TEACHER": teacher, "HEADS": heads, "INHERIT": inherit, "OPTS": []}
-    node = CfgNode(values)
-    merge_mapping(node, entry, "The stage")
+    entry = cfg.DISTILL.STAGES[index - 1]
+    node = read_entry(cfg, entry, {"ITERATIONS": 0}, is_first=index == 1)
     if node.ITERATIONS < 1:
         raise ValueError(f"ITERATIONS must be 1 or more, got {node.ITERATIONS}.")
     return node
@@ -82,11 +59,7 @@ def stage_config(cfg: CfgNode, node: CfgNode) -> CfgNode:
         ValueError: OPTS that a stage may not change, or a learning rate that does not fit into it
     """
     restart = cfg.DISTILL.STAGE_LR == "restart"
-    stage = cfg.clone()
-    stage.defrost()
-    stage.DISTILL.STAGES = []
-    stage.DISTILL.TEACHER.merge_from_other_cfg(node.TEACHER)
-    stage.DISTILL.HEADS, stage.DISTILL.INHERIT = node.HEADS, node.INHERIT
+    stage = with_entry(cfg, node)
     stage.SOLVER.MAX_ITER = node.ITERATIONS
     merge_opts(stage, node.OPTS, "OPTS")
     for key in node.OPTS[0::2]:
@@ -105,8 +78,7 @@ def stage_config(cfg: CfgNode, node: CfgNode) -> CfgNode:
 
 
 def _check_may_change(key: str, restart: bool) -> None:
-    nodes = ["REGIONS"] + [name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY]
-    if key == "DISTILL.LEVELS" or key.startswith(tuple(f"DISTILL.{x}." for x in nodes)):
+    if is_of_heads(key):
         return
     if key not in [f"SOLVER.{x}" for x in LR_KEYS]:
         raise ValueError(

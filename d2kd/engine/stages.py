@@ -142,6 +142,11 @@ def move_to(scheduler: LRScheduler, iteration: int) -> None:
 
 
 def _check_run(cfg: CfgNode) -> None:
+    if cfg.DISTILL.TEACHERS:
+        raise ValueError(
+            "DISTILL.TEACHERS and DISTILL.STAGES are both set: teachers come at once or one after "
+            "the other. Set one of them to []."
+        )
     if cfg.SOLVER.REFERENCE_WORLD_SIZE not in (0, comm.get_world_size()):
         raise ValueError(
             f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}: Detectron2 would "

@@ -19,8 +19,7 @@ from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
 from ..data import ResumableLoader, build_train_loader, class_names
 from ..data.mapper import CheckedMapper
 from ..data.unlabelled import batch_sizes
-from ..pairing.pair import DistillPair
-from ..teacher import Teacher
+from ..distiller import Distiller
 from ..utils.atomic_file import explain_full_disk
 from .evaluator import build_evaluator
 from .facts import write_fact
@@ -72,10 +71,10 @@ class Trainer(DefaultTrainer):
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)  # 0.5's writers want it to be there
         seed_everything(self.seed)
         model = self.build_model(cfg)
-        if getattr(model, "teacher", None):
+        if getattr(model, "lessons", ()):
             logger.info(summary(model))
-            facts = summary_facts(cfg, model)
-            write_fact(cfg.OUTPUT_DIR, "distillation", stage=stage.index, **facts)
+            for facts in summary_facts(cfg, model):
+                write_fact(cfg.OUTPUT_DIR, "distillation", stage=stage.index, **facts)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         inner = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
@@ -168,9 +167,9 @@ class Trainer(DefaultTrainer):
             self.begin_stage(point.path)
         else:
             self._resume(point.path)
-        if self.teacher:  # after DISTILL.INHERIT, which copies its weights as they were loaded
+        if self.distiller:  # after DISTILL.INHERIT, which copies its weights as they were loaded
             with self.stage.in_errors():
-                apply_options(self.cfg, self._module)
+                apply_options(self.cfg, self.distiller)
 
     def _resume(self, path: str) -> None:
         self.checkpointer.load(path)
@@ -253,12 +252,9 @@ class Trainer(DefaultTrainer):
         return unwrap(self._trainer.model)
 
     @property
-    def teacher(self) -> Optional[Teacher]:
-        return getattr(self._module, "teacher", None)
-
-    @property
-    def pair(self) -> Optional[DistillPair]:
-        return getattr(self._module, "pair", None)
+    def distiller(self) -> Optional[Distiller]:
+        """The model, where it has a teacher."""
+        return self._module if getattr(self._module, "lessons", ()) else None
 
     @property
     def _head_names(self) -> List[str]:

@@ -39,6 +39,11 @@ def load_detector(cfg: CfgNode, use_teacher: bool) -> Teacher:
     check_config(own, evaluation=True)
     if use_teacher:
         last = plan_stages(cfg)[-1].cfg
+        if last.DISTILL.TEACHERS:
+            raise ValueError(
+                f"DISTILL.TEACHERS has {len(last.DISTILL.TEACHERS)} teachers, and --teacher labels "
+                "with one. Label with the config of one of them and its MODEL.WEIGHTS."
+            )
         if last.DISTILL.TEACHER.BACKBONE:
             raise ValueError(
                 f"DISTILL.TEACHER.BACKBONE {last.DISTILL.TEACHER.BACKBONE!r} has features and "

@@ -1,7 +1,7 @@
 """Match the classes of teacher and student by their names."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from detectron2.config import CfgNode
@@ -21,13 +21,15 @@ class CommonClasses:
     or several that aliases merge.
 
     `student_names`, `teacher_names`: names of all classes, in order; `student`, `teacher`: class
-    indices of each of the C groups.
+    indices of each of the C groups; `left_out`: pairs of groups that DISTILL.TEACHER.FOR_CLASSES
+    leaves out.
     """
 
     student_names: Tuple[str, ...]
     teacher_names: Tuple[str, ...]
     student: Groups
     teacher: Groups
+    left_out: Tuple[Tuple[Tuple[int, ...], Tuple[int, ...]], ...] = ()
 
     @property
     def same(self) -> bool:
@@ -42,18 +44,32 @@ class CommonClasses:
         pairs = zip(self.student, self.teacher)
         return {t: ours[0] for ours, theirs in pairs if len(ours) == 1 for t in theirs}
 
+    @property
+    def of_one_alone(self) -> Tuple[List[str], List[str]]:
+        """Names of the student's classes without a counterpart, and of the teacher's."""
+        ours, theirs = zip(*self.left_out) if self.left_out else ((), ())
+        found = []
+        for names, groups in (
+            (self.student_names, self.student + ours),
+            (self.teacher_names, self.teacher + theirs),
+        ):
+            paired = {i for group in groups for i in group}
+            found.append([name for i, name in enumerate(names) if i not in paired])
+        return found[0], found[1]
+
     def __str__(self) -> str:
         if self.same and self.student_names == self.teacher_names:
             return f"  both have the same {len(self.student)} classes, in the same order"
-        sides = (self.student_names, self.student), (self.teacher_names, self.teacher)
         lines = [
             f"  {_listed(self.student_names, ours)} <- {_listed(self.teacher_names, theirs)}"
             for ours, theirs in zip(self.student, self.teacher)
         ]
-        for side, (names, groups) in zip(("student", "teacher"), sides):
-            alone = set(range(len(names))).difference(*groups)
-            if alone:
-                lines.append(f"  only in the {side}: {_listed(names, sorted(alone))}")
+        not_taught = [i for ours, _ in self.left_out for i in ours]
+        if not_taught:
+            lines.append(f"  of both, but not taught: {_listed(self.student_names, not_taught)}")
+        for side, names in zip(("student", "teacher"), self.of_one_alone):
+            if names:
+                lines.append(f"  only in the {side}: {', '.join(names)}")
         near = _suggest_aliases(self)
         if near:
             lines.append(f"  similar names, possibly DISTILL.TEACHER.ALIASES: {near}")
@@ -74,8 +90,8 @@ def common_classes(
         None if the class names of either detector are unknown
 
     Raises:
-        ValueError: DISTILL.TEACHER.CLASSES or ALIASES do not fit the detectors, or are set although
-            the class names of one are unknown; or there is no common class and
+        ValueError: DISTILL.TEACHER.CLASSES, ALIASES or FOR_CLASSES do not fit the detectors, or are
+            set although the class names of one are unknown; or there is no common class and
             DISTILL.TEACHER.ALLOW_OTHER_CLASSES is False
     """
     node = cfg.DISTILL.TEACHER
@@ -85,7 +101,7 @@ def common_classes(
     if not (student and teacher):
         _check_unnamed(node, "teacher" if student else "student")
         return None
-    found = match_classes(student, teacher, node.ALIASES)
+    found = _taught(match_classes(student, teacher, node.ALIASES), node.FOR_CLASSES)
     if not (found.student or node.ALLOW_OTHER_CLASSES):
         raise ValueError(
             f"DISTILL.TEACHER: student and teacher have no class in common:\n{found}\nList equal "
@@ -131,6 +147,43 @@ def match_classes(
     )
 
 
+def _taught(found: CommonClasses, names: Sequence[Any]) -> CommonClasses:
+    """
+    Args:
+        names: DISTILL.TEACHER.FOR_CLASSES
+
+    Raises:
+        ValueError: a name that is no class of both, or a part of several that aliases merge
+    """
+    if not names:
+        return found
+    pairs = list(zip(found.student, found.teacher))
+    of_both = [found.student_names[i] for ours, _ in pairs for i in ours]
+    for name in names:
+        if name not in of_both:
+            hint = "".join(f" Did you mean {x!r}?" for x in nearest(str(name), of_both))
+            raise ValueError(
+                f"DISTILL.TEACHER.FOR_CLASSES has {name!r}. It may list the student's classes that "
+                f"the teacher has too: {', '.join(of_both) or 'there are none'}.{hint}"
+            )
+    kept, left_out = [], []
+    for ours, theirs in pairs:
+        known = [found.student_names[i] for i in ours]
+        wanted = [x for x in known if x in names]
+        if wanted and len(wanted) < len(known):
+            raise ValueError(
+                f"DISTILL.TEACHER.FOR_CLASSES has {wanted[0]!r}, but aliases make one class of "
+                f"{', '.join(known)}: list all of them or none."
+            )
+        (kept if wanted else left_out).append((ours, theirs))
+    return replace(
+        found,
+        student=tuple(ours for ours, _ in kept),
+        teacher=tuple(theirs for _, theirs in kept),
+        left_out=tuple(left_out),
+    )
+
+
 def _indices(names: Sequence[str], chosen: Set[str]) -> Tuple[int, ...]:
     return tuple(i for i, name in enumerate(names) if name in chosen)
 
@@ -168,12 +221,12 @@ def _check_distinct(names: Sequence[str], side: str) -> None:
 
 
 def _check_unnamed(node: CfgNode, side: str) -> None:
-    """Refuse ALIASES and CLASSES, which have no effect if the names of a side are unknown."""
+    """Refuse keys that name classes, without effect if the names of a side are unknown."""
     hints = {
         "student": "They come from the data set in DATASETS.TRAIN.",
         "teacher": "Set DISTILL.TEACHER.CLASSES.",
     }
-    for key in ("ALIASES", "CLASSES"):
+    for key in ("ALIASES", "CLASSES", "FOR_CLASSES"):
         if node[key]:
             raise ValueError(
                 f"DISTILL.TEACHER.{key} {list(node[key])}: the names of the {side}'s classes are "
@@ -195,13 +248,7 @@ def _check_alias(alias: Any, student: Sequence[str], teacher: Sequence[str]) -> 
 
 def _suggest_aliases(found: CommonClasses) -> List[List[str]]:
     """Unmatched classes with similar names, as aliases."""
-    ours, theirs = (
-        [name for i, name in enumerate(names) if not any(i in group for group in groups)]
-        for names, groups in (
-            (found.student_names, found.student),
-            (found.teacher_names, found.teacher),
-        )
-    )
+    ours, theirs = found.of_one_alone
     return [[x, y] for x in ours for y in nearest(x, theirs, cutoff=0.8)]
 
 

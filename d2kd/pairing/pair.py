@@ -41,6 +41,17 @@ class DistillPair:
         return self.classes is None or self.classes.same
 
     @property
+    def taught_classes(self) -> Dict[int, str]:
+        """The student's classes of which the teacher knows something, with their names."""
+        if self.classes is None:
+            return {
+                i: str(i)
+                for i in range(self.student.num_classes if self.teacher.num_classes else 0)
+            }
+        names = self.classes.student_names
+        return {i: names[i] for group in self.classes.student for i in group}
+
+    @property
     def in_common_classes(self) -> "DistillPair":
         """The pair restricted to the common classes, for heads that compare class logits."""
         if self.same_classes:

@@ -31,7 +31,8 @@ from .tiles import (
 def draw_panel(distiller: Distiller, index: int = 0, class_names: Sequence[str] = ()) -> np.ndarray:
     """
     Draw one image of the latest batch: its ground truth, then for each level pair the teacher's
-    attention, the maps recorded by the heads (masks), and the energies of teacher and student.
+    attention, the maps recorded by the heads (masks), and the energies of teacher and student; of
+    several teachers, one after the other.
 
     Args:
         distiller: after a forward pass in training mode, with a teacher
@@ -48,13 +49,15 @@ def draw_panel(distiller: Distiller, index: int = 0, class_names: Sequence[str] 
         raise ValueError("Nothing to draw: run a training forward pass with a teacher first.")
     view = distiller.last_step.student
     size, (boxes, _) = view.image_sizes[index], _objects(view, index)
-    rows = [
-        join([blank(1, TILE) if x is None else map_tile(x, size, boxes) for x in row], axis=1)
-        for row in image_maps(distiller, index)
-    ]
     picture = _ground_truth(distiller, index, class_names)
-    head = join([picture, _legend(distiller, index)], axis=1, gap=2 * GAP)
-    panel = join([head, *rows], axis=0)
+    rows = [join([picture, _legend(distiller, index)], axis=1, gap=2 * GAP)]
+    for i, lesson in enumerate(distiller.lessons):
+        if lesson.name:
+            rows.append(text_line(f"Teacher {lesson.name}"))
+        for row in image_maps(distiller, index, i):
+            tiles = [blank(1, TILE) if x is None else map_tile(x, size, boxes) for x in row]
+            rows.append(join(tiles, axis=1))
+    panel = join(rows, axis=0)
     return cv2.copyMakeBorder(panel, *[GAP] * 4, cv2.BORDER_CONSTANT, value=(255,) * 3)
 
 

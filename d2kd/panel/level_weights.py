@@ -81,20 +81,24 @@ class LevelWeights:
 
 def level_tables(distiller: Distiller) -> Dict[str, LevelWeights]:
     """An empty table for each head that weights the student's levels: has `latest_weights`."""
-    detectors = {"student": distiller.student, "teacher": distiller.teacher.model}
-    student, teacher = (find_view(x, role)(x) for role, x in detectors.items())
-    return {
-        name: LevelWeights(rows_of(teacher), {k: student.strides[k] for k in head.student_levels})
-        for name, head in distiller.heads.items()
-        if hasattr(head, "latest_weights")
-    }
+    student = find_view(distiller.student, "student")(distiller.student)
+    tables = {}
+    for lesson in distiller.lessons:
+        teacher = lesson.teacher_view(lesson.teacher.model)
+        for name in lesson.heads:
+            head = distiller.heads[name]
+            if hasattr(head, "latest_weights"):
+                strides = {k: student.strides[k] for k in head.student_levels}
+                tables[name] = LevelWeights(rows_of(teacher), strides)
+    return tables
 
 
 def add_level_weights(tables: Mapping[str, LevelWeights], distiller: Distiller) -> None:
     """Add the regions of the latest batch, after a training forward pass, to the heads' tables."""
-    for name, table in tables.items():
-        weights, boxes = distiller.heads[name].latest_weights
-        table.add(weights, assigned_rows(distiller.last_step.teacher, boxes))
+    for lesson, teacher in zip(distiller.lessons, distiller.last_step.teachers):
+        for name in (x for x in lesson.heads if x in tables):
+            weights, boxes = distiller.heads[name].latest_weights
+            tables[name].add(weights, assigned_rows(teacher, boxes))
 
 
 def rows_of(teacher: DetectorView) -> List[Row]:

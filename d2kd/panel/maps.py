@@ -34,21 +34,23 @@ class Map(NamedTuple):
 Row = List[Optional[Map]]  # one map per level pair, or None
 
 
-def image_maps(distiller: Distiller, index: int) -> List[Row]:
+def image_maps(distiller: Distiller, index: int, lesson: int = 0) -> List[Row]:
     """
     Args:
         distiller: with a latest batch
         index: index of the image in the batch
+        lesson: index of the teacher
 
     Returns:
-        a row each for the teacher's attention, the maps recorded by the heads, and the energies of
+        a row each for the teacher's attention, the maps recorded by its heads, and the energies of
         teacher and student
     """
-    student, teacher = distiller.last_step.student, distiller.last_step.teacher
-    pairs = _level_pairs(distiller)
+    step, heads = distiller.last_step, distiller.lessons[lesson].heads
+    student, teacher = step.student, step.teachers[lesson]
+    pairs = _level_pairs(distiller, lesson)
     rows: List[Row] = [[_attention(teacher, p.teacher, index) for p in pairs]]
-    for head, maps in distiller.last_step.maps.items():
-        for name, levels in maps.items():
+    for head in (x for x in heads if x in step.maps):
+        for name, levels in step.maps[head].items():
             title, row = f"{head} {name}", [levels.get(p.student) for p in pairs]
             rows.append(
                 [_head_map(student, teacher, p, x, title, index) for p, x in zip(pairs, row)]
@@ -58,12 +60,14 @@ def image_maps(distiller: Distiller, index: int) -> List[Row]:
     return [row for row in rows if any(row)]
 
 
-def _level_pairs(distiller: Distiller) -> List[LevelPair]:
+def _level_pairs(distiller: Distiller, lesson: int) -> List[LevelPair]:
     """The level pairs of the heads, finest first; if none has any, pairs of equal stride."""
-    levels = [p for head in distiller.heads.values() for p in getattr(head, "levels", ())]
+    taught = distiller.lessons[lesson]
+    heads = (distiller.heads[name] for name in taught.heads)
+    levels = [p for head in heads for p in getattr(head, "levels", ())]
     pairs = dict.fromkeys(p for p in levels if isinstance(p, LevelPair))
     if not pairs:
-        detectors = distiller.student, distiller.teacher.model
+        detectors = distiller.student, taught.teacher.model
         return list(pair_levels(*(x.backbone.output_shape() for x in detectors)))
     return sorted(pairs, key=lambda p: (p.student_stride, p.teacher_stride))
 

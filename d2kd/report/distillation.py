@@ -19,15 +19,16 @@ def teacher(run: Run) -> Part:
     if not run.distils:
         return ALONE
     checks = {x["weights_sha256"]: x for x in run.facts_of("teacher_ap")}
-    blocks, stages = [], run.stages()
-    for stage in stages:
-        name = f"{stage['stage']}, heads {', '.join(stage['heads'])}"
+    blocks, lessons = [], run.lessons()
+    for lesson in lessons:
+        what = "teacher" if lesson.get("teacher") else "stage"
+        name = f"{lesson[what]}, heads {', '.join(lesson['heads'])}"
         rows = [
-            *([["stage", name]] if len(stages) > 1 else []),
-            ["config", stage["config_file"]],
-            ["weights", stage["weights"] or "of the model zoo"],
-            ["sha256", stage["weights_sha256"] or "random weights"],
-            ["AP", _teacher_ap(checks.get(stage["weights_sha256"], {}))],
+            *([[what, name]] if len(lessons) > 1 else []),
+            ["config", lesson["config_file"]],
+            ["weights", lesson["weights"] or "of the model zoo"],
+            ["sha256", lesson["weights_sha256"] or "random weights"],
+            ["AP", _teacher_ap(checks.get(lesson["weights_sha256"], {}))],
         ]
         blocks.append(Facts(rows))
     return Section("Teacher", blocks) if blocks else NOT_BUILT
@@ -37,15 +38,15 @@ def levels(run: Run) -> Part:
     if not run.distils:
         return ALONE
     blocks: List[Any] = []
-    for stage in run.stages():
+    for lesson in run.lessons():
         rows = [
             [x[f"{side}{what}"] for side in SIDES for what in ("", "_stride", "_channels")]
-            for x in stage["levels"]
+            for x in lesson["levels"]
         ]
         blocks += [
             Table(LEVEL_HEADERS, rows, numbers=[1, 2, 4, 5]),
-            Text(f"Classes, student's <- teacher's:\n{stage['classes']}"),
-            Table(MODULE_HEADERS, stage["modules"], numbers=[2]),
+            Text(f"Classes, student's <- teacher's:\n{lesson['classes']}"),
+            Table(MODULE_HEADERS, lesson["modules"], numbers=[2]),
         ]
     return Section("What learns from what", blocks) if blocks else NOT_BUILT
 

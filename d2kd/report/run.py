@@ -47,7 +47,7 @@ class Run:
     def facts_of(self, kind: str) -> List[Dict[str, Any]]:
         return [x for x in self.facts if x["kind"] == kind]
 
-    def stages(self) -> List[Dict[str, Any]]:
-        """What was built, of each stage the latest."""
-        found = {x["stage"]: x for x in self.facts_of("distillation")}
+    def lessons(self) -> List[Dict[str, Any]]:
+        """What was built, of each stage and each of its teachers the latest."""
+        found = {(x["stage"], x.get("teacher", "")): x for x in self.facts_of("distillation")}
         return [found[i] for i in sorted(found)]

@@ -1,7 +1,7 @@
 """A view whose class logits are those of the classes that student and teacher share."""
 
 from dataclasses import replace
-from typing import List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ class CommonClassesView(WrappedView):
         return self._merge.num_classes
 
     def dense(self) -> DensePredictions:
-        return self._view._once("common dense", lambda: self._merged(self._view.dense()))
+        return self._once("dense", lambda: self._merged(self._view.dense()))
 
     def predict_from(self, depth: int, towers: Towers) -> DensePredictions:
         return self._merged(self._view.predict_from(depth, towers))
@@ -121,13 +121,12 @@ class CommonClassesView(WrappedView):
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
         answer = self._view.roi_predictions(boxes)
         if boxes is None:
-            return self._view._once("common roi_predictions", lambda: self._merged_rois(answer))
-        return self._view._of_boxes(
-            "common roi_predictions", boxes, lambda: self._merged_rois(answer)
-        )
+            return self._once("roi_predictions", lambda: self._merged_rois(answer))
+        question = "common roi_predictions", self._merge
+        return self._view._of_boxes(question, boxes, lambda: self._merged_rois(answer))
 
     def anchor_labels(self) -> AnchorLabels:
-        return self._view._once("common anchor_labels", self._anchor_labels)
+        return self._once("anchor_labels", self._anchor_labels)
 
     @property
     def sampled_proposals(self) -> List[Instances]:
@@ -136,6 +135,10 @@ class CommonClassesView(WrappedView):
     @property
     def gt_instances(self) -> List[Instances]:
         return self._relabelled("gt_instances")
+
+    def _once(self, question: str, compute: Callable[[], Any]) -> Any:
+        """A student's view may be in common classes with several teachers."""
+        return self._view._once((f"common {question}", self._merge), compute)
 
     def _merged(self, dense: DensePredictions) -> DensePredictions:
         if self._view.two_stage:  # an RPN has no classes
@@ -157,7 +160,7 @@ class CommonClassesView(WrappedView):
         return replace(labels, maps=maps, num_classes=self._merge.num_classes)
 
     def _relabelled(self, name: str) -> List[Instances]:
-        return self._view._once(f"common {name}", lambda: self._relabel(getattr(self._view, name)))
+        return self._once(name, lambda: self._relabel(getattr(self._view, name)))
 
     def _relabel(self, instances: List[Instances]) -> List[Instances]:
         labels = [self._merge_labels.labels(x.gt_classes) for x in instances]

@@ -132,7 +132,7 @@ class Recording:
             self._answers[question] = compute()
         return self._answers[question]
 
-    def _of_boxes(self, name: str, boxes: List[Boxes], compute: Callable[[], Any]) -> Any:
+    def _of_boxes(self, name: Hashable, boxes: List[Boxes], compute: Callable[[], Any]) -> Any:
         """_once for these very boxes, which are kept so that no other list can get their id."""
         return self._once((name, id(boxes)), lambda: (boxes, compute()))[1]
 

@@ -100,7 +100,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> List[str]:
     """The weights of the teachers that a run evaluates, one after the other."""
     weights: List[str] = []
     monkeypatch.setattr(
-        "d2kd.engine.run.check_teacher", lambda cfg, *_: weights.append(cfg.DISTILL.TEACHER.WEIGHTS)
+        "d2kd.engine.preflight.teacher_check.check_teacher",
+        lambda cfg, *_: weights.append(cfg.DISTILL.TEACHER.WEIGHTS),
     )
     return weights
 
@@ -190,7 +191,7 @@ def test_stages_from_the_command_line_are_those_of_a_yaml(staged: CfgNode) -> No
 MISTAKES = [
     ({"ITERATIONS": 2}, r"DISTILL.STAGES: ITERATIONS \[3, 2\] add up to 5, .* is 6"),
     ({"ITERATIONS": 0}, r"STAGES\[1\]: ITERATIONS must be 1 or more, got 0"),
-    ({"ITERATIONS": None}, r"STAGES\[1\]: The stage: ITERATIONS is None"),
+    ({"ITERATIONS": None}, r"STAGES\[1\]: The entry: ITERATIONS is None"),
     ({"ITERATIONS": 3.0}, r"STAGES\[1\]: .*float.*ITERATIONS"),
     ({"HEAD": ["PKD"]}, r"STAGES\[1\]: (.|\n)*HEAD \(did you mean HEADS\?\)"),
     ({"HEADS": "PKD"}, r"STAGES\[1\]: .*str.*HEADS"),
@@ -198,7 +199,7 @@ MISTAKES = [
     ({"INHERIT": ["tail"]}, r"STAGES\[1\]: DISTILL.INHERIT has 'tail'"),
     ({"TEACHER": {"WEIGHT": ""}}, r"TEACHER.WEIGHT \(did you mean TEACHER.WEIGHTS\?\)"),
     ({"TEACHER": {"WEIGHTS": "no.pth"}}, r"STAGES\[1\]: DISTILL.TEACHER.WEIGHTS: .*'no.pth'"),
-    ({"TEACHER": None}, r"STAGES\[1\]: The stage: TEACHER must be a mapping"),
+    ({"TEACHER": None}, r"STAGES\[1\]: The entry: TEACHER must be a mapping"),
     ({"OPTS": ["DISTILL.MGDD.LOSS_WEIGHT", 1]}, r"STAGES\[1\]: OPTS (.|\n)*did you mean DISTILL"),
     ({"OPTS": ["SOLVER.IMS_PER_BATCH", 4]}, r"STAGES\[1\]: OPTS has SOLVER.IMS_PER_BATCH"),
     ({"OPTS": ["SOLVER.MAX_ITER", 4]}, r"STAGES\[1\]: OPTS has SOLVER.MAX_ITER"),

@@ -19,6 +19,7 @@ from d2kd.distiller import Distiller
 from d2kd.heads.build import build_head
 from d2kd.heads.fit import requires_of
 from d2kd.heads.registry import head_class
+from d2kd.lesson import Lesson
 from d2kd.schedule import WeightSchedule
 from tests.helpers.device_steps import EVERY_CASE
 from tests.helpers.pretended_cuda import PretendedCuda
@@ -120,15 +121,13 @@ def distiller_with(names: List[str], pair: Pair) -> Distiller:
         _ON_GPU[pair] = case.fresh(own_teacher=True).to("cuda")
     detectors = _ON_GPU[pair]
     requires = [requires_of(head_class(x), cfg, detectors.pair) for x in names]
+    lesson = Lesson(detectors.teacher, names, frozenset().union(*requires), detectors.pair)
     return Distiller(
         student=detectors.student,
-        teacher=detectors.teacher,
+        lessons=[lesson],
         heads=heads,
         schedules={x: WeightSchedule.from_config(x, cfg) for x in names},
         image_format=detectors.image_format,
-        inherit_parts=[],
-        requires=frozenset().union(*requires),
-        pair=detectors.pair,
     ).to("cuda")
 
 

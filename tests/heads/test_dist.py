@@ -13,8 +13,8 @@ import detectron2.modeling
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from d2kd.distiller import describe_pair
 from d2kd.heads import DISTHead, build_head
+from d2kd.lesson import describe_pair
 from tests.helpers.logit_references import (
     CellView,
     dist,

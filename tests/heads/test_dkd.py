@@ -14,8 +14,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import pairwise_iou
 from detectron2.utils.events import EventStorage
 
-from d2kd.distiller import describe_pair
 from d2kd.heads import DKDHead, build_head
+from d2kd.lesson import describe_pair
 from tests.helpers.logit_references import dkd, refusal_of, region_views
 from tests.helpers.toys import batch, distill_config, noise, write_teacher
 

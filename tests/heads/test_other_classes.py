@@ -183,7 +183,7 @@ def alike(teacher_of: Callable[..., List[Any]]) -> Callable[[str], Dict[str, Ste
     @lru_cache(maxsize=None)
     def steps(family: str) -> Dict[str, Step]:
         distiller = build(family, teacher_of(family, *SHAPES))
-        assert distiller.pair.same_classes and not distiller.merges
+        assert distiller.pair.same_classes and not distiller.lessons[0].merges
         return step(distiller, inputs_of())
 
     return steps
@@ -195,7 +195,7 @@ def test_order_of_the_teacher_s_classes_does_not_matter(
 ) -> None:
     order = ["star", "disc", "cross", "ring", "square", "triangle"]
     distiller = build(family, teacher_of(family, *order))
-    assert not distiller.pair.same_classes and len(distiller.merges) == 2
+    assert not distiller.pair.same_classes and len(distiller.lessons[0].merges) == 2
     assert_same_steps(step(distiller, inputs_of()), alike(family), family)
 
 
@@ -458,7 +458,7 @@ def test_nothing_in_common_refuses_these_heads_and_names_those_that_fit(
     opts = teacher_of(family, "dog", "cat")
     values = {"DISTILL__TEACHER__ALLOW_OTHER_CLASSES": True}
     distiller = build(family, opts, ["PKD"], **values)
-    assert not distiller.merges and forward(distiller, inputs_of())["loss_pkd"] > 0
+    assert not distiller.lessons[0].merges and forward(distiller, inputs_of())["loss_pkd"] > 0
     cfg = distill_config(family, opts, ["PKD"], **{**VALUES, **values})
     for head in HEADS[family]:
         text = refusal_of(head, cfg, distiller.pair)
@@ -515,5 +515,5 @@ def test_map_is_in_no_checkpoint_and_moves_with_the_distiller(
 ) -> None:
     distiller = build("retinanet", teacher_of("retinanet", *COMMON), ["DIST"])
     assert not any("merges" in k for k in distiller.state_dict())
-    assert len(list(distiller.merges.buffers())) == 8
-    assert all(x.device.type == "meta" for x in distiller.to("meta").merges.buffers())
+    assert len(list(distiller.lessons[0].merges.buffers())) == 8
+    assert all(x.device.type == "meta" for x in distiller.to("meta").lessons[0].merges.buffers())

@@ -10,11 +10,11 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
-from d2kd.distiller import describe_pair
 from d2kd.heads import DetectorInfo, DistillPair, build_head, head_class
 from d2kd.heads.build import fitting
 from d2kd.heads.fit import misfit
 from d2kd.heads.registry import head_names
+from d2kd.lesson import describe_pair
 from d2kd.pairing.levels import pair_levels
 from d2kd.pairing.pair import ANY_PAIR, DENSE, SAME_KIND, TWO_STAGE
 from tests.helpers.logit_references import refusal_of

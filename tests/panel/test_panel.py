@@ -129,9 +129,10 @@ def test_heads_that_do_not_say_their_levels_see_those_of_equal_stride(teacher: L
 def test_a_map_of_a_coarser_grid_covers_the_same_image(teacher: List[Any]) -> None:
     distiller = step(build(teacher), batch())
     maps = {"pooled": {"p3": torch.ones(2, 1, 4, 4)}, "nowhere": {}}
-    distiller.last_step.maps = {"Own": maps}
+    (name,) = distiller.heads
+    distiller.last_step.maps = {name: maps}
     rows = image_maps(distiller, 0)
-    assert titles(rows)[1] == ["p3 Own pooled"] and len(rows) == 4
+    assert titles(rows)[1] == [f"p3 {name} pooled"] and len(rows) == 4
     assert rows[1][0].cell == 16 and rows[1][1:] == [None] * 4
     draw_panel(distiller)
 

@@ -29,7 +29,8 @@ OPTIONS = {
 
 def with_teacher(case: Case, options: TeacherOptions) -> Distiller:
     distiller = case.fresh()
-    object.__setattr__(distiller, "teacher", with_options(distiller.teacher, options))
+    lesson = distiller.lessons[0]
+    object.__setattr__(lesson, "teacher", with_options(lesson.teacher, options))
     return distiller
 
 

@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView, Distiller
+from d2kd.lesson import Lesson
 
 
 @pytest.fixture
@@ -44,11 +45,10 @@ def test_costs_of_a_head_on_what_detectors_recorded(
     whole = build_model(cfg).train()
     distiller = Distiller(
         student=whole.student,
-        teacher=whole.teacher,
+        lessons=[Lesson(whole.teacher, ["TOY"])],
         heads={"TOY": ToyHead()},
         schedules={"TOY": lambda iteration: 1.0},
         image_format=whole.image_format,
-        inherit_parts=[],
     )
     with EventStorage():
         batch = parts.random_batch(whole.student, args)

@@ -76,12 +76,12 @@ def test_order_in_which_a_teacher_lists_its_anchors_does_not_matter(
     for layer in ("head.cls_score", "head.bbox_pred"):
         rewrite_rows(reversed_, layer, reverse_anchors)
     distiller = build(reversed_, LOGITS_HEADS)
-    assert set(distiller.anchor_orders) == {f"p{i}" for i in range(3, 8)}
-    assert set(distiller.anchor_orders.values()) == {(2, 1, 0)}
+    assert set(distiller.lessons[0].anchor_orders) == {f"p{i}" for i in range(3, 8)}
+    assert set(distiller.lessons[0].anchor_orders.values()) == {(2, 1, 0)}
     assert terms(distiller) == pytest.approx(expected, rel=1e-4)
     # Taken in their own order, all losses would be others; but for CrossKD, which compares the
     # teacher's head with itself, and only in what it counts has anchors of the student's.
-    distiller.anchor_orders = {}
+    distiller.lessons[0].anchor_orders = {}
     for key, value in terms(distiller).items():
         assert "crosskd" in key or value != pytest.approx(expected[key], rel=5e-4), key
 

@@ -75,7 +75,8 @@ def explain(
         lines += _bad_levels(key, step.losses.get(key, {}) if step else {})
     if step:
         lines += _bad_features("student", step.student.features)
-        lines += _bad_features("teacher", step.teacher.features)
+        for teacher in step.teachers:
+            lines += _bad_features("teacher", teacher.features)
     lines.append("  images of the batch: " + ", ".join(images))
     if losses:
         lines.append(f"  all losses: { {k: round(v, 4) for k, v in losses.items()} }")

@@ -46,20 +46,19 @@ class Liveness(HookBase):
         node = cfg.DISTILL.LIVENESS
         self.distiller, self.output_dir = distiller, cfg.OUTPUT_DIR
         self.period, self.wanted_share = node.PERIOD, node.WANTED_SHARE
-        self.loss_weights = {name: cfg.DISTILL[name].LOSS_WEIGHT for name in distiller.heads}
         self.parameters = HeadParameters(distiller.heads, optimizer)
         self.checks = {
             name: HeadCheck(name, head, self.parameters, node.FIRST_STEPS)
             for name, head in distiller.heads.items()
         }
         self.were_on: Set[str] = set()  # heads, in any step so far
-        self.teacher = ""  # its fingerprint before the first step
+        self.teachers: List[str] = []  # their fingerprints before the first step
         self.found: Optional[LossGradients] = None  # in the latest monitored step
         self.scale, self.seconds = 1.0, 0.0  # of that step: mixed precision's, and time it took
         self.handle: Any = None
 
     def before_train(self) -> None:
-        self.teacher = fingerprint(self.distiller.teacher.model)
+        self.teachers = self._fingerprints()
         if comm.is_main_process():
             self.parameters.snapshot()
 
@@ -90,9 +89,12 @@ class Liveness(HookBase):
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
         checks = [self.checks[name] for name in self.found.heads]
         due = [x for x in checks if not x.is_done]
-        # The main process decides for all: they must go on to measure together.
-        if due and not comm.all_gather(self._is_informative())[0]:
-            return
+        if due:
+            # The main process decides for all: they must go on to measure together.
+            informative = comm.all_gather([x.name for x in due if self._is_informative(x.name)])[0]
+            if not informative:
+                return
+            due = [x for x in due if x.name in informative]
         is_main = comm.is_main_process()
         for check in due:
             check.add(self.found, is_main)
@@ -109,20 +111,20 @@ class Liveness(HookBase):
 
     def _log_table(self, title: str) -> None:
         if comm.is_main_process():
-            hint = suggest(self.found, self.loss_weights, self.wanted_share)
+            weights = {name: x.weight for name, x in self.distiller.schedules.items()}
+            hint = suggest(self.found, weights, self.wanted_share)
             took = f"measured in {self.seconds:.2f} s"
             logger.info(f"{title} ({took}):\n{describe(self.found)}\n{hint}")
             facts = {"iteration": self.trainer.iter, "hint": hint, **asdict(self.found)}
             write_fact(self.output_dir, "gradients", **facts)
 
-    def _is_informative(self) -> bool:
+    def _is_informative(self, head: str) -> bool:
         """False without objects, where losses are 0, and where mixed precision skips the step."""
         skipped = loss_scale(self.trainer._trainer) < self.scale
-        return has_boxes(self.distiller) and not skipped
+        return has_boxes(self.distiller, head) and not skipped
 
     def _warn_inactive(self, checks: List[HeadCheck]) -> None:
-        if not (checks and has_boxes(self.distiller)):
-            return
+        checks = [x for x in checks if has_boxes(self.distiller, x.name)]
         inactive = [x for check in checks for x in check.inactive(self.found)]
         if inactive:
             logger.warning(
@@ -135,11 +137,16 @@ class Liveness(HookBase):
         Raises:
             RuntimeError: it is no longer frozen
         """
-        teacher = self.distiller.teacher.model
-        if any(x.training for x in teacher.modules()):
-            raise RuntimeError("The teacher is in training mode. Look for code that calls train().")
-        if any(x.requires_grad for x in teacher.parameters()):
-            raise RuntimeError("The teacher's parameters require gradients: it must be frozen.")
+        for teacher in (x.teacher.model for x in self.distiller.lessons):
+            if any(x.training for x in teacher.modules()):
+                raise RuntimeError(
+                    "The teacher is in training mode. Look for code that calls train()."
+                )
+            if any(x.requires_grad for x in teacher.parameters()):
+                raise RuntimeError("The teacher's parameters require gradients: it must be frozen.")
+
+    def _fingerprints(self) -> List[str]:
+        return [fingerprint(x.teacher.model) for x in self.distiller.lessons]
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
@@ -150,7 +157,7 @@ class Liveness(HookBase):
                 f"The run had fewer than {self.checks[unchecked[0]].steps} steps with objects in "
                 f"which {', '.join(unchecked)} was on: whether it works was not checked."
             )
-        if fingerprint(self.distiller.teacher.model) != self.teacher:
+        if self._fingerprints() != self.teachers:
             raise RuntimeError(
                 "The teacher's parameters or buffers changed during training: the student did not "
                 "learn from the teacher that DISTILL.TEACHER names. Look for code of your own that "
@@ -158,16 +165,14 @@ class Liveness(HookBase):
             )
 
 
-def has_boxes(distiller: Distiller) -> bool:
-    """Whether any image of the batch has an object of a class that the teacher has too."""
+def has_boxes(distiller: Distiller, head: str) -> bool:
+    """Whether any image of the batch has an object of a class that the head's teacher has too."""
     student = distiller.last_step.student
     if any("instances" not in x for x in student.batched_inputs):
         return True  # without labels, nobody knows better
     classes = torch.cat([x.gt_classes for x in student.gt_instances])
-    if distiller.merges:
-        merge = distiller.merges[0]
-        classes = classes[merge.labels(classes) < merge.num_classes]
-    return len(classes) > 0
+    lesson = next(x for x in distiller.lessons if head in x.heads)
+    return len(lesson.of_its_classes(classes)) > 0
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -183,7 +188,6 @@ def liveness_hooks(
     model: nn.Module, optimizer: torch.optim.Optimizer, cfg: CfgNode
 ) -> List[HookBase]:
     """The :class:`Liveness` of a run; [] for a student alone, or where it is disabled."""
-    distils = getattr(model, "teacher", None) is not None
-    if not (distils and cfg.DISTILL.LIVENESS.ENABLED):
+    if not (getattr(model, "lessons", ()) and cfg.DISTILL.LIVENESS.ENABLED):
         return []
     return [Liveness(model, optimizer, cfg)]

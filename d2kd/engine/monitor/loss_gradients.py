@@ -122,7 +122,9 @@ def suggest(found: LossGradients, loss_weights: Mapping[str, float], share: floa
     for name, keys in found.heads.items():
         norm = sum(found.losses[key].norm for key in keys)
         weight = loss_weights[name] * wanted / norm if norm else math.nan
-        words.append(f"DISTILL.{name}.LOSS_WEIGHT {weight:.3g} (now {loss_weights[name]:g})")
+        teacher, _, head = name.rpartition("/")
+        of = f" of {teacher}" if teacher else ""
+        words.append(f"DISTILL.{head}.LOSS_WEIGHT{of} {weight:.3g} (now {loss_weights[name]:g})")
     weights = f"For a share of {share:g} in a step like this one: {', '.join(words)}."
     return "\n".join([weights, *_misled(found)])
 

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ...config import student_config
+from ...config.lessons import lesson_configs
 from ...data.unlabelled import batch_sizes, unlabelled_sets
 from ...heads import head_class
 from ...inherit import PARTS
@@ -56,6 +57,9 @@ def check_config(cfg: CfgNode, evaluation: bool = False) -> List[Stage]:
     for stage in stages if distils(cfg) else ():
         with stage.in_errors():
             _check_distillation(stage.cfg)
+            for lesson in lesson_configs(stage.cfg):
+                with lesson.in_errors():
+                    _check_lesson(lesson.cfg)
     check_trainable(student_config(cfg))
     return stages
 
@@ -101,6 +105,12 @@ def _check_meta_architecture(key: str, name: str) -> None:
 
 
 def _check_distillation(cfg: CfgNode) -> None:
+    batch_sizes(cfg)
+    unlabelled_sets(cfg)
+    _check_liveness(cfg.DISTILL.LIVENESS)
+
+
+def _check_lesson(cfg: CfgNode) -> None:
     if not cfg.DISTILL.HEADS:
         raise ValueError(
             "DISTILL.HEADS is empty: nothing would be distilled. Name a head, or set "
@@ -117,10 +127,7 @@ def _check_distillation(cfg: CfgNode) -> None:
     check_range("DISTILL.TEACHER.EVAL_IMAGES", cfg.DISTILL.TEACHER.EVAL_IMAGES, 0, math.inf)
     check_range("DISTILL.TEACHER.MIN_AP", cfg.DISTILL.TEACHER.MIN_AP, 0, 100, "percent")
     TeacherOptions.from_config(cfg)
-    batch_sizes(cfg)
-    unlabelled_sets(cfg)
     check_strides(cfg.DISTILL.TEACHER.BACKBONE_STRIDES)
-    _check_liveness(cfg.DISTILL.LIVENESS)
     resolve_teacher(cfg)
 
 

@@ -8,7 +8,9 @@ from torch import nn
 
 from detectron2.config import CfgNode
 
+from ...config.lessons import lesson_configs
 from ...distiller import Distiller
+from ...lesson import Lesson
 from ...pairing.levels import describe_plan
 from ...pairing.pair import DistillPair
 from ...teacher.square_pad import square_pad
@@ -18,31 +20,44 @@ MODULE_HEADERS = ("", "class", "parameters", "of which")
 
 def summary(distiller: Distiller) -> str:
     """Modules with their sizes, which level learns from which, which class is which."""
-    pair = distiller.pair
-    plan = describe_plan(pair.levels, pair.student.shapes, pair.teacher.shapes)
+    teachers = ", ".join(x.pair.teacher.name for x in distiller.lessons)
+    student = distiller.pair.student.name
+    plans = "\n\n".join(map(_plan, distiller.lessons))
+    return f"Distilling {teachers} -> {student}\n\n{_modules(distiller)}\n\n{plans}"
+
+
+def summary_facts(cfg: CfgNode, distiller: Distiller) -> List[Dict[str, Any]]:
+    """The same as plain values, and where each teacher is from, for the run's facts."""
+    facts = []
+    for lesson, own in zip(distiller.lessons, lesson_configs(cfg)):
+        pair, node = lesson.pair, own.cfg.DISTILL
+        facts.append(
+            {
+                "teacher": lesson.name,
+                "heads": list(node.HEADS),
+                "config_file": node.TEACHER.CONFIG_FILE or node.TEACHER.BACKBONE,
+                "weights": node.TEACHER.WEIGHTS,
+                "weights_sha256": lesson.teacher.manifest["weights_sha256"],
+                "modules": _module_rows(distiller),
+                "levels": [asdict(x) for x in pair.levels],
+                "classes": str(pair.classes or _unnamed_classes(pair)),
+            }
+        )
+    return facts
+
+
+def _plan(lesson: Lesson) -> str:
+    pair = lesson.pair
+    levels = describe_plan(pair.levels, pair.student.shapes, pair.teacher.shapes)
+    of = f" of {lesson.name}" if lesson.name else ""
     return (
-        f"Distilling {pair.teacher.name} -> {pair.student.name}\n\n"
-        f"{_modules(distiller)}\n\nLevels, student's <- teacher's:\n{plan}\n{_padding(distiller)}\n"
-        f"Classes, student's <- teacher's:\n{pair.classes or _unnamed_classes(pair)}"
+        f"Levels, student's <- teacher's{of}:\n{levels}\n{_padding(lesson)}\n"
+        f"Classes, student's <- teacher's{of}:\n{pair.classes or _unnamed_classes(pair)}"
     )
 
 
-def summary_facts(cfg: CfgNode, distiller: Distiller) -> Dict[str, Any]:
-    """The same as plain values, and where the teacher is from, for the run's facts."""
-    pair, node = distiller.pair, cfg.DISTILL
-    return {
-        "heads": list(node.HEADS),
-        "config_file": node.TEACHER.CONFIG_FILE or node.TEACHER.BACKBONE,
-        "weights": node.TEACHER.WEIGHTS,
-        "weights_sha256": distiller.teacher.manifest["weights_sha256"],
-        "modules": _module_rows(distiller),
-        "levels": [asdict(x) for x in pair.levels],
-        "classes": str(pair.classes or _unnamed_classes(pair)),
-    }
-
-
-def _padding(distiller: Distiller) -> str:
-    side = square_pad(distiller.teacher.model)
+def _padding(lesson: Lesson) -> str:
+    side = square_pad(lesson.teacher.model)
     if not side:
         return ""
     return (
@@ -67,10 +82,10 @@ def _modules(distiller: Distiller) -> str:
 
 
 def _module_rows(distiller: Distiller) -> List[List[str]]:
-    modules = {
-        "student": (distiller.student, "the product"),
-        "teacher": (distiller.teacher.model, "frozen, in no checkpoint"),
-    }
+    modules = {"student": (distiller.student, "the product")}
+    for lesson in distiller.lessons:
+        key = f"teacher {lesson.name}".strip()
+        modules[key] = lesson.teacher.model, "frozen, in no checkpoint"
     for name, head in distiller.heads.items():
         trained = {k: x for k, x in head.named_children() if any(True for _ in x.parameters())}
         parts = ", ".join(f"{k} {_size(x)}" for k, x in trained.items())

@@ -1,4 +1,4 @@
-"""What the heads of a run read of its teacher."""
+"""What heads read of their teacher."""
 
 from typing import Any, Dict, List, Optional
 
@@ -8,29 +8,34 @@ from torch import Tensor
 from detectron2.structures import Boxes
 
 from ...distiller import Distiller
+from ...lesson import Lesson
 from ...teacher import Teacher
 
 
 @torch.no_grad()
 def teacher_answers(
-    distiller: Distiller, inputs: List[Dict[str, Any]], teacher: Optional[Teacher] = None
+    distiller: Distiller,
+    lesson: Lesson,
+    inputs: List[Dict[str, Any]],
+    teacher: Optional[Teacher] = None,
 ) -> Dict[str, Tensor]:
     """
     Args:
+        lesson: of the distiller
         inputs: a batch as of the data loader
-        teacher: the same detector with other options; None: the distiller's
+        teacher: the same detector with other options; None: the lesson's
 
     Returns:
         the features of each level that heads read, of all where no head says which; the logits and
         deltas of each level, and those of a box that is the image, where heads require them
     """
-    view = distiller.view_of_teacher(inputs, teacher)
-    answers = {k: view.features[k] for k in distiller.read_levels or view.features}
-    if any(x == "dense" or x.startswith("tower_") for x in distiller.requires):
+    view = distiller.view_of_teacher(inputs, lesson, teacher)
+    answers = {k: view.features[k] for k in distiller.read_levels(lesson) or view.features}
+    if any(x == "dense" or x.startswith("tower_") for x in lesson.requires):
         dense = view.dense()
         answers.update({f"{k} logits": x for k, x in dense.by_level(dense.logits).items()})
         answers.update({f"{k} deltas": x for k, x in dense.by_level(dense.deltas).items()})
-    if view.two_stage and distiller.requires & {"roi_predictions", "region_vectors"}:
+    if view.two_stage and lesson.requires & {"roi_predictions", "region_vectors"}:
         device = distiller.device
         boxes = [torch.tensor([[0.0, 0.0, w, h]], device=device) for h, w in view.image_sizes]
         predictions = view.roi_predictions([Boxes(x) for x in boxes])

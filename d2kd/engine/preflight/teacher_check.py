@@ -11,7 +11,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 from detectron2.utils import comm
 
+from ...config.lessons import lesson_configs
 from ...data.mapper import CheckedMapper
+from ...distiller import Distiller
 from ...modeling.backbone_teacher import BackboneTeacher
 from ...pairing.classes import CommonClasses
 from ...pairing.pair import DistillPair
@@ -21,6 +23,13 @@ from ..evaluator import CompleteCOCOEvaluator
 from ..facts import write_fact
 
 logger = logging.getLogger(__name__)
+
+
+def check_teachers(cfg: CfgNode, distiller: Distiller) -> None:
+    """:func:`check_teacher` for each of a run."""
+    for lesson, own in zip(distiller.lessons, lesson_configs(cfg)):
+        with own.in_errors():
+            check_teacher(own.cfg, lesson.teacher, lesson.pair)
 
 
 def check_teacher(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = None) -> None:

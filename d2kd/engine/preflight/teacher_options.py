@@ -11,8 +11,10 @@ from torch import Tensor
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
+from ...config.lessons import lesson_configs
 from ...data.mapper import CheckedMapper
 from ...distiller import Distiller
+from ...lesson import Lesson
 from ...teacher import Teacher, TeacherOptions
 from ...teacher.speed_up import speed_up
 from .teacher_answers import teacher_answers
@@ -38,23 +40,28 @@ class Difference(NamedTuple):
 
 def apply_options(cfg: CfgNode, distiller: Distiller) -> None:
     """
-    Apply the options of the teacher one after the other, each compared with the plain teacher in
+    Apply the options of each teacher one after the other, each compared with the plain teacher in
     float32 on images of the first training set. Without options nothing is done.
 
     Raises:
-        ValueError: with an option the teacher does not run, or says something else
+        ValueError: with an option a teacher does not run, or says something else
     """
-    teacher = distiller.teacher
-    if not teacher.options.steps:
-        return
+    for lesson, own in zip(distiller.lessons, lesson_configs(cfg)):
+        if lesson.teacher.options.steps:
+            with own.in_errors():
+                _apply_options(cfg, distiller, lesson)
+
+
+def _apply_options(cfg: CfgNode, distiller: Distiller, lesson: Lesson) -> None:
+    teacher = lesson.teacher
     mapper, name = CheckedMapper(cfg, is_train=False), cfg.DATASETS.TRAIN[0]
     images = evenly_spaced(DatasetCatalog.get(name), NUM_IMAGES)
     batches = [[mapper(x)] for x in images]
-    plain = _answers(distiller, batches)
+    plain = _answers(distiller, lesson, batches)
     for option in teacher.options.steps:
         with _in_errors(teacher.options, option):
             speed_up(teacher, option)
-            found = _compare(plain, _answers(distiller, batches))
+            found = _compare(plain, _answers(distiller, lesson, batches))
         _refuse_other(teacher, option, found)
     if teacher.compiled and not teacher.compiled.graphs:
         logger.warning("DISTILL.TEACHER.COMPILE: PyTorch compiled nothing of the teacher.")
@@ -67,9 +74,10 @@ def apply_options(cfg: CfgNode, distiller: Distiller) -> None:
     )
 
 
-def _answers(distiller: Distiller, batches: List[List[Dict[str, Any]]]) -> Answers:
+def _answers(distiller: Distiller, lesson: Lesson, batches: List[List[Dict[str, Any]]]) -> Answers:
     """On the CPU: the GPU needs its memory for the training."""
-    return [{k: x.cpu() for k, x in teacher_answers(distiller, b).items()} for b in batches]
+    answers = (teacher_answers(distiller, lesson, batch) for batch in batches)
+    return [{k: x.cpu() for k, x in found.items()} for found in answers]
 
 
 def _compare(plain: Answers, found: Answers) -> Dict[str, Difference]:

@@ -11,6 +11,7 @@ import torch
 from tabulate import tabulate
 
 from ...distiller import Distiller
+from ...lesson import Lesson
 from ...teacher import Teacher, TeacherOptions
 from ...teacher.speed_up import with_options
 from .teacher_answers import teacher_answers
@@ -34,6 +35,7 @@ def plain_copy(teacher: Teacher) -> Teacher:
 
 def teacher_savings(
     distiller: Distiller,
+    lesson: Lesson,
     plain: Teacher,
     inputs: List[Dict[str, Any]],
     step_seconds: float,
@@ -41,7 +43,8 @@ def teacher_savings(
 ) -> str:
     """
     Args:
-        plain: from :func:`plain_copy`
+        lesson: of the distiller
+        plain: its teacher from :func:`plain_copy`
         inputs: a batch as of the data loader
         step_seconds: of a training step on such a batch
         amp: whether the student trains in mixed precision
@@ -51,7 +54,7 @@ def teacher_savings(
     """
     device = next(plain.model.parameters()).device
     tried = {**TRIED, **(TRIED_ON_GPUS if device.type == "cuda" else {})}
-    teachers = {"now": distiller.teacher}
+    teachers = {"now": lesson.teacher}
     for name, options in tried.items():
         teachers[name] = with_options(plain, options._replace(device=plain.options.device))
     seconds: Dict[str, List[float]] = {name: [] for name in teachers}
@@ -59,7 +62,7 @@ def teacher_savings(
         for name, teacher in teachers.items():
             start = time.perf_counter()
             with torch.autocast("cuda") if amp else nullcontext():
-                teacher_answers(distiller, inputs, teacher)
+                teacher_answers(distiller, lesson, inputs, teacher)
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)

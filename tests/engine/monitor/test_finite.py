@@ -21,8 +21,8 @@ def step(p4: float = 1.0, student: float = 1.0, teacher: float = 1.0) -> Step:
     features[0]["p3"][0, 0, 0, :3] = student
     features[1]["p4"][0, 1, 0, 0] = teacher
     by_level = {"p3": torch.tensor(1.0), "p4": torch.tensor(p4)}
-    views = map(feature_view, features)
-    return Step(*views, terms={"MGD": {"loss_mgd": by_level}})
+    views = [feature_view(x) for x in features]
+    return Step(views[0], views[1:], terms={"MGD": {"loss_mgd": by_level}})
 
 
 def test_explanation_names_term_level_and_images() -> None:

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
+from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.engine.monitor.liveness import Liveness, fingerprint, has_boxes
 from d2kd.engine.monitor.loss_gradients import TASK, LossGradients, describe, suggest
 from d2kd.heads import DistillPair
+from d2kd.lesson import Lesson
 from d2kd.pairing.levels import LevelPair
 from d2kd.step import Step
+from d2kd.teacher import Teacher
 from d2kd.views import DetectorView, MergeClasses
 from tests.helpers.runs import (
     SHAPES_CLASSES,
@@ -30,7 +33,7 @@ from tests.helpers.runs import (
     scalars,
     snapshot,
 )
-from tests.helpers.toys import write_teacher
+from tests.helpers.toys import detector_config, write_teacher
 
 # What is measured ---------------------------------------------------------------------------------
 
@@ -52,7 +55,7 @@ def two_levels() -> Dict[str, Any]:
         "A": {"loss_a": {"p3": losses["loss_a"]}},
         "B": {"loss_b": {"": losses["loss_b"]}, "loss_c": {"": losses["loss_c"]}},
     }
-    return {"losses": losses, "step": Step(student, None, terms)}
+    return {"losses": losses, "step": Step(student, [], terms)}
 
 
 def test_norms_shares_and_cosines_are_those_of_the_gradients() -> None:
@@ -338,7 +341,7 @@ def test_steps_without_any_object_prove_nothing(
     folder: Path, teacher: List[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([False, True, False, True, True])
-    monkeypatch.setattr("d2kd.engine.monitor.liveness.has_boxes", lambda student: next(answers))
+    monkeypatch.setattr("d2kd.engine.monitor.liveness.has_boxes", lambda *_: next(answers))
     cfg = run_config(folder, teacher, ["PKD"], SOLVER__MAX_ITER=7, DISTILL__LIVENESS__PERIOD=0)
     assert looks(cfg) == [0, 1, 2, 3, 4]
 
@@ -346,14 +349,16 @@ def test_steps_without_any_object_prove_nothing(
 def test_objects_of_classes_that_the_student_alone_knows_prove_nothing() -> None:
     none, own = torch.zeros(0, dtype=torch.int64), torch.tensor([1, 1])
     objects = [Instances((64, 64), gt_classes=x) for x in (none, own)]
-    step = Step(SimpleNamespace(gt_instances=objects, batched_inputs=[]), None)
-    merge = MergeClasses([[0], [2]], num_classes=3)
-    assert has_boxes(SimpleNamespace(last_step=step, merges=[]))
-    assert not has_boxes(SimpleNamespace(last_step=step, merges=[merge]))
+    step = Step(SimpleNamespace(gt_instances=objects, batched_inputs=[]), [])
+    model = build_model(detector_config("retinanet"))
+    same, other = (Lesson(Teacher(model, "BGR", {}), [x]) for x in ("PKD", "MGD"))
+    other.merges.append(MergeClasses([[0], [2]], num_classes=3))
+    distiller = SimpleNamespace(last_step=step, lessons=[same, other])
+    assert has_boxes(distiller, "PKD") and not has_boxes(distiller, "MGD")
     objects.append(Instances((64, 64), gt_classes=torch.tensor([2])))
-    assert has_boxes(SimpleNamespace(last_step=step, merges=[merge]))
+    assert has_boxes(distiller, "MGD")
     objects[:] = [Instances((64, 64), gt_classes=none)]
-    assert not has_boxes(SimpleNamespace(last_step=step, merges=[]))
+    assert not has_boxes(distiller, "PKD")
 
 
 def test_part_without_weight_is_said_and_does_not_stop_a_head_that_works(

@@ -17,9 +17,9 @@ from detectron2.structures import Instances
 from d2kd import build_teacher, load_config, student_config
 from d2kd.data import register_datasets
 from d2kd.data.outlines import CLASSES
-from d2kd.distiller import describe_pair
 from d2kd.engine import train
 from d2kd.engine.preflight.teacher_check import check_teacher, evenly_spaced
+from d2kd.lesson import describe_pair
 from d2kd.pairing.classes import match_classes
 from d2kd.pairing.pair import DistillPair
 from d2kd.views import describe_detector

@@ -52,7 +52,7 @@ def test_run_learns_what_it_learns_without_them_and_the_log_says_how_near(
             assert found[name][i] == pytest.approx(plain[name][i], rel=1e-3)
     assert "The teacher with DISTILL.TEACHER.FOLD_NORMS True, " in caplog.text
     assert "p3 logits" in caplog.text and "on 3 images of d2kd_shapes_train" in caplog.text
-    assert not any(p.requires_grad for p in trainer.teacher.model.parameters())
+    assert not any(p.requires_grad for p in trainer.distiller.teacher.model.parameters())
 
 
 def test_without_options_nothing_is_compared(
@@ -128,7 +128,7 @@ def test_student_inherits_the_weights_from_before_norms_are_folded(
     ours = getattr(trainer.model.student.backbone, key)
     assert torch.equal(ours.weight, weights[f"backbone.{key}.weight"])
     assert isinstance(ours.norm, nn.BatchNorm2d)
-    assert getattr(trainer.teacher.model.backbone, key).norm is None
+    assert getattr(trainer.distiller.teacher.model.backbone, key).norm is None
 
 
 def test_resumed_run_is_the_same_to_the_bit_and_other_options_are_said(

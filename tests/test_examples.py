@@ -211,6 +211,7 @@ TRIED: Dict[str, Callable[[List[str]], Any]] = {
     "tools/benchmark.py": try_benchmark,
     "tools/shrink_checkpoint.py": run_shrink,
     "tools/efficientnet_lite.py": partial(parse, "tools/efficientnet_lite.py"),
+    "tools/choose_classes.py": partial(parse, "tools/choose_classes.py"),
     "d2kd doctor": run_doctor,
     "d2kd.data.preview": run_preview,
     "make": try_make,

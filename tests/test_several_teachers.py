@@ -351,7 +351,8 @@ def test_summary_panel_and_doctor_show_each(
     distiller = build("retinanet", ["PKD"], DISTILL__TEACHERS=two())
     text = summary(distiller)
     assert "teacher left" in text and "head right/PKD" in text
-    assert "Classes, student's <- teacher's of right:\n  square <- square" in text
+    assert "Teacher right\nLevels, student's <- teacher's:\n" in text
+    assert "Classes, student's <- teacher's:\n  square <- square" in text
     assert "of both, but not taught: disc, ring, triangle" in text
     losses_of(distiller, inputs_of())
     both = draw_panel(distiller)

@@ -38,13 +38,16 @@ def detect(
     loader = build_detection_test_loader(
         images, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
     )
-    return inference_on_dataset(detector.model, loader, _Collector(categories, thresholds))
+    return inference_on_dataset(detector.model, loader, Collector(categories, thresholds))
 
 
-class _Collector(DatasetEvaluator):
+class Collector(DatasetEvaluator):
     """Evaluates nothing: its result is the detections."""
 
-    def __init__(self, categories: Mapping[int, int], thresholds: Optional[Mapping[int, float]]):
+    def __init__(
+        self, categories: Mapping[int, int], thresholds: Optional[Mapping[int, float]] = None
+    ):
+        """See :func:`detect`."""
         self.categories = categories
         self.thresholds = thresholds
         self.found: List[Annotation] = []

@@ -61,19 +61,26 @@ def choose_gates(
     return gates
 
 
-def choose_gate(category: Mapping[str, Any], matches: ClassMatches, wanted: float) -> Gate:
+def choose_gate(
+    category: Mapping[str, Any], matches: ClassMatches, wanted: Optional[float] = None
+) -> Gate:
     """
     The threshold is the lowest score at which, of all detections with this score or a higher one,
-    the share that is wanted matches a box.
+    the share that is wanted matches a box; or the score with the best F1.
 
     Args:
         category: COCO's
+        wanted: precision; None: the best F1
     """
     scores, hits = matches.scores, np.cumsum(matches.hits)
     # A threshold cannot separate equal scores: only the last of them can be one.
     ends = np.flatnonzero(np.append(scores[1:] < scores[:-1], True)[: len(scores)])
     precision = hits[ends] / (ends + 1)
-    reached = np.flatnonzero(precision >= wanted)
+    if wanted is None:  # F1 is 2 hits / (detections + boxes)
+        f1 = hits[ends] / (ends + 1 + len(matches.truth))
+        reached = np.array([f1.argmax()] if len(ends) else [], dtype=int)
+    else:
+        reached = np.flatnonzero(precision >= wanted)
     if not len(ends):
         result = (None, 0.0, 0.0, 0)
     else:

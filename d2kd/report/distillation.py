@@ -3,6 +3,7 @@
 from typing import Any, Dict, List
 
 from ..engine.monitor.loss_gradients import LossGradient, LossGradients, table
+from ..engine.preflight.disagreement import HEADERS, MOST_CLASSES
 from ..engine.preflight.summary import MODULE_HEADERS
 from .blocks import Facts, Part, Picture, Section, Table, Text
 from .charts import data_uri
@@ -31,6 +32,10 @@ def teacher(run: Run) -> Part:
             ["AP", _teacher_ap(checks.get(lesson["weights_sha256"], {}))],
         ]
         blocks.append(Facts(rows))
+        errors = checks.get(lesson["weights_sha256"], {}).get("by_class")
+        if errors:
+            caption = "Teacher and labels, at an IoU of 0.5, classes with most errors first."
+            blocks.append(Table(HEADERS, errors[:MOST_CLASSES], [1, 2, 3, 4], caption))
     return Section("Teacher", blocks) if blocks else NOT_BUILT
 
 

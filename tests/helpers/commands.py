@@ -31,6 +31,7 @@ COMMANDS: Dict[str, str] = {
     "tools/bench_tables.py": "bench_tables",
     "tools/bench_verdict.py": "bench_verdict",
     "tools/benchmark.py": "benchmark",
+    "tools/choose_classes.py": "choose_classes",
     "tools/efficientnet_lite.py": "efficientnet_lite",
     "tools/gpu_check.py": "gpu_check",
     "tools/paired_baseline.py": "paired_baseline",

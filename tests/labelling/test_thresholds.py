@@ -9,7 +9,7 @@ import pytest
 from d2kd.labelling import ClassMatches, Gate, choose_gate, gate_warnings
 
 
-def gate_of(scores: List[float], hits: List[bool], boxes: int, wanted: float) -> Gate:
+def gate_of(scores: List[float], hits: List[bool], boxes: int, wanted: Optional[float]) -> Gate:
     found_with = [s for s, hit in zip(scores, hits) if hit]
     found_with += [-np.inf] * (boxes - len(found_with))
     matches = ClassMatches(
@@ -69,6 +69,20 @@ def test_as_trying_every_score(seed: int) -> None:
         not hit for score, hit in zip(scores, hits) if enough and score >= gate.threshold
     )
     assert gate.threshold is None or len(gate.misses) == round(40 * (1 - gate.recall))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_f1_as_trying_every_score(seed: int) -> None:
+    drawn = np.random.default_rng(seed)
+    scores = sorted(drawn.random(40).round(2).tolist(), reverse=True)
+    hits = (drawn.random(40) < np.array(scores)).tolist()
+    tried = {}
+    for threshold in set(scores):
+        passed = [hit for score, hit in zip(scores, hits) if score >= threshold]
+        precision, recall = sum(passed) / len(passed), sum(passed) / 40
+        tried[threshold] = 2 * precision * recall / (precision + recall) if any(passed) else 0.0
+    assert tried[gate_of(scores, hits, 40, None).threshold] == pytest.approx(max(tried.values()))
+    assert gate_of([], [], 5, None).threshold is None
 
 
 @pytest.mark.parametrize(

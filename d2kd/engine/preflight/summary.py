@@ -49,10 +49,10 @@ def summary_facts(cfg: CfgNode, distiller: Distiller) -> List[Dict[str, Any]]:
 def _plan(lesson: Lesson) -> str:
     pair = lesson.pair
     levels = describe_plan(pair.levels, pair.student.shapes, pair.teacher.shapes)
-    of = f" of {lesson.name}" if lesson.name else ""
+    title = f"Teacher {lesson.name}\n" if lesson.name else ""
     return (
-        f"Levels, student's <- teacher's{of}:\n{levels}\n{_padding(lesson)}\n"
-        f"Classes, student's <- teacher's{of}:\n{pair.classes or _unnamed_classes(pair)}"
+        f"{title}Levels, student's <- teacher's:\n{levels}\n{_padding(lesson)}\n"
+        f"Classes, student's <- teacher's:\n{pair.classes or _unnamed_classes(pair)}"
     )
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from typing import Any, Dict, List, Optional
+import os
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -14,6 +15,7 @@ from detectron2.utils import comm
 from ...config.lessons import lesson_configs
 from ...data.mapper import CheckedMapper
 from ...distiller import Distiller
+from ...labelling.inference import Collector
 from ...modeling.backbone_teacher import BackboneTeacher
 from ...pairing.classes import CommonClasses
 from ...pairing.pair import DistillPair
@@ -21,6 +23,7 @@ from ...teacher import Teacher
 from ...views import describe_detector
 from ..evaluator import CompleteCOCOEvaluator
 from ..facts import write_fact
+from .disagreement import tell_disagreement
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +32,12 @@ def check_teachers(cfg: CfgNode, distiller: Distiller) -> None:
     """:func:`check_teacher` for each of a run."""
     for lesson, own in zip(distiller.lessons, lesson_configs(cfg)):
         with own.in_errors():
-            check_teacher(own.cfg, lesson.teacher, lesson.pair)
+            check_teacher(own.cfg, lesson.teacher, lesson.pair, lesson.name)
 
 
-def check_teacher(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = None) -> None:
+def check_teacher(
+    cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = None, name: str = ""
+) -> None:
     """
     Evaluate the teacher on a part of the first test set, as it sees images in training: at the
     student's size. Weights can load completely and still be wrong for the data: other classes,
@@ -41,6 +46,7 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = 
     Args:
         cfg: of the run, whose data sets are registered
         pair: its common classes are evaluated; None: all classes
+        name: of the teacher, among several
 
     Raises:
         ValueError: its AP is below DISTILL.TEACHER.MIN_AP
@@ -48,12 +54,13 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair] = 
     if not cfg.DISTILL.TEACHER.EVAL_IMAGES:
         return
     # Only the main process evaluates; the others wait, and raise with it, on other machines too.
-    problem = comm.all_gather(_problem(cfg, teacher, pair) if comm.is_main_process() else "")[0]
+    problem = _problem(cfg, teacher, pair, name) if comm.is_main_process() else ""
+    problem = comm.all_gather(problem)[0]
     if problem:
         raise ValueError(problem)
 
 
-def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str:
+def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair], of: str) -> str:
     """Evaluate and log the AP; returns an error message if it is too low, else ""."""
     node = cfg.DISTILL.TEACHER
     classes = None if pair is None or pair.same_classes else pair.classes
@@ -75,9 +82,9 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair]) -> str
     if classes:
         evaluated = len(set(classes.student_class.values()))
         where += f", {evaluated} of its {len(classes.student_names)} classes,"
-    ap = _evaluate(cfg, teacher, name, images, classes)
+    ap, by_class = _evaluate(cfg, teacher, of, images, classes)
     logger.info(f"The teacher has {ap:.1f} AP {where.rstrip(',')}.")
-    _write_result(cfg, teacher, ap=ap, where=where.rstrip(","))
+    _write_result(cfg, teacher, ap=ap, where=where.rstrip(","), by_class=by_class)
     if ap >= node.MIN_AP:
         return ""
     return (
@@ -138,11 +145,19 @@ def evenly_spaced(images: List[Dict[str, Any]], count: int) -> List[Dict[str, An
 def _evaluate(
     cfg: CfgNode,
     teacher: Teacher,
-    name: str,
+    of: str,
     images: List[Dict[str, Any]],
     classes: Optional[CommonClasses],
-) -> float:
-    """Box AP in percent, a mean over the common classes; 0 where nothing is detected."""
+) -> Tuple[float, List[List[Any]]]:
+    """
+    Box AP in percent, a mean over the common classes, 0 where nothing is detected; and the rows of
+    tell_disagreement.
+    """
+    name = cfg.DATASETS.TEST[0]
+    ids = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+    taught = set(classes.student_class.values()) if classes else set(ids.values())
+    categories = {index: number for number, index in ids.items() if index in taught}
+    collector = Collector(categories)
     # Boxes alone: a data set of boxes has nothing to compare a Mask R-CNN's masks with.
     evaluator = CompleteCOCOEvaluator(name, tasks=("bbox",), distributed=False)
     mapper = CheckedMapper(cfg, is_train=False)
@@ -157,13 +172,17 @@ def _evaluate(
                 for x in outputs
             ]
         evaluator.process(inputs, outputs)
+        collector.process(inputs, outputs)
+    path = os.path.join(cfg.OUTPUT_DIR, f"teacher_{of}_worst" if of else "teacher_worst")
+    truth, found = evaluator._coco_api, collector.evaluate()
+    rows = tell_disagreement(truth, images, found, list(categories.values()), path)
     results = evaluator.evaluate(img_ids=[x["image_id"] for x in images]).get("bbox", {})
     found = [results.get("AP", 0.0)]
     if classes and len(classes.student_names) > 1:  # of one class there are no APs by class
         names = [classes.student_names[i] for i in set(classes.student_class.values())]
         found = [results.get(f"AP-{x}", 0.0) for x in names]
     found = [x for x in found if not math.isnan(x)]  # a class of which these images have no object
-    return sum(found) / max(len(found), 1)
+    return sum(found) / max(len(found), 1), rows
 
 
 def _remap_classes(detections: Instances, class_map: Dict[int, int]) -> Instances:

@@ -54,6 +54,8 @@ def test_trained_teacher_passes_and_its_ap_is_told(
     caplog.set_level("INFO", logger="d2kd")
     check_teacher(cfg, build_teacher(cfg))
     assert ap_in(caplog.text) > 20 and "on 12 images of d2kd_shapes_val" in caplog.text
+    assert all(f"\n{x} " in caplog.text for x in CLASSES), "errors of each class"
+    assert (Path(cfg.OUTPUT_DIR) / "teacher_worst.png").stat().st_size > 1000
     caplog.clear()
     cfg.DISTILL.TEACHER.EVAL_IMAGES = 5
     check_teacher(cfg, build_teacher(cfg))

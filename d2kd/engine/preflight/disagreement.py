@@ -1,0 +1,100 @@
+"""Where a teacher and the labels disagree, by class and by image."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+from typing import Any, Dict, List, Sequence
+
+import cv2
+from pycocotools.coco import COCO
+from tabulate import tabulate
+
+from ...labelling.matches import match
+from ...labelling.sheet import draw_sheet
+from ...labelling.thresholds import Gate, choose_gate
+from ...labelling.worst import list_worst, worst_images
+from ...utils.atomic_file import atomic_write
+
+logger = logging.getLogger(__name__)
+
+MOST_IMAGES = 12  # in the picture
+MOST_CLASSES = 20  # in the table
+ALIGNED = ["left", *["right"] * 4]
+HEADERS = ["class", "objects", "from score", "missed", "false alarms"]
+
+
+def tell_disagreement(
+    truth: COCO,
+    images: Sequence[Dict[str, Any]],
+    detections: Sequence[Dict[str, Any]],
+    categories: Sequence[int],
+    path: str,
+) -> List[List[Any]]:
+    """
+    Log a table by class, and write the images with most errors as PATH.json and PATH.png.
+
+    Of each class, those detections count whose score is at least the one with the best F1.
+
+    Args:
+        truth: completed, of these and perhaps of more images
+        images: in Detectron2's format
+        detections: COCO annotations with a score, on these images
+        categories: ids of the classes that are compared
+        path: without extension
+
+    Returns:
+        the rows of the table, without the last, which is their sum
+    """
+    matches = match(_of_images(truth, {x["image_id"] for x in images}, categories), detections)
+    gates = [choose_gate(x, matches[x["id"]]) for x in truth.loadCats(sorted(categories))]
+    gates = [x for x in gates if x.matches.truth or x.passed]
+    rows = sorted(map(_row, gates), key=lambda x: -x[3] - x[4])
+    total = ["all", *(sum(x[i] for x in rows) if i != 2 else "" for i in range(1, 5))]
+    more = len(rows) - MOST_CLASSES
+    shown = rows[:MOST_CLASSES] + ([[f"{more} more classes", *[""] * 4]] if more > 0 else [])
+    table = tabulate([*shown, total], HEADERS, disable_numparse=True, colalign=ALIGNED)
+    logger.info(f"Teacher and labels, at an IoU of 0.5:\n{table}")
+    _write_worst(gates, images, path)
+    return rows
+
+
+def _of_images(truth: COCO, ids: Any, categories: Sequence[int]) -> COCO:
+    part = COCO()
+    dataset = truth.dataset
+    part.dataset = {
+        "images": [x for x in dataset["images"] if x["id"] in ids],
+        "categories": [x for x in dataset["categories"] if x["id"] in categories],
+        "annotations": [
+            x
+            for x in dataset["annotations"]
+            if x["image_id"] in ids and x["category_id"] in categories
+        ],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        part.createIndex()
+    return part
+
+
+def _row(gate: Gate) -> List[Any]:
+    if gate.threshold is None:  # nothing is detected
+        return [gate.name, len(gate.matches.truth), "-", len(gate.matches.truth), 0]
+    errors = len(gate.misses), len(gate.false_alarms)
+    return [gate.name, len(gate.matches.truth), f"{gate.threshold:.2f}", *errors]
+
+
+def _write_worst(gates: List[Gate], images: Sequence[Dict[str, Any]], path: str) -> None:
+    worst = worst_images(gates, MOST_IMAGES)
+    if not worst:
+        return
+    files = {x["image_id"]: x["file_name"] for x in images}
+    names = {x.category_id: x.name for x in gates}
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with atomic_write(f"{path}.json", "w") as file:
+        json.dump(list_worst(worst, files, names), file)
+    cv2.imwrite(f"{path}.png", draw_sheet(worst, files, names)[..., ::-1])
+    logger.info(
+        f"Where they disagree most: {path}.png and .json. Is the teacher wrong there, or are the "
+        "labels?"
+    )

@@ -9,18 +9,19 @@ from pycocotools.cocoeval import COCOeval
 
 
 class ImageAP:
-    """COCO's box AP for any choice of images; which detection fits which object is found once."""
+    """COCO's AP for any choice of images; which detection fits which object is found once."""
 
-    def __init__(self, truth: COCO, detections: List[Dict[str, Any]]):
+    def __init__(self, truth: COCO, detections: List[Dict[str, Any]], task: str = "bbox"):
         """
         Args:
             truth: ground truth
             detections: as in Detectron2's coco_instances_results.json; may be empty
+            task: "bbox" or "segm"
         """
+        if task == "segm":  # as Detectron2's evaluator: the areas are the masks', not the boxes'
+            detections = [{k: v for k, v in x.items() if k != "bbox"} for x in detections]
         # Without detections loadRes fails; nothing is found then, and every AP is 0.
-        self.evaluation = COCOeval(
-            truth, truth.loadRes(detections) if detections else COCO(), "bbox"
-        )
+        self.evaluation = COCOeval(truth, truth.loadRes(detections) if detections else COCO(), task)
         params = self.evaluation.params
         params.imgIds = sorted(truth.getImgIds())
         params.catIds = sorted(truth.getCatIds())

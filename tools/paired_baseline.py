@@ -11,7 +11,7 @@ import io
 import math
 import os
 import sys
-from typing import ContextManager, Dict, List, Sequence
+from typing import ContextManager, Dict, List, Optional, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -26,7 +26,7 @@ from d2kd.engine.evaluator import complete_truth
 from d2kd.utils.command_line import add_overrides, parse_command_line
 from paired_ap import ImageAP, image_error, read_detections
 from paired_verdict import Verdict, decide
-from quickstart import METRICS, Steps
+from quickstart import MASK_AP, METRICS, Steps, mask_warning, metrics_of
 
 ARMS = ("alone", "distilled")
 EPILOG = """
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] = None) -> None:
             results[arm][seed] = steps.run(args.config_file, opts)
     with silent():
         verdict = verdict_of(args, truth, results)
-    report = make_report(results, verdict, args.samples)
+        masks = verdict_of(args, truth, results, "segm") if have_masks(results) else None
+    report = make_report(results, verdict, args.samples, masks)
     if cfg.DISTILL.STAGES and cfg.DISTILL.STAGE_LR == "restart":
         report += (
             '\nNot the same schedule: by DISTILL.STAGE_LR "restart", the distilled student has its '
@@ -101,48 +102,64 @@ def truth_of(cfg: CfgNode) -> COCO:
     return truth
 
 
-def verdict_of(args: argparse.Namespace, truth: COCO, results: Results) -> Verdict:
+def have_masks(results: Results) -> bool:
+    return MASK_AP in metrics_of(*(x for runs in results.values() for x in runs.values()))
+
+
+def verdict_of(
+    args: argparse.Namespace, truth: COCO, results: Results, task: str = "bbox"
+) -> Verdict:
     found: Dict[str, List[ImageAP]] = {arm: [] for arm in ARMS}
     for arm in ARMS:
         for seed in args.seeds:
             folder = load_config(args.config_file, opts_of(arm, seed, args)).OUTPUT_DIR
             path = os.path.join(folder, "inference", "coco_instances_results.json")
-            found[arm].append(ImageAP(truth, read_detections(path)))
+            found[arm].append(ImageAP(truth, read_detections(path), task))
     error = image_error(found["alone"], found["distilled"], args.samples)
-    gains = [results["distilled"][x]["AP"] - results["alone"][x]["AP"] for x in args.seeds]
+    key = MASK_AP if task == "segm" else "AP"
+    gains = [results["distilled"][x][key] - results["alone"][x][key] for x in args.seeds]
     return decide(gains, error, args.threshold)
 
 
-def make_report(results: Results, verdict: Verdict, samples: int) -> str:
-    """A table of both arms and the gain, a line for each seed, and the verdict."""
-    rows = []
-    means = {arm: mean_of(results[arm]) for arm in ARMS}
+def make_report(
+    results: Results, verdict: Verdict, samples: int, masks: Optional[Verdict] = None
+) -> str:
+    """
+    A table of both arms and the gain, a line for each seed, and the verdict.
+
+    Args:
+        masks: the verdict on masks, of detectors that have some
+    """
+    rows, metrics = [], [*METRICS, *([MASK_AP] if masks else [])]
+    means = {arm: mean_of(results[arm], metrics) for arm in ARMS}
     for arm in ARMS:
-        rows.append([arm] + [f"{means[arm][k]:.1f}" for k in METRICS])
-    gains = {k: means["distilled"][k] - means["alone"][k] for k in METRICS}
-    rows.append(["gain"] + [f"{gains[k]:+.1f}" for k in METRICS])
-    table = tabulate(rows, ["", *METRICS], tablefmt="github", disable_numparse=True)
+        rows.append([arm] + [f"{means[arm][k]:.1f}" for k in metrics])
+    gains = {k: means["distilled"][k] - means["alone"][k] for k in metrics}
+    rows.append(["gain"] + [f"{gains[k]:+.1f}" for k in metrics])
+    table = tabulate(rows, ["", *metrics], tablefmt="github", disable_numparse=True)
     seeds = [
         f"  seed {seed}: {results['alone'][seed]['AP']:.1f} alone, {x['AP']:.1f} distilled, "
         f"{x['AP'] - results['alone'][seed]['AP']:+.1f}"
         for seed, x in results["distilled"].items()
     ]
     lines = [table, "", f"AP, mean of {len(seeds)} seeds:", *seeds, "", str(verdict)]
+    if masks:
+        lines += filter(None, [f"Masks: {masks}", mask_warning(gains)])
     lines.append(f"(Student's t over seeds, {samples} bootstrap samples of the images.)")
     return "\n".join(lines)
 
 
-def mean_of(runs: Dict[int, Dict[str, float]]) -> Dict[str, float]:
-    return {k: float(np.mean([x[k] for x in runs.values()])) for k in METRICS}
+def mean_of(runs: Dict[int, Dict[str, float]], metrics: Sequence[str]) -> Dict[str, float]:
+    return {k: float(np.mean([x[k] for x in runs.values()])) for k in metrics}
 
 
 def write_csv(results: Results, path: str) -> None:
     with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["arm", "seed", *METRICS])
+        writer, metrics = csv.writer(file), [*METRICS, *([MASK_AP] if have_masks(results) else [])]
+        writer.writerow(["arm", "seed", *metrics])
         for arm, runs in results.items():
             for seed, values in runs.items():
-                writer.writerow([arm, seed, *(f"{values[k]:.4f}" for k in METRICS)])
+                writer.writerow([arm, seed, *(f"{values[k]:.4f}" for k in metrics)])
 
 
 def draw(results: Results, verdict: Verdict, path: str) -> None:

@@ -4,7 +4,14 @@
 import os
 import sys
 
-from d2kd.cli.steps import METRICS, Steps, evaluation  # noqa: F401
+from d2kd.cli.steps import (  # noqa: F401
+    MASK_AP,
+    METRICS,
+    Steps,
+    evaluation,
+    mask_warning,
+    metrics_of,
+)
 from d2kd_cli import main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

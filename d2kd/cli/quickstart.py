@@ -22,7 +22,7 @@ from ..data import register_datasets
 from ..utils.command_line import add_overrides, parse_command_line
 from .common import command_parser
 from .draw_detections import draw_detections
-from .steps import METRICS, Steps
+from .steps import Steps, mask_warning, metrics_of
 
 EXAMPLES = """
 Examples:
@@ -141,11 +141,15 @@ def run_all(runs: Steps, steps: Dict[str, Step], jobs: int) -> Dict[str, Dict[st
 
 def make_report(results: Dict[str, Dict[str, float]], seconds: float) -> str:
     """A row for each step and the gain, as a Markdown table, and how to read it."""
-    rows = [[name] + [f"{v[k]:.1f}" for k in METRICS] for name, v in results.items()]
-    gains = [results[DISTILLED][k] - results[ALONE][k] for k in METRICS]
-    rows.append(["gain"] + [f"{x:+.1f}" for x in gains])
-    table = tabulate(rows, ["", *METRICS], tablefmt="github", disable_numparse=True)
-    lines = [f"Distillation gain: {gains[0]:+.1f} AP (one seed; {seconds / 60:.1f} minutes)."]
+    metrics = metrics_of(results[ALONE], results[DISTILLED])
+    rows = [
+        [name] + [f"{v[k]:.1f}" if k in v else "" for k in metrics] for name, v in results.items()
+    ]
+    gains = {k: results[DISTILLED][k] - results[ALONE][k] for k in metrics}
+    rows.append(["gain"] + [f"{x:+.1f}" for x in gains.values()])
+    table = tabulate(rows, ["", *metrics], tablefmt="github", disable_numparse=True)
+    lines = [f"Distillation gain: {gains['AP']:+.1f} AP (one seed; {seconds / 60:.1f} minutes)."]
+    lines += filter(None, [mask_warning(gains)])
     if FINISHED in results:
         short = results[FINISHED]["AP"] - results[ALONE]["AP"]
         lines.append(

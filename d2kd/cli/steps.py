@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from typing import Dict, List, Sequence
+from typing import Dict, List, Mapping, Sequence
 
 from detectron2.config import CfgNode
 
@@ -15,6 +15,7 @@ from ..config import load_config
 from ..utils.packaged import find_file
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
+MASK_AP = "mask AP"  # of detectors that have masks
 # Detectron2's progress line: keep time left, iteration and losses, drop timers and learning rate.
 PROGRESS = re.compile(r"eta: .*?iter: (\d+).*?(?=\s+time:)")
 
@@ -95,16 +96,42 @@ class Steps:
 
 def evaluation(lines: Sequence[str]) -> Dict[str, float]:
     """
-    Read Detectron2's last "copypaste" block for boxes: a line of names, a line of values. For
-    masks there is another.
+    Read Detectron2's last "copypaste" blocks: a line of names, a line of values; one for boxes, and
+    one for masks where the detector has some.
 
     Detectron2 says NaN where a detector detects nothing at all; that is an AP of 0.
     """
     rows = [x.split("copypaste: ")[1] for x in lines if "copypaste: " in x]
-    start = len(rows) - rows[::-1].index("Task: bbox")
+    found = _block(rows, "bbox")
+    masks = _block(rows, "segm") if "Task: segm" in rows else {}
+    return {**{k: found[k] for k in METRICS}, **({MASK_AP: masks["AP"]} if masks else {})}
+
+
+def _block(rows: List[str], task: str) -> Dict[str, float]:
+    start = len(rows) - rows[::-1].index(f"Task: {task}")
     values = dict(zip(rows[start].split(","), map(float, rows[start + 1].split(","))))
-    blind = math.isnan(values["AP"])
-    return {k: 0.0 if blind else values[k] for k in METRICS}
+    return dict.fromkeys(values, 0.0) if math.isnan(values["AP"]) else values
+
+
+def metrics_of(*results: Mapping[str, float]) -> List[str]:
+    """METRICS, and the mask AP where all of the results have one."""
+    return [*METRICS, *([MASK_AP] if all(MASK_AP in x for x in results) else [])]
+
+
+def mask_warning(gains: Mapping[str, float]) -> str:
+    """
+    A line where boxes are better and masks worse; "" where not.
+
+    Args:
+        gains: metric to gain
+    """
+    box, mask = gains["AP"], gains.get(MASK_AP, 0.0)
+    if not (box > 0 > mask):
+        return ""
+    return (
+        f"Boxes gain {box:+.1f} AP and masks lose {mask:+.1f}: what is imitated helps one at the "
+        "cost of the other."
+    )
 
 
 def _one_thread() -> Dict[str, str]:

@@ -45,3 +45,6 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.DATASETS.SHAPES.NOISE = 6.0
     # Largest standard deviation of the Gaussian blur, pixels
     cfg.DATASETS.SHAPES.BLUR = 0.5
+    # Write the masks of the visible pixels, as RLE, for detectors with MODEL.MASK_ON and
+    # INPUT.MASK_FORMAT "bitmask". The images are the same
+    cfg.DATASETS.SHAPES.MASKS = False

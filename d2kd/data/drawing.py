@@ -17,11 +17,15 @@ Visible = Tuple[np.ndarray, float]
 
 
 class Drawing(NamedTuple):
-    """One finished image: (S, S, 3) uint8 BGR; class indices; XYXY boxes in pixels."""
+    """
+    One finished image: (S, S, 3) uint8 BGR; class indices; XYXY boxes in pixels; masks of the
+    visible pixels, (S, S) bool.
+    """
 
     image: np.ndarray
     classes: List[int]
     boxes: List[Tuple[int, int, int, int]]
+    masks: List[np.ndarray]
 
 
 def draw(
@@ -65,7 +69,8 @@ def draw(
         opacity = rng.uniform(0.85, 1)
         image = paint(rng, image, cover, opacity, contrast=35, texture=texture, hue=hue)
     image = camera(rng, image, noise, blur)
-    return Drawing(image, classes, [_box(mask) for mask, _ in visible])
+    masks = [mask for mask, _ in visible]
+    return Drawing(image, classes, list(map(_box, masks)), masks)
 
 
 def _find_place(

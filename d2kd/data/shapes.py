@@ -3,7 +3,8 @@ The built-in synthetic detection set: shapes of 6 classes on cluttered backgroun
 format, so that d2kd can be tried without a download.
 
 Boxes enclose the visible part, as in COCO; an object is only drawn where MIN_VISIBLE of it stays
-visible, so that everything drawn is labelled. There are no masks: "area" is the area of the box.
+visible, so that everything drawn is labelled. With MASKS each has the mask of its visible pixels,
+and "area" is the area of the mask, else of the box.
 The same settings give the same bytes for the same versions of OpenCV and NumPy.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, Dict, Tuple
 
 import cv2
 import numpy as np
+import pycocotools.mask
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -91,10 +93,15 @@ def _draw_all(folder: str, settings: Dict[str, Any]) -> None:
         if not cv2.imwrite(os.path.join(folder, "images", name), drawing.image, quality):
             raise OSError(f"Cannot write {os.path.join(folder, 'images', name)}")
         images.append({"id": i + 1, "file_name": name, "width": size, "height": size})
-        for index, (x0, y0, x1, y1) in zip(drawing.classes, drawing.boxes):
+        for index, (x0, y0, x1, y1), mask in zip(*drawing[1:]):
             w, h = x1 - x0, y1 - y0
             annotation = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": index + 1}
-            annotations.append({**annotation, "bbox": [x0, y0, w, h], "area": w * h, "iscrowd": 0})
+            annotation.update({"bbox": [x0, y0, w, h], "area": w * h, "iscrowd": 0})
+            if settings.get("MASKS"):
+                rle = pycocotools.mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+                annotation["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+                annotation["area"] = int(mask.sum())
+            annotations.append(annotation)
         if time.perf_counter() - logged > 10:
             logged = time.perf_counter()
             logger.info(f"Drawn {i + 1} of {settings['NUM']} images")
@@ -130,6 +137,8 @@ def read_settings(node: CfgNode, split: str) -> Dict[str, Any]:
         if not low <= node[key] <= high:
             raise ValueError(f"DATASETS.SHAPES.{key} is {node[key]}: must be in [{low}, {high}]")
     settings = {k: v for k, v in node.items() if k not in _NOT_DRAWN}
+    if not node.MASKS:  # sets from before there were masks are these
+        del settings["MASKS"]
     return {**settings, "NUM": node[f"NUM_{split.upper()}"], "SPLIT": split, "V": FORMAT_VERSION}
 
 

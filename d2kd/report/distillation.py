@@ -89,5 +89,6 @@ def pictures(run: Run) -> Part:
 
 def _teacher_ap(check: Dict[str, Any]) -> str:
     if "ap" in check:
-        return f"{check['ap']:.1f} {check['where']}"
+        masks = "" if check.get("mask_ap") is None else f", {check['mask_ap']:.1f} of masks,"
+        return f"{check['ap']:.1f}{masks} {check['where']}"
     return f"not evaluated: {check.get('not_evaluated', 'not yet, or EVAL_IMAGES is 0')}"

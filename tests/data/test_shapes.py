@@ -7,6 +7,7 @@ from unittest import mock
 
 import cv2
 import numpy as np
+import pycocotools.mask
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -94,6 +95,25 @@ class TestShapes(unittest.TestCase):
         )
         self.assertEqual([c["name"] for c in content["categories"]], list(CLASSES))
         self.assertEqual({a["category_id"] for a in content["annotations"]}, set(range(1, 7)))
+
+    def test_masks_are_of_the_visible_pixels_of_the_same_images(self):
+        without = make_shapes(_cfg(self.root), "train")
+        folder = make_shapes(_cfg(self.root, MASKS=True), "train")
+        self.assertNotEqual(folder, without)
+        self.assertEqual(_bytes(folder), _bytes(without))
+        content, plain = _read(folder), _read(without)
+        by_image = {}
+        for annotation, other in zip(content["annotations"], plain["annotations"]):
+            mask = pycocotools.mask.decode(annotation["segmentation"])
+            self.assertEqual(annotation["area"], mask.sum())
+            self.assertEqual(annotation["bbox"], other["bbox"])
+            rows, columns = mask.nonzero()
+            x, y, w, h = annotation["bbox"]  # the mask's own
+            ends = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+            self.assertEqual([x, y, w, h], ends)
+            covered = by_image.setdefault(annotation["image_id"], np.zeros_like(mask))
+            covered += mask
+        self.assertEqual(max(x.max() for x in by_image.values()), 1, "no pixel is of two objects")
 
     def test_all_of_cocos_area_ranges_are_populated(self):
         content = _read(make_shapes(_cfg(self.root, NUM_VAL=200), "val"))

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, Callable, Dict, List
 
 import numpy as np
+import pycocotools.mask
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -132,11 +133,54 @@ def test_gain_is_drawn_with_its_interval_where_it_has_one(
     assert path.stat().st_size > 1000
 
 
-def test_metrics_are_those_of_boxes_also_where_there_are_masks(tool: Callable) -> None:
+def test_metrics_are_those_of_boxes_and_the_ap_of_masks_where_there_are_some(
+    tool: Callable,
+) -> None:
     lines = [f"copypaste: {x}" for x in ("Task: bbox", "AP,AP50,APs,APm,APl", "1,2,3,4,5")]
     masks = [f"copypaste: {x}" for x in ("Task: segm", "AP,AP50,APs,APm,APl", "6,7,8,9,9")]
-    for given in (lines, lines + masks, masks + lines):
-        assert list(tool("quickstart").evaluation(given).values()) == [1, 2, 3, 4, 5]
+    evaluation = tool("quickstart").evaluation
+    assert list(evaluation(lines).values()) == [1, 2, 3, 4, 5]
+    for given in (lines + masks, masks + lines):
+        assert list(evaluation(given).values()) == [1, 2, 3, 4, 5, 6]
+    blind = [x.replace("6,7,8,9,9", "nan,nan,nan,nan,nan") for x in masks]
+    assert evaluation(lines + blind)["mask AP"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "box, mask, warns", [(1.0, -0.5, True), (1.0, 0.5, False), (-1.0, -0.5, False)]
+)
+def test_masks_that_are_lost_are_told(
+    box: float, mask: float, warns: bool, paired: ModuleType
+) -> None:
+    metrics = [*paired.METRICS, paired.MASK_AP]
+    alone = dict.fromkeys(metrics, 30.0)
+    distilled = {**dict.fromkeys(metrics, 30.0 + box), paired.MASK_AP: 30.0 + mask}
+    results = {"alone": {1: alone}, "distilled": {1: distilled}}
+    verdicts = [paired.decide([x], 0.1) for x in (box, mask)]
+    report = paired.make_report(results, verdicts[0], 10, verdicts[1])
+    assert "mask AP" in report and f"Masks: {verdicts[1]}" in report
+    assert ("masks lose" in report) == warns
+    del distilled[paired.MASK_AP]
+    assert not paired.have_masks(results)
+    assert "mask" not in paired.make_report(results, verdicts[0], 10).lower()
+
+
+def test_masks_are_measured_as_pycocotools_measures_them(ap: ModuleType) -> None:
+    coco, found = truth(4), detections(truth(4), noise=4.0)
+    for x in (*coco.dataset["annotations"], *found):
+        x0, y0, w, h = x["bbox"]  # the left upper half of the box
+        x["segmentation"] = [[x0, y0, x0 + w, y0, x0, y0 + h]]
+    coco.createIndex()
+    for x in found:  # as Detectron2 writes them
+        rle = pycocotools.mask.frPyObjects(x["segmentation"], 128, 128)
+        x["segmentation"] = pycocotools.mask.merge(rle)
+    boxes, masks = (ap.ImageAP(coco, found, task)(range(4)) for task in ("bbox", "segm"))
+    with redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(coco, coco.loadRes(found), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    assert masks == pytest.approx(100 * evaluation.stats[0]) and masks != boxes
 
 
 def test_run_without_a_test_set_is_refused_before_it_is_trained(

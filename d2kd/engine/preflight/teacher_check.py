@@ -82,9 +82,11 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair], of: st
     if classes:
         evaluated = len(set(classes.student_class.values()))
         where += f", {evaluated} of its {len(classes.student_names)} classes,"
-    ap, by_class = _evaluate(cfg, teacher, of, images, classes)
-    logger.info(f"The teacher has {ap:.1f} AP {where.rstrip(',')}.")
-    _write_result(cfg, teacher, ap=ap, where=where.rstrip(","), by_class=by_class)
+    ap, mask_ap, by_class = _evaluate(cfg, teacher, of, images, classes)
+    masks = "" if mask_ap is None else f", {mask_ap:.1f} of masks,"
+    logger.info(f"The teacher has {ap:.1f} AP{masks} {where.rstrip(',')}.")
+    found = {"ap": ap, "mask_ap": mask_ap, "by_class": by_class}
+    _write_result(cfg, teacher, where=where.rstrip(","), **found)
     if ap >= node.MIN_AP:
         return ""
     return (
@@ -148,18 +150,18 @@ def _evaluate(
     of: str,
     images: List[Dict[str, Any]],
     classes: Optional[CommonClasses],
-) -> Tuple[float, List[List[Any]]]:
+) -> Tuple[float, Optional[float], List[List[Any]]]:
     """
-    Box AP in percent, a mean over the common classes, 0 where nothing is detected; and the rows of
-    tell_disagreement.
+    Box AP and mask AP in percent, each a mean over the common classes, 0 where nothing is detected;
+    the second is None without masks. And the rows of tell_disagreement.
     """
     name = cfg.DATASETS.TEST[0]
     ids = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
     taught = set(classes.student_class.values()) if classes else set(ids.values())
     categories = {index: number for number, index in ids.items() if index in taught}
     collector = Collector(categories)
-    # Boxes alone: a data set of boxes has nothing to compare a Mask R-CNN's masks with.
-    evaluator = CompleteCOCOEvaluator(name, tasks=("bbox",), distributed=False)
+    tasks = ("bbox", "segm") if _have_masks(teacher, images) else ("bbox",)
+    evaluator = CompleteCOCOEvaluator(name, tasks=tasks, distributed=False)
     mapper = CheckedMapper(cfg, is_train=False)
     evaluator.reset()
     for image in images:
@@ -176,13 +178,25 @@ def _evaluate(
     path = os.path.join(cfg.OUTPUT_DIR, f"teacher_{of}_worst" if of else "teacher_worst")
     truth, found = evaluator._coco_api, collector.evaluate()
     rows = tell_disagreement(truth, images, found, list(categories.values()), path)
-    results = evaluator.evaluate(img_ids=[x["image_id"] for x in images]).get("bbox", {})
+    results = evaluator.evaluate(img_ids=[x["image_id"] for x in images])
+    box_ap, *mask_ap = (_mean_ap(results.get(x, {}), classes) for x in tasks)
+    return box_ap, mask_ap[0] if mask_ap else None, rows
+
+
+def _have_masks(teacher: Teacher, images: List[Dict[str, Any]]) -> bool:
+    """A data set of boxes has nothing to compare a Mask R-CNN's masks with."""
+    objects = [x for image in images for x in image.get("annotations", ())]
+    of_teacher = getattr(getattr(teacher.model, "roi_heads", None), "mask_on", False)
+    return of_teacher and bool(objects) and all(x.get("segmentation") for x in objects)
+
+
+def _mean_ap(results: Dict[str, float], classes: Optional[CommonClasses]) -> float:
     found = [results.get("AP", 0.0)]
     if classes and len(classes.student_names) > 1:  # of one class there are no APs by class
         names = [classes.student_names[i] for i in set(classes.student_class.values())]
         found = [results.get(f"AP-{x}", 0.0) for x in names]
     found = [x for x in found if not math.isnan(x)]  # a class of which these images have no object
-    return sum(found) / max(len(found), 1), rows
+    return sum(found) / max(len(found), 1)
 
 
 def _remap_classes(detections: Instances, class_map: Dict[int, int]) -> Instances:

@@ -13,9 +13,12 @@ import torch
 import detectron2
 
 from d2kd import __version__
-from quickstart import METRICS, ROOT
+from quickstart import MASK_AP, METRICS, ROOT
 
-SCORES = tuple(f"{part}_{x}" for part in ("val", "test") for x in METRICS)
+# The AP of masks is empty where a detector has none.
+SCORES = tuple(
+    f"{part}_{x}".replace(" ", "_") for part in ("val", "test") for x in (*METRICS, MASK_AP)
+)
 COLUMNS = ("row", "config", "opts", "seed", "iterations", *SCORES, "seconds")
 COLUMNS += ("commit", "dirty", "d2kd", "detectron2", "torch", "hardware", "date", "command")
 COLUMNS += ("key", "recipe")

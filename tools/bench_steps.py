@@ -72,12 +72,16 @@ def run_cell(table: Table, cell: Cell, lock: IO, children: Children) -> Row:
     how = _begin(folder, cell, table)
     yaml = ["--config-file", cell.config]
     words = [*yaml, "--resume", *cell.words, "OUTPUT_DIR", folder]
-    scores = {f"val_{k}": v for k, v in _step("val", words, folder, lock, children).items()}
+    parts = {"val": _step("val", words, folder, lock, children)}
     if table.test:
         words = [*yaml, "--eval-only", *cell.words, "DATASETS.TEST", repr((table.test,))]
         words += ["OUTPUT_DIR", f"{folder}/test", "MODEL.WEIGHTS", f"{folder}/model_final.pth"]
-        found = _step("test", words, folder, lock, children)
-        scores.update({f"test_{k}": v for k, v in found.items()})
+        parts["test"] = _step("test", words, folder, lock, children)
+    scores = {
+        f"{part}_{k}".replace(" ", "_"): v
+        for part, found in parts.items()
+        for k, v in found.items()
+    }
     return {
         **{k: str(getattr(cell, k)) for k in ("row", "config", "seed", "iterations")},
         "opts": " ".join(cell.opts),

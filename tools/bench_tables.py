@@ -78,23 +78,25 @@ def make_table(table: Table, results: Sequence[Row]) -> str:
     """A Markdown table of mean and, over two seeds or more, its 95 % interval by Student's t."""
     found = groups(results)
     parts = ["val", "test"] if table.test else ["val"]
-    lines = []
+    lines, masks = [], any(x[f"{parts[-1]}_mask_AP"] for x in results)
     for name in table.rows:
         for (row, iterations), group in sorted(found.items()):
             if row == name:
                 base = found.get((table.baseline, iterations), {}) if name != table.baseline else {}
-                lines.append(line_of(group, base, parts, bool(table.baseline)))
+                lines.append(line_of(group, base, parts, bool(table.baseline), masks))
     if not lines:
         return "No run of this table is finished."
     gain = [f"gain on {parts[-1]}"] if table.baseline else []
-    header = COMMON + [f"AP on {x}" for x in parts[::-1]] + gain + ["AP50", "minutes"]
+    header = COMMON + [f"AP on {x}" for x in parts[::-1]] + gain + ["AP50"]
+    header += [*(["mask AP"] if masks else []), "minutes"]
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
 
-def line_of(group: Group, base: Group, parts: Sequence[str], gains: bool) -> List[str]:
+def line_of(group: Group, base: Group, parts: Sequence[str], gains: bool, masks: bool) -> List[str]:
     """
     Args:
         base: the baseline's runs with as many iterations
+        masks: there is a column for their AP
     """
     rows, last = list(group.values()), parts[-1]
     cells = [rows[0]["row"], f"`{rows[0]['config']}`", rows[0]["iterations"], str(len(rows))]
@@ -104,7 +106,11 @@ def line_of(group: Group, base: Group, parts: Sequence[str], gains: bool) -> Lis
         values = [float(a[f"{last}_AP"]) - float(b[f"{last}_AP"]) for a, b in both]
         cells.append(mean_of(values, "+") if values else "")
     minutes = sum(float(x["seconds"]) for x in rows) / len(rows) / 60
-    return [*cells, mean_of([float(x[f"{last}_AP50"]) for x in rows]), f"{minutes:.1f}"]
+    cells.append(mean_of([float(x[f"{last}_AP50"]) for x in rows]))
+    if masks:
+        of_masks = [float(x[f"{last}_mask_AP"]) for x in rows if x[f"{last}_mask_AP"]]
+        cells.append(mean_of(of_masks) if of_masks else "")
+    return [*cells, f"{minutes:.1f}"]
 
 
 def mean_of(values: Sequence[float], sign: str = "") -> str:

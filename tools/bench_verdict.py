@@ -55,17 +55,19 @@ def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int,
             for seed in seeds:
                 if (iterations, seed) not in base:
                     cell = finished[table.baseline, iterations, seed]
-                    base[iterations, seed] = _ap(truth, table, cell)
+                    base[iterations, seed] = _ap(truth, table, cell, args.masks)
             alone = [base[iterations, seed] for seed in seeds]
-            found = [_ap(truth, table, finished[row, iterations, seed]) for seed in seeds]
+            runs = [finished[row, iterations, seed] for seed in seeds]
+            found = [_ap(truth, table, x, args.masks) for x in runs]
             everything = list(range(found[0].num_images))
             gains = [ours(everything) - theirs(everything) for ours, theirs in zip(found, alone)]
             verdict = decide(gains, image_error(alone, found, args.samples), args.threshold)
         yield row, iterations, len(seeds), verdict
 
 
-def _ap(truth: COCO, table: Table, cell: Cell) -> ImageAP:
-    return ImageAP(truth, read_detections(_detections(table, cell)))
+def _ap(truth: COCO, table: Table, cell: Cell, masks: bool) -> ImageAP:
+    found = read_detections(_detections(table, cell))
+    return ImageAP(truth, found, "segm" if masks else "bbox")
 
 
 def _detections(table: Table, cell: Cell) -> str:
@@ -86,6 +88,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--rows", nargs="+", default=[], metavar="ROW", help="default: all")
     add("--threshold", type=float, default=0.5, metavar="AP", help="no more is no gain (0.5)")
     add("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
+    add("--masks", action="store_true", help="of masks, not of boxes")
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,7 @@ from typing import Any, Dict, List
 
 import torch
 
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
 from .detectors import NUM_CLASSES
 
@@ -27,6 +27,8 @@ def batch(
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(torch.cat([corner, corner + size], dim=1))
         instances.gt_classes = torch.randint(0, NUM_CLASSES, (boxes,), generator=generator)
+        # For detectors with masks: stripes, of which each box has some.
+        instances.gt_masks = BitMasks((torch.arange(width) // 4 % 2 == 1).expand(boxes, height, -1))
         inputs.append(
             {
                 "image": image,

@@ -49,6 +49,16 @@ if hasattr(detectron2.modeling, "FCOS"):  # since Detectron2 0.6
     PAIRS += (Pair("fcos", "fcos"),)
 
 
+# For heads that none of the others have what they require.
+MASK_PAIRS = (Pair("mask_rcnn", "mask_rcnn"),)
+
+
+def pairs_of(name: str) -> Tuple[Pair, ...]:
+    """The pairs that a head is tried with."""
+    requires = getattr(head_class(name), "requires", ())
+    return PAIRS + (MASK_PAIRS if not callable(requires) and "mask_logits" in requires else ())
+
+
 class Case:
     """
     A head, a pair of detectors, and a Distiller of all three. Each check gets a copy.

@@ -117,7 +117,7 @@ def _step(
 ) -> Step:
     head = distiller.heads[case.name]
     seed_all(0)
-    terms = head(*(distiller._comparable(*views) if compares_logits(head) else views))
+    terms = head(*(distiller.lessons[0].comparable(*views) if compares_logits(head) else views))
     terms = {k: sum(v.values()) if isinstance(v, dict) else v for k, v in terms.items()}
     weight = case.cfg.DISTILL[case.name].LOSS_WEIGHT
     (SCALE * weight * sum(terms.values())).backward()

@@ -23,6 +23,8 @@ WORDS: Dict[str, Tuple[str, ...]] = {
     "pooled_levels": ("roi_features", "roi_predictions"),
     "pooler": ("roi_features", "roi_predictions"),
     "mean_in_boxes": ("roi_features", "roi_predictions"),
+    "mask_logits": ("mask_logits",),
+    "mask_proposals": ("mask_logits",),
     "regions": ("regions",),
     "region_vectors": ("region_vectors",),
 }

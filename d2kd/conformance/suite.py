@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ..heads.registry import head_class
-from .case import PAIRS, Case, Pair, check_refusal, find_case
+from .case import Case, Pair, check_refusal, find_case, pairs_of
 from .gradients import check_gradients, check_without_boxes
 from .half_precision import check_mixed_precision, runs_in_float16
 from .numerics import check_extreme_logits, check_image_sizes
@@ -45,9 +45,11 @@ class HeadSuite:
     opts: Tuple[Any, ...] = ()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        if "pair" in metafunc.fixturenames:
-            metafunc.parametrize("pair", PAIRS, ids=str)
-        metafunc.parametrize("name", self.names)
+        if "pair" not in metafunc.fixturenames:
+            metafunc.parametrize("name", self.names)
+            return
+        cases = [(name, pair) for name in self.names for pair in pairs_of(name)]
+        metafunc.parametrize("name, pair", cases, ids=str)
 
     @pytest.fixture
     def case(self, name: str, pair: Pair) -> Case:
@@ -78,11 +80,11 @@ class HeadSuite:
         return case
 
     def _served(self) -> List[Case]:
-        cases = [find_case(name, pair, self.opts) for name in self.names for pair in PAIRS]
+        cases = [find_case(x, pair, self.opts) for x in self.names for pair in pairs_of(x)]
         return [case for case in cases if not case.refusal]
 
     def test_head_serves_a_pair(self, name: str) -> None:
-        cases = [find_case(name, pair, self.opts) for pair in PAIRS]
+        cases = [find_case(name, pair, self.opts) for pair in pairs_of(name)]
         assert not all(case.refusal for case in cases), f"{name} refuses every pair:\n" + "\n".join(
             f"  {case.pair}: {case.refusal}" for case in cases
         )

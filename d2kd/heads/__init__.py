@@ -24,6 +24,7 @@ from .reviewkd import ReviewKDHead
 from .roi_cls import RoIClsHead
 from .roi_fi import RoIFIHead
 from .roi_loc import RoILocHead
+from .roi_mask import RoIMaskHead
 from .samkd import SAMKDHead
 from .sgfi import SGFIHead
 

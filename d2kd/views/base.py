@@ -47,6 +47,8 @@ class DetectorView(Recording):
     "roi_predictions"    roi_predictions(boxes): feature (R, D), logits (R, K+1), deltas (R, K*4)
                          sampled_proposals: Instances of each image, of a student
     either of these two  pooled_levels, pooler, mean_in_boxes(maps, boxes): (R, C)
+    "mask_logits"        mask_logits(boxes): (R, K, M, M), or (R, 1, M, M) of all classes alike
+                         mask_proposals: Instances of each image, of a student
     "regions"            regions(sampler): R boxes of a student
     "region_vectors"     region_vectors(regions): (R, D)
 
@@ -253,6 +255,24 @@ class DetectorView(Recording):
         Their boxes may have been refined since (TRAIN_ON_PRED_BOXES): take those of `regions`.
         """
         raise self._missing("roi_predictions")
+
+    def mask_logits(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        """
+        Logits of the mask head, over the M x M cells of each box.
+
+        Args:
+            boxes: one Boxes per image, XYXY in input pixels, R in all; None: the student's
+                `mask_proposals`, from its own training pass
+
+        Returns:
+            (R, K, M, M), or (R, 1, M, M) of a class-agnostic mask head
+        """
+        raise self._missing("mask_logits")
+
+    @property
+    def mask_proposals(self) -> List[Instances]:
+        """The proposals of objects on which a student trains its masks: boxes and `gt_classes`."""
+        raise self._missing("mask_logits")
 
     def regions(self, sampler: RegionSampler = RegionSampler()) -> Regions:
         """

@@ -93,8 +93,8 @@ class MergeClasses(nn.Module):
 
 class CommonClassesView(WrappedView):
     """
-    A DetectorView with C common classes in place of its K: class logits, the boxes that depend on
-    the class, and labels, in which C is background or a class that only the student has.
+    A DetectorView with C common classes in place of its K: class logits, boxes and masks that
+    depend on the class, and labels, in which C is background or a class that only the student has.
     Everything else is the view's own.
     """
 
@@ -124,6 +124,16 @@ class CommonClassesView(WrappedView):
             return self._once("roi_predictions", lambda: self._merged_rois(answer))
         question = "common roi_predictions", self._merge
         return self._view._of_boxes(question, boxes, lambda: self._merged_rois(answer))
+
+    def mask_logits(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        logits = self._view.mask_logits(boxes)
+        if logits.shape[1] == 1 < len(self._merge.new_labels) - 1:  # class-agnostic
+            return logits
+        return self._merge.sigmoids(logits)
+
+    @property
+    def mask_proposals(self) -> List[Instances]:
+        return self._relabelled("mask_proposals")
 
     def anchor_labels(self) -> AnchorLabels:
         return self._once("anchor_labels", self._anchor_labels)

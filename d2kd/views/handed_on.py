@@ -83,6 +83,9 @@ class HandedOnView(WrappedView):
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
         return self._ask_of_boxes("roi_predictions", boxes, self._view.roi_predictions)
 
+    def mask_logits(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        return self._ask_of_boxes("mask_logits", boxes, self._view.mask_logits)
+
     def region_vectors(self, regions: Regions) -> Tensor:
         def ask(boxes: List[Boxes]) -> Tensor:
             return self._view.region_vectors(Regions(boxes, regions.source))

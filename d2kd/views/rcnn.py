@@ -14,8 +14,10 @@ from .build import DETECTOR_VIEW_REGISTRY
 from .detector_info import DetectorInfo
 from .layout import unaliased
 from .predictions import DensePredictions, RoIPredictions
+from .recording import Listener
 from .region_sampler import RegionSampler
 from .regions import Regions
+from .roi_align import pool_assigned
 
 
 class RCNNView(DetectorView):
@@ -30,6 +32,7 @@ class RCNNView(DetectorView):
         if hasattr(self.detector.roi_heads, "box_pooler"):
             words |= {"roi_features", "regions", "roi_predictions"}
             words |= {"region_vectors"} if hasattr(self._predictor, "cls_score") else set()
+            words |= {"mask_logits"} if hasattr(self._mask_head, "layers") else set()
         # MODEL.PROPOSAL_GENERATOR.NAME "PrecomputedProposals" has no RPN to ask.
         return frozenset(words - {"dense"} if self._rpn is None else words)
 
@@ -79,6 +82,17 @@ class RCNNView(DetectorView):
             return self._part("roi_predictions")
         return self._of_boxes("roi_predictions", boxes, lambda: self._roi_predictions(boxes))
 
+    @property
+    def mask_proposals(self) -> List[Instances]:
+        self._check("mask_logits")
+        return self._part("mask_proposals")
+
+    def mask_logits(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        self._check("mask_logits")
+        if boxes is None:
+            return self._part("mask_logits")
+        return self._of_boxes("mask_logits", boxes, lambda: self._mask_logits(boxes))
+
     def regions(self, sampler: RegionSampler = RegionSampler()) -> Regions:
         self._check("regions")
         return self._part("regions")
@@ -98,6 +112,11 @@ class RCNNView(DetectorView):
         feature = self._box_head(self.roi_features(boxes))
         return self._read(feature, *self._predictor(feature))
 
+    def _mask_logits(self, boxes: List[Boxes]) -> Tensor:
+        roi_heads = self.detector.roi_heads
+        features = [self.features[k] for k in roi_heads.mask_in_features]
+        return self._mask_head.layers(pool_assigned(roi_heads.mask_pooler, features, boxes))
+
     def _read(self, feature: Tensor, logits: Tensor, deltas: Tensor) -> RoIPredictions:
         activation = class_activation(self._predictor)
         # The column of background is still as initialised: no head shall see it.
@@ -113,6 +132,11 @@ class RCNNView(DetectorView):
                 self._predictor.register_forward_hook(self._on_predictor),
                 roi_heads.register_forward_hook(self._on_roi_heads),
             ]
+        if "mask_logits" in requires:
+            handles += [
+                self._mask_head.register_forward_pre_hook(self._on_mask_head),
+                Listener(self._mask_head, "layers", self._on_mask_logits),
+            ]
         return handles
 
     def _on_pooler(self, module: nn.Module, inputs: Tuple[Any, ...], output: Tensor) -> None:
@@ -126,6 +150,20 @@ class RCNNView(DetectorView):
 
     def _on_roi_heads(self, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
         self._keep("sampled_proposals", output[0], [])
+
+    def _on_mask_head(self, module: nn.Module, inputs: Tuple[Any, ...]) -> None:
+        proposals = [
+            Instances(
+                x.image_size,
+                proposal_boxes=Boxes(x.proposal_boxes.tensor.detach().clone()),
+                gt_classes=x.gt_classes,
+            )
+            for x in inputs[1]
+        ]
+        self._keep("mask_proposals", proposals, [])
+
+    def _on_mask_logits(self, logits: Tensor) -> None:
+        self._keep("mask_logits", logits, [logits])
 
     def _dense_head(self) -> Tuple[nn.Module, nn.Module, Sequence[str]]:
         rpn_head = self._rpn.rpn_head
@@ -146,6 +184,13 @@ class RCNNView(DetectorView):
     @property
     def _rpn(self) -> Optional[nn.Module]:
         return self.detector.proposal_generator
+
+    @property
+    def _mask_head(self) -> Optional[nn.Module]:
+        """None without masks, or where masks are pooled with the boxes' features."""
+        roi_heads = self.detector.roi_heads
+        has_own = getattr(roi_heads, "mask_on", False) and roi_heads.mask_pooler is not None
+        return roi_heads.mask_head if has_own else None
 
     @property
     def _box_head(self) -> nn.Module:

@@ -30,6 +30,8 @@ ASKED: Dict[str, Callable[[Any], Any]] = {
     "roi_features of means": lambda view: view.mean_in_boxes({}, some_boxes()),
     "roi_predictions": lambda view: view.roi_predictions(some_boxes()),
     "roi_predictions of labels": lambda view: view.sampled_proposals,
+    "mask_logits": lambda view: view.mask_logits(some_boxes()),
+    "mask_logits of labels": lambda view: view.mask_proposals,
     "regions": lambda view: view.regions(),
     "region_vectors": lambda view: view.region_vectors(None),
 }

@@ -27,7 +27,8 @@ def teacher_answers(
 
     Returns:
         the features of each level that heads read, of all where no head says which; the logits and
-        deltas of each level, and those of a box that is the image, where heads require them
+        deltas of each level, and those of a box that is the image and its mask, where heads require
+        them
     """
     view = distiller.view_of_teacher(inputs, lesson, teacher)
     answers = {k: view.features[k] for k in distiller.read_levels(lesson) or view.features}
@@ -35,9 +36,13 @@ def teacher_answers(
         dense = view.dense()
         answers.update({f"{k} logits": x for k, x in dense.by_level(dense.logits).items()})
         answers.update({f"{k} deltas": x for k, x in dense.by_level(dense.deltas).items()})
+    images = [
+        Boxes(torch.tensor([[0.0, 0.0, w, h]], device=distiller.device))
+        for h, w in view.image_sizes
+    ]
     if view.two_stage and lesson.requires & {"roi_predictions", "region_vectors"}:
-        device = distiller.device
-        boxes = [torch.tensor([[0.0, 0.0, w, h]], device=device) for h, w in view.image_sizes]
-        predictions = view.roi_predictions([Boxes(x) for x in boxes])
+        predictions = view.roi_predictions(images)
         answers.update({"box logits": predictions.logits, "box deltas": predictions.deltas})
+    if "mask_logits" in lesson.requires:
+        answers["mask logits"] = view.mask_logits(images)
     return answers

@@ -55,6 +55,11 @@ def build_config(args: argparse.Namespace, folder: str) -> CfgNode:
     device = [] if args.device == "auto" else ["MODEL.DEVICE", args.device]
     if args.config_file:
         cfg = load_config(args.config_file, [*device, *args.opts])
+        if cfg.DISTILL.TEACHERS:
+            raise ValueError(
+                f"--config-file {args.config_file} has several teachers (DISTILL.TEACHERS); the "
+                "benchmark is of one. doctor tells what each costs."
+            )
     else:
         teacher, student, overrides = PAIRS[args.pair]
         distill = {

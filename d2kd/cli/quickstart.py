@@ -79,7 +79,13 @@ def plan(args: argparse.Namespace) -> Tuple[Dict[str, Step], Dict[str, Step]]:
         name -> step, for those that are only evaluated where their weights are there, and for the
         two that are compared
     """
-    teacher = load_config(args.distilled, args.opts).DISTILL.TEACHER
+    distill = load_config(args.distilled, args.opts).DISTILL
+    if distill.TEACHERS:
+        raise ValueError(
+            f"--distilled {args.distilled} has several teachers (DISTILL.TEACHERS), and the "
+            "quickstart trains and shows one. Train each by a command of its own, then the student."
+        )
+    teacher = distill.TEACHER
     alone = [x for x in pairs(args.opts) if not x[0].startswith("DISTILL.")]
     place = ("MODEL.DEVICE", "DATASETS.", "DATALOADER.")
     shared = [word for pair in alone if pair[0].startswith(place) for word in pair]

@@ -44,6 +44,12 @@ def test_overrides_reach_the_steps_that_read_them() -> None:
     assert not any(weights for _, _, weights in second.values())
 
 
+def test_several_teachers_are_refused() -> None:
+    args = quickstart.parse_args(["--distilled", "configs/two_teachers/student.yaml"])
+    with pytest.raises(ValueError, match="has several teachers"):
+        quickstart.plan(args)
+
+
 def test_another_student_has_no_shipped_end() -> None:
     args = quickstart.parse_args(["--student", "configs/quickstart/student_faster_rcnn.yaml"])
     assert list(quickstart.plan(args)[0]) == ["teacher"]

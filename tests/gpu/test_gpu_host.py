@@ -14,7 +14,7 @@ import pytest
 
 import detectron2.modeling
 
-from d2kd.conformance.case import PAIRS, Pair, find_case
+from d2kd.conformance.case import MASK_PAIRS, PAIRS, Pair, find_case
 from d2kd.distiller import Distiller
 from d2kd.heads.build import build_head
 from d2kd.heads.fit import requires_of
@@ -32,6 +32,7 @@ RECORDED: Dict[str, Dict[str, int]] = {
     "faster_rcnn-to-retinanet": {"CKD": 2, "RoIFI": 2, "SGFI": 2},
     "retinanet-to-faster_rcnn": {},
     "reppoints-to-reppoints": {"CKD": 2, "RoIFI": 2, "SGFI": 2},
+    "mask_rcnn-to-mask_rcnn": {},
 }
 
 
@@ -64,6 +65,7 @@ OPERATORS: Dict[Tuple[str, Pair], int] = {
     ("RoIFI", RETINANET): 226,
     ("RoIFI", FASTER_RCNN): 48,
     ("RoILoc", FASTER_RCNN): 58,
+    ("RoIMask", MASK_PAIRS[0]): 62,
     ("SAMKD", FASTER_RCNN): 300,
     ("SGFI", RETINANET): 206,
 }

@@ -40,11 +40,13 @@ def batch_sizes(cfg: CfgNode) -> Tuple[int, int]:
         ValueError: a share with which one of the two is no multiple of the processes
     """
     total, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    if "DISTILL" not in cfg or not cfg.DISTILL.UNLABELLED.SETS:
+    if "DISTILL" not in cfg:
         return total, 0
     node = cfg.DISTILL.UNLABELLED
     check_range(f"{KEY}.BOX_SCORE", node.BOX_SCORE, 0, 1)
     check_range(f"{KEY}.SHARE", node.SHARE, 0, 1)
+    if not node.SETS:
+        return total, 0
     unlabelled = round(node.SHARE * total)
     labelled = total - unlabelled
     if unlabelled < 1 or (not labelled and node.SHARE < 1):

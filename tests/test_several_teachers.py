@@ -24,8 +24,14 @@ from d2kd.panel import draw_panel
 from d2kd.report.distillation import teacher as teachers_in_report
 from d2kd.report.run import Run
 from d2kd.teacher.stand_in import confident
-from tests.helpers.forks import launch_two
-from tests.helpers.runs import assert_same_checkpoint, interrupt, run, run_config, saved
+from tests.helpers.runs import (
+    assert_same_checkpoint,
+    assert_two_train_as_one,
+    interrupt,
+    run,
+    run_config,
+    saved,
+)
 from tests.helpers.toys import GROUP_NORM, batch, distill_config, write_teacher
 
 SHAPES = list(CLASSES)  # of the student: disc, ring, triangle, square, star, cross
@@ -125,12 +131,11 @@ def test_each_teaches_what_it_would_teach_alone(
         }
     )
     losses = losses_of(together, inputs_of())
-    for entry in entries:
+    for entry, lesson in zip(entries, together.lessons):
         one = losses_of(alone(family, FAMILIES[family], entry), inputs_of())
-        own = together.lessons[0 if entry is entries[0] else 1].loss_name
         for key, value in one.items():
             distilled = any(x.lower() in key for x in FAMILIES[family])
-            found = losses.pop(own(key)) if distilled else losses[key]
+            found = losses.pop(lesson.loss_name(key)) if distilled else losses[key]
             torch.testing.assert_close(found, value)
             assert value > 0 or not distilled
     assert not any(x in key for key in losses for x in HALVES), "nothing but these"
@@ -315,10 +320,6 @@ def test_another_teacher_is_refused_on_resume(
         run(cfg, resume=True)
 
 
-def _train(cfg: Any) -> None:
-    run(cfg)
-
-
 @pytest.mark.process
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_two_processes_train_as_one(tmp_path: Path, two: Callable[..., List[Entry]]) -> None:
@@ -336,13 +337,7 @@ def test_two_processes_train_as_one(tmp_path: Path, two: Callable[..., List[Entr
     }
     cfg = several(tmp_path, two, **keys)
     cfg.DISTILL.HEADS = ["CWD"]
-    run(cfg)
-    expected = saved(cfg)["model"]
-    cfg.OUTPUT_DIR = str(tmp_path / "two")
-    launch_two(_train, cfg)
-    found = saved(cfg)["model"]
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert_two_train_as_one(cfg)
 
 
 def test_summary_panel_and_doctor_show_each(
@@ -356,7 +351,6 @@ def test_summary_panel_and_doctor_show_each(
     assert "of both, but not taught: disc, ring, triangle" in text
     losses_of(distiller, inputs_of())
     both = draw_panel(distiller)
-    losses_of(alone("retinanet", ["PKD"], two()[0]), inputs_of())
     single = alone("retinanet", ["PKD"], two()[0])
     losses_of(single, inputs_of())
     assert both.shape[0] > 1.4 * draw_panel(single).shape[0]

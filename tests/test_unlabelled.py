@@ -21,8 +21,14 @@ from d2kd.distiller import Distiller
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.pairing.classes import match_classes
 from d2kd.teacher.stand_in import confident
-from tests.helpers.forks import launch_two
-from tests.helpers.runs import assert_same_tensors, interrupt, run, run_config, saved
+from tests.helpers.runs import (
+    assert_same_tensors,
+    assert_two_train_as_one,
+    interrupt,
+    run,
+    run_config,
+    saved,
+)
 from tests.helpers.toys import GROUP_NORM, batch, distill_config, write_teacher
 from tests.helpers.view_toys import masked_batch, needs_fcos
 
@@ -344,10 +350,6 @@ def test_two_processes_share_the_images_of_one(
         assert sorted(first + second) == sorted(whole)
 
 
-def _train(cfg: Any) -> None:
-    run(cfg)
-
-
 @pytest.mark.process
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_two_processes_without_labels_train_as_one(tmp_path: Path, folder: str) -> None:
@@ -365,10 +367,4 @@ def test_two_processes_without_labels_train_as_one(tmp_path: Path, folder: str) 
     }
     opts = write_teacher(tmp_path, "retinanet", **GROUP_NORM)
     cfg = run_config(tmp_path, opts, ["CWD"], **keys)
-    run(cfg)
-    expected = saved(cfg)["model"]
-    cfg.OUTPUT_DIR = str(tmp_path / "two")
-    launch_two(_train, cfg)
-    found = saved(cfg)["model"]
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert_two_train_as_one(cfg)

@@ -24,9 +24,12 @@ from paired_verdict import Verdict, decide
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     table = read_table(args.table)
-    unknown = sorted(set(args.rows) - set(table.rows))
-    if unknown:
-        raise ValueError(f"--rows: {unknown[0]!r} is no row; there are {', '.join(table.rows)}.")
+    for option, names in (("rows", args.rows), ("baseline", filter(None, [args.baseline]))):
+        for name in names:
+            if name not in table.rows:
+                raise ValueError(
+                    f"--{option}: {name!r} is no row; there are {', '.join(table.rows)}."
+                )
     for row, iterations, seeds, verdict in verdicts(table, args):
         count = "one seed" if seeds == 1 else f"{seeds} seeds"
         print(f"{row}, {iterations} iterations, {count}: {verdict}", flush=True)
@@ -35,15 +38,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int, int, Verdict]]:
     """Yields: row, iterations, number of seeds, and the verdict on them."""
     finished = {(x.row, x.iterations, x.seed): x for x in table.cells if _detections(table, x)}
+    baseline = args.baseline or table.baseline
     truth: Optional[COCO] = None
     base: Dict[Tuple[int, int], ImageAP] = {}
     for row, iterations in dict.fromkeys((x.row, x.iterations) for x in table.cells):
-        if row == table.baseline or (args.rows and row not in args.rows):
+        if row == baseline or (args.rows and row not in args.rows):
             continue
         seeds = [
             seed
             for name, budget, seed in finished
-            if (name, budget) == (row, iterations) and (table.baseline, budget, seed) in finished
+            if (name, budget) == (row, iterations) and (baseline, budget, seed) in finished
         ]
         if not seeds:
             continue
@@ -54,7 +58,7 @@ def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int,
         with silent():
             for seed in seeds:
                 if (iterations, seed) not in base:
-                    cell = finished[table.baseline, iterations, seed]
+                    cell = finished[baseline, iterations, seed]
                     base[iterations, seed] = _ap(truth, table, cell, args.masks)
             alone = [base[iterations, seed] for seed in seeds]
             runs = [finished[row, iterations, seed] for seed in seeds]
@@ -86,6 +90,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add = parser.add_argument
     add("table", help="YAML of the bench")
     add("--rows", nargs="+", default=[], metavar="ROW", help="default: all")
+    add("--baseline", default="", metavar="ROW", help="default: the table's BASELINE")
     add("--threshold", type=float, default=0.5, metavar="AP", help="no more is no gain (0.5)")
     add("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
     add("--masks", action="store_true", help="of masks, not of boxes")

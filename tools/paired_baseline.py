@@ -26,7 +26,7 @@ from d2kd.engine.evaluator import complete_truth
 from d2kd.utils.command_line import add_overrides, parse_command_line
 from paired_ap import ImageAP, image_error, read_detections
 from paired_verdict import Verdict, decide
-from quickstart import MASK_AP, METRICS, Steps, mask_warning, metrics_of
+from quickstart import MASK_AP, Steps, mask_warning, metrics_of
 
 ARMS = ("alone", "distilled")
 EPILOG = """
@@ -102,8 +102,12 @@ def truth_of(cfg: CfgNode) -> COCO:
     return truth
 
 
+def metrics_in(results: Results) -> List[str]:
+    return metrics_of(*(x for runs in results.values() for x in runs.values()))
+
+
 def have_masks(results: Results) -> bool:
-    return MASK_AP in metrics_of(*(x for runs in results.values() for x in runs.values()))
+    return MASK_AP in metrics_in(results)
 
 
 def verdict_of(
@@ -130,7 +134,7 @@ def make_report(
     Args:
         masks: the verdict on masks, of detectors that have some
     """
-    rows, metrics = [], [*METRICS, *([MASK_AP] if masks else [])]
+    rows, metrics = [], metrics_in(results)
     means = {arm: mean_of(results[arm], metrics) for arm in ARMS}
     for arm in ARMS:
         rows.append([arm] + [f"{means[arm][k]:.1f}" for k in metrics])
@@ -155,7 +159,7 @@ def mean_of(runs: Dict[int, Dict[str, float]], metrics: Sequence[str]) -> Dict[s
 
 def write_csv(results: Results, path: str) -> None:
     with open(path, "w", newline="") as file:
-        writer, metrics = csv.writer(file), [*METRICS, *([MASK_AP] if have_masks(results) else [])]
+        writer, metrics = csv.writer(file), metrics_in(results)
         writer.writerow(["arm", "seed", *metrics])
         for arm, runs in results.items():
             for seed, values in runs.items():

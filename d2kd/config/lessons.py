@@ -1,8 +1,8 @@
 """DISTILL.TEACHERS: several teachers at once, each as the config of a run that has it alone."""
 
 import re
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ContextManager, Dict, Iterator, List, NamedTuple, Sequence
 
 from detectron2.config import CfgNode
 
@@ -23,14 +23,9 @@ class LessonConfig(NamedTuple):
     name: str
     cfg: CfgNode
 
-    @contextmanager
-    def in_errors(self) -> Iterator[None]:
+    def in_errors(self) -> ContextManager[None]:
         """Prefix errors with the teacher, where the run has several."""
-        if not self.name:
-            yield
-            return
-        with prefixed(f"DISTILL.TEACHERS, {self.name}"):
-            yield
+        return prefixed(f"DISTILL.TEACHERS, {self.name}") if self.name else nullcontext()
 
 
 def lesson_configs(cfg: CfgNode) -> List[LessonConfig]:

@@ -1,9 +1,9 @@
 """DISTILL.STAGES: one run as several stages, each with a teacher and heads of its own."""
 
 import os
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Iterator, List, Tuple
+from typing import ContextManager, List, Tuple
 
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -55,14 +55,9 @@ class Stage:
             return self.run, self.start
         return self.cfg, 0
 
-    @contextmanager
-    def in_errors(self) -> Iterator[None]:
+    def in_errors(self) -> ContextManager[None]:
         """Prefix errors with the stage, where the run has stages."""
-        if self.is_whole_run:
-            yield
-            return
-        with stage_in_errors(self.index):
-            yield
+        return nullcontext() if self.is_whole_run else stage_in_errors(self.index)
 
     def __str__(self) -> str:
         teacher, heads = self.cfg.DISTILL.TEACHER, list(self.cfg.DISTILL.HEADS)

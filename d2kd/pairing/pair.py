@@ -43,11 +43,10 @@ class DistillPair:
     @property
     def taught_classes(self) -> Dict[int, str]:
         """The student's classes of which the teacher knows something, with their names."""
+        if not self.teacher.num_classes:
+            return {}
         if self.classes is None:
-            return {
-                i: str(i)
-                for i in range(self.student.num_classes if self.teacher.num_classes else 0)
-            }
+            return {i: str(i) for i in range(self.student.num_classes)}
         names = self.classes.student_names
         return {i: names[i] for group in self.classes.student for i in group}
 

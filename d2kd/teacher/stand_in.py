@@ -29,8 +29,7 @@ def confident(
         if classes is not None:
             new = to_student.to(new.device)[new]
         keep = (new >= 0) & (x.scores >= score)
-        boxes = Boxes(
-            x.pred_boxes.tensor[keep].float()
-        )  # a teacher may have a precision of its own
+        # A teacher may have a precision of its own.
+        boxes = Boxes(x.pred_boxes.tensor[keep].float())
         found.append(Instances(x.image_size, gt_boxes=boxes, gt_classes=new[keep]))
     return found

@@ -14,6 +14,7 @@ from d2kd.data import register_datasets
 from d2kd.data.outlines import CLASSES
 from d2kd.engine import Trainer
 
+from .forks import launch_two
 from .toys import detector_config, distill_config
 
 SHAPES_CLASSES = len(CLASSES)
@@ -170,6 +171,17 @@ def tensors_in(tree: Any) -> Iterable[torch.Tensor]:
     elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from tensors_in(value)
+
+
+def assert_two_train_as_one(cfg: CfgNode) -> None:
+    """Two processes train the student that one does, but for rounding."""
+    run(cfg)
+    expected = saved(cfg)["model"]
+    cfg.OUTPUT_DIR += "_two"
+    launch_two(run, cfg)
+    found = saved(cfg)["model"]
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
 def snapshot(module: nn.Module) -> Dict[str, Any]:

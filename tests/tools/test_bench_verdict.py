@@ -79,6 +79,10 @@ def test_rows_are_compared_with_the_baseline_on_the_set_of_the_table(
     assert len(lines) == 2
     assert lines[0].startswith("better, 4 iterations, 3 seeds: GAIN: +")
     assert lines[1].startswith("same, 4 iterations, 3 seeds: NO GAIN: +0.0 AP")
+    tool("bench_verdict").main([path, "--samples", "20", "--baseline", "better"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [x.split(",")[0] for x in lines] == ["alone", "same"]
+    assert all("NO GAIN: -" in x for x in lines)
 
 
 def test_run_that_is_not_finished_is_left_out(
@@ -100,3 +104,5 @@ def test_run_that_is_not_finished_is_left_out(
 def test_unknown_row_is_refused_with_those_there_are(place: Path, tool: Callable) -> None:
     with pytest.raises(ValueError, match="--rows: 'best' is no row; there are alone, better, same"):
         tool("bench_verdict").main([write(place), "--rows", "best"])
+    with pytest.raises(ValueError, match="--baseline: 'best' is no row"):
+        tool("bench_verdict").main([write(place), "--baseline", "best"])

@@ -14,6 +14,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from d2kd.cli.steps import METRICS
 from tests.helpers.forks import run_python
 from tests.helpers.runs import run_config
 from tests.helpers.toys import stock_backbone, write_teacher
@@ -127,7 +128,7 @@ def test_error_is_that_of_data_sets_with_the_drawn_images(ap: ModuleType) -> Non
 def test_gain_is_drawn_with_its_interval_where_it_has_one(
     gains: List[float], paired: ModuleType, tmp_path: Path
 ) -> None:
-    values = {k: 1.0 for k in paired.METRICS}
+    values = {k: 1.0 for k in METRICS}
     path = tmp_path / "gain.png"
     paired.draw({arm: {1: values} for arm in paired.ARMS}, paired.decide(gains, 0.1), str(path))
     assert path.stat().st_size > 1000
@@ -152,7 +153,7 @@ def test_metrics_are_those_of_boxes_and_the_ap_of_masks_where_there_are_some(
 def test_masks_that_are_lost_are_told(
     box: float, mask: float, warns: bool, paired: ModuleType
 ) -> None:
-    metrics = [*paired.METRICS, paired.MASK_AP]
+    metrics = [*METRICS, paired.MASK_AP]
     alone = dict.fromkeys(metrics, 30.0)
     distilled = {**dict.fromkeys(metrics, 30.0 + box), paired.MASK_AP: 30.0 + mask}
     results = {"alone": {1: alone}, "distilled": {1: distilled}}

@@ -35,9 +35,10 @@ def read_results(path: str) -> List[Row]:
         return []
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
+        columns = reader.fieldnames or COLUMNS  # none yet: the first row is about to be written
         rows = list(reader)
-    if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
-        raise ValueError(f"{path} has the columns {reader.fieldnames}, not {list(COLUMNS)}.")
+    if tuple(columns) != COLUMNS:
+        raise ValueError(f"{path} has the columns {columns}, not {list(COLUMNS)}.")
     return rows
 
 

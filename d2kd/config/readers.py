@@ -1,7 +1,7 @@
 """Conditions on other keys under which a key is used; keys that are not here always are."""
 
 from functools import reduce
-from typing import Any, Callable, NamedTuple, Tuple
+from typing import Any, Callable, NamedTuple, Sequence, Tuple
 
 from fvcore.common.registry import Registry
 
@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from ..data.shapes import SPLITS
+from .load import leaves
 
 
 class Reader(NamedTuple):
@@ -39,11 +40,18 @@ def _switch(key: str, *values: Any, of: Tuple[str, ...]) -> Reader:
 def _detector(who: str, *names: str, of: Tuple[str, ...]) -> Reader:
     """Keys that are read only by these meta-architectures, or possibly by a user's own."""
 
-    def reads(cfg: CfgNode) -> bool:
-        name = cfg.MODEL.META_ARCHITECTURE
-        return name in names or not _is_ours(META_ARCH_REGISTRY, name)
+    return Reader(of, lambda cfg: _may_be(cfg, names), f"by {who}")
 
-    return Reader(of, reads, f"by {who}")
+
+def _may_be(cfg: CfgNode, names: Sequence[str]) -> bool:
+    name = cfg.MODEL.META_ARCHITECTURE
+    return name in names or not _is_ours(META_ARCH_REGISTRY, name)
+
+
+def _marked_by_masks(cfg: CfgNode) -> bool:
+    """Whether a head would read the masks of labels, which are loaded with MODEL.MASK_ON."""
+    keys = leaves(cfg.get("DISTILL", {}))
+    return any(key.endswith(".OBJECTS") and value == "masks" for key, value in keys)
 
 
 def _backbone(who: str, part: str, of: Tuple[str, ...]) -> Reader:
@@ -85,7 +93,12 @@ READERS = (
     _detector(
         "two-stage detectors",
         *_TWO_STAGE,
-        of=("MODEL.ROI_*", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS"),
+        of=("MODEL.ROI_*", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS"),
+    ),
+    Reader(
+        ("MODEL.MASK_ON",),
+        lambda cfg: _may_be(cfg, _TWO_STAGE) or _marked_by_masks(cfg),
+        "by two-stage detectors and by heads with OBJECTS 'masks'",
     ),
     _detector(
         "detectors that segment the whole image",

@@ -24,7 +24,9 @@ WORDS: Dict[str, Tuple[str, ...]] = {
     "pooler": ("roi_features", "roi_predictions"),
     "mean_in_boxes": ("roi_features", "roi_predictions"),
     "mask_logits": ("mask_logits",),
-    "mask_proposals": ("mask_logits",),
+    "mask_features": ("mask_features",),
+    "mask_proposals": ("mask_logits", "mask_features"),
+    "mask_regions": ("mask_logits", "mask_features"),
     "regions": ("regions",),
     "region_vectors": ("region_vectors",),
 }

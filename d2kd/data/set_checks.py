@@ -12,10 +12,17 @@ logger = logging.getLogger(__name__)
 COCO_KEYPOINTS = 17
 
 
-def check_role(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) -> None:
+# They may learn from objects' masks, by heads with OBJECTS "masks", but detect none.
+WITHOUT_MASKS = ("RetinaNet", "FCOS", "RepPoints")
+
+
+def check_role(
+    summary: CocoSummary, part: str, cfg: CfgNode, meta_architecture: str, blame: str
+) -> None:
     """
     Args:
         part: "TRAIN" or "TEST"
+        meta_architecture: of the detector that is trained or evaluated
         blame: the config key and file, for errors and warnings
 
     Raises:
@@ -29,7 +36,7 @@ def check_role(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) -> Non
             f'{blame} has no object in "annotations", so that AP is undefined. Annotate it, or '
             "remove the set from DATASETS.TEST."
         )
-    if cfg.MODEL.MASK_ON:
+    if cfg.MODEL.MASK_ON and (part == "TRAIN" or meta_architecture not in WITHOUT_MASKS):
         _check_masks(summary, part, cfg.INPUT.MASK_FORMAT, blame)
     if cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(summary, part, cfg, blame)

@@ -97,7 +97,7 @@ class SetChecks:
             return summary.classes  # a test set without public annotations: inference only
         summary = read_summary(json_file, key)
         blame = f"{key}: {json_file}"
-        check_role(summary, part, self.cfg, blame)
+        check_role(summary, part, self.cfg, self.meta_architecture, blame)
         paths = _paths(summary.images, folder)
         if part == "TRAIN":
             self.objects[name] = summary.facts.objects

@@ -1,13 +1,18 @@
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import Axes, build_adapters, mean_one_softmax
+from detectron2.config import CfgNode
+
+from ..layers import Axes, build_adapters, mean_one_softmax, paint_maps
 from ..pairing.levels import LevelPair, match_levels
+from ..pairing.pair import DistillPair
 from ..utils.checks import check_temperature, check_weight
 from ..views import DetectorView, Regions
+from .keys import head_arguments
+from .object_cells import check_masks_are_read, check_objects, object_cells
 from .registry import DISTILL_HEAD_REGISTRY
 
 
@@ -37,6 +42,7 @@ class FGDHead(nn.Module):
         attention_weight: float = 5e-4,
         global_weight: float = 5e-6,
         temperature: float = 0.5,
+        objects: str = "boxes",
         legacy_scale: bool = False,
     ):
         """
@@ -48,6 +54,8 @@ class FGDHead(nn.Module):
             attention_weight: gamma; 5e-4, 8e-4, 5e-5
             global_weight: lambda, of the global context; 5e-6, 8e-6, 5e-7
             temperature: T of both attentions, > 0: 0.5, and 0.8 for FCOS
+            objects: what marks the foreground: "boxes", as published, or "masks", our variant: the
+                cells in which an object has a pixel. That needs MODEL.MASK_ON True
             legacy_scale: the released code stretches boxes to the padded map, as though an image
                 filled it. True: do the same; False: a box lies on the cells of its pixels
         """
@@ -61,14 +69,25 @@ class FGDHead(nn.Module):
         for term, weight in self.weights.items():
             check_weight(f"{term}_weight", weight)
         check_temperature("temperature", temperature)
+        check_objects(objects)
+        if legacy_scale and objects == "masks":
+            raise ValueError(
+                "legacy_scale is True, but masks have no box to stretch: set it False."
+            )
         self.levels = levels
         self.temperature = temperature
+        self.objects = objects
         self.legacy_scale = legacy_scale
         self.adapter = build_adapters(levels)
         self.student_context, self.teacher_context = (
             nn.ModuleDict({p.student: GlobalContext(p.teacher_channels) for p in levels})
             for _ in range(2)
         )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        check_masks_are_read("DISTILL.FGD.OBJECTS", cfg.DISTILL.FGD.OBJECTS, cfg)
+        return head_arguments(cls, cfg, pair)
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
         """
@@ -127,16 +146,29 @@ class FGDHead(nn.Module):
         self, view: DetectorView, sizes: Sequence[Tuple[int, int]]
     ) -> List[Tuple[Tensor, Tensor]]:
         """focal_masks of levels whose maps have these heights and widths."""
-        rois = Regions([x.gt_boxes for x in view.gt_instances]).rois
-        boxes, image = rois[:, None, 1:].float(), rois[:, 0].long()
+        regions = Regions([x.gt_boxes for x in view.gt_instances])
+        image, num_images = regions.image, len(view.gt_instances)
+        if self.objects == "masks":
+            strides = [p.student_stride for p in self.levels]
+            cells = object_cells(view.gt_instances, strides, sizes)
+            return focal_masks_of_cells(image, cells, num_images)
+        boxes = self._in_cells(regions.rois, view.image_sizes, sizes)
+        return focal_masks(image, boxes, sizes, num_images)
+
+    def _in_cells(
+        self,
+        rois: Tensor,
+        image_sizes: Sequence[Tuple[int, int]],
+        sizes: Sequence[Tuple[int, int]],
+    ) -> Tensor:
+        """(M, 5) -> (M, L, 4), XYXY in the cells of each level."""
+        boxes, device = rois[:, None, 1:].float(), rois.device
         if self.legacy_scale:
             # In this order: a box that ends with the image may not be rounded beyond the map.
-            boxes = boxes / _xyxy(view.image_sizes, rois.device)[image][:, None]
-            boxes = boxes * _xyxy(sizes, rois.device)
-        else:
-            strides = torch.tensor([p.student_stride for p in self.levels])
-            boxes = boxes / strides.to(rois.device, non_blocking=True)[:, None]
-        return focal_masks(image, boxes, sizes, len(view.gt_instances))
+            boxes = boxes / _xyxy(image_sizes, device)[rois[:, 0].long()][:, None]
+            return boxes * _xyxy(sizes, device)
+        strides = torch.tensor([p.student_stride for p in self.levels])
+        return boxes / strides.to(device, non_blocking=True)[:, None]
 
 
 def _xyxy(sizes: Sequence[Tuple[int, int]], device: torch.device) -> Tensor:
@@ -165,6 +197,19 @@ def focal_masks(
     values = axes.spread(torch.stack([torch.ones_like(value), value], dim=2))
     maps = axes.paint(axes.covered(first, last) * values, image, num_images)
     return [(foreground, _background(foreground)) for foreground in maps]
+
+
+def focal_masks_of_cells(
+    image: Tensor, cells: Sequence[Tensor], num_images: int
+) -> List[Tuple[Tensor, Tensor]]:
+    """
+    As focal_masks, of objects of any shape.
+
+    Args:
+        cells: of each level those of M objects, boolean (M, Hi, Wi)
+    """
+    values = (x / x.sum(dim=(1, 2), keepdim=True).clamp(min=1) for x in cells)
+    return [(x, _background(x)) for x in paint_maps(values, image, num_images)]
 
 
 def _background(foreground: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def unlabelled_misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[st
     requires, key = requires_of(head_class(name), cfg, pair), "DISTILL.UNLABELLED.SETS"
     of_training = {"anchor_labels"}
     if pair.student.two_stage:  # they are the proposals that it samples for its own loss
-        of_training |= {"regions", "region_vectors", "roi_predictions", "mask_logits"}
+        of_training |= {"regions", "region_vectors", "roi_predictions"}
+        of_training |= {"mask_features", "mask_logits"}
     missing = requires & of_training
     if missing:
         return (

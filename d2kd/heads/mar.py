@@ -11,9 +11,10 @@ from ..pairing.levels import LevelPair, match_inside, match_levels
 from ..pairing.pair import DistillPair
 from ..utils.checks import check_choice, check_weight
 from ..utils.processes import mean_over_processes
-from ..views import DetectorView, Regions, RegionSampler
+from ..views import DetectorView, RegionSampler
 from .keys import head_arguments
 from .mar_mask import ObjectMask
+from .object_cells import check_masks_are_read
 from .registry import DISTILL_HEAD_REGISTRY
 
 RELATIONS = ("dense", "regions")
@@ -90,6 +91,7 @@ class MARHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        check_masks_are_read("DISTILL.MAR.MASK.OBJECTS", cfg.DISTILL.MAR.MASK.OBJECTS, cfg)
         sizes = pair.student.roi_size, pair.teacher.roi_size
         on_regions = cfg.DISTILL.MAR.RELATION == "regions"
         if on_regions and sizes[0] != sizes[1]:
@@ -126,14 +128,9 @@ class MARHead(nn.Module):
         }
 
     def _features(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
-        rois = Regions([x.gt_boxes for x in student.gt_instances]).rois
         levels = list(match_inside(self.levels, student, teacher))
-        masks = self.mask(
-            rois,
-            [p.student_stride for p in self.levels],
-            [x.shape[-2:] for _, x, _, _ in levels],
-            len(student.gt_instances),
-        )
+        strides, sizes = [p.student_stride for p in self.levels], [x[1].shape[-2:] for x in levels]
+        masks = self.mask(student.gt_instances, strides, sizes)
         losses, self.maps = {}, {"mask": {}}
         for (level, x, target, inside), mask in zip(levels, masks):
             mask = zero_outside(mask, inside)

@@ -7,8 +7,12 @@ from typing import List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..layers import Axes
+from detectron2.structures import Instances
+
+from ..layers import Axes, paint_maps
 from ..utils.checks import check_choice
+from ..views import Regions
+from .object_cells import check_objects, object_cells
 
 KINDS = ("values", "gaussian")
 
@@ -16,7 +20,7 @@ KINDS = ("values", "gaussian")
 @dataclass(frozen=True)
 class ObjectMask:
     """
-    Turns ground-truth boxes into a map of each level.
+    Turns ground truth into a map of each level.
 
     Attributes:
         kind: "values": three, for cells inside a ground-truth box, near it, and far from all;
@@ -27,6 +31,9 @@ class ObjectMask:
         near_factor: near: inside the box so many times as wide and high about an object
         by_size: True: an object marks the level that its size belongs to (224 pixels: stride 16);
             False: all
+        objects: where an object is: in its "boxes", or, ours, where its "masks" are: INSIDE counts
+            in the cells in which it has a pixel then, and NEAR in those of its box, enlarged. That
+            needs MODEL.MASK_ON True and KIND "values"
     """
 
     kind: str = "values"
@@ -35,9 +42,13 @@ class ObjectMask:
     far: float = 0.1
     near_factor: float = 1.5
     by_size: bool = True
+    objects: str = "boxes"
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
+        check_objects(self.objects)
+        if self.objects == "masks" and self.kind == "gaussian":
+            raise ValueError("objects is 'masks', but KIND 'gaussian' is a bell over each box.")
         falling = math.inf > self.inside >= self.near >= self.far >= 0
         if not falling or not self.inside > 0:
             raise ValueError(
@@ -49,35 +60,49 @@ class ObjectMask:
 
     def __call__(
         self,
-        rois: Tensor,
+        instances: Sequence[Instances],
         strides: Sequence[int],
         sizes: Sequence[Tuple[int, int]],
-        num_images: int,
     ) -> List[Tensor]:
         """
         Args:
-            rois: (M, 5) ground truth, index of the image, then the box XYXY in input pixels
+            instances: ground truth of N images, M objects in all
             strides: of the levels, pixels per cell
             sizes: height and width of their maps
 
         Returns:
-            of each level (num_images, 1, H, W)
+            of each level (N, 1, H, W)
         """
+        regions = Regions([x.gt_boxes for x in instances])
+        rois, image = regions.rois, regions.image
         rising = sorted(strides)
         facts = torch.tensor([strides, [rising.index(x) for x in strides]])
-        strides, place = facts.to(rois.device, non_blocking=True)
-        boxes = rois[:, None, 1:] / strides[:, None]  # (M, L, 4)
+        cells, place = facts.to(rois.device, non_blocking=True)
+        boxes = rois[:, None, 1:] / cells[:, None]  # (M, L, 4)
         marks = torch.ones_like(boxes[..., 0])  # 0 on the levels that an object does not mark
         if self.by_size:
             marks = (_level_of(rois[:, 1:], rising)[:, None] == place).to(boxes)
-        axes, image = Axes(sizes, rois.device), rois[:, 0].long()
+        maps = self._of_boxes(boxes, marks, Axes(sizes, rois.device), image, len(instances))
+        if self.objects == "masks":
+            touched = object_cells(instances, strides, sizes)
+            inside = (
+                x * y[:, None, None] for x, y in zip(touched, (self.inside * marks).unbind(1))
+            )
+            inside = paint_maps(inside, image, len(instances))
+            maps = [torch.maximum(x, y) for x, y in zip(inside, maps)]
+        return [x.clamp(min=self.far) for x in maps]
+
+    def _of_boxes(
+        self, boxes: Tensor, marks: Tensor, axes: Axes, image: Tensor, num_images: int
+    ) -> List[Tensor]:
         if self.kind == "gaussian":
             spans, value = axes.bells(boxes[..., :2], boxes[..., 2:]), self.inside * marks
         else:  # inside the objects, and near them
+            inside = self.inside if self.objects == "boxes" else self.near
             spans = self._spans(axes, torch.cat([boxes, _enlarged(boxes, self.near_factor)]))
-            value, image = torch.cat([self.inside * marks, self.near * marks]), image.repeat(2)
+            value, image = torch.cat([inside * marks, self.near * marks]), image.repeat(2)
         values = spans * axes.spread(torch.stack([torch.ones_like(value), value], dim=2))
-        return [x.clamp(min=self.far) for x in axes.paint(values, image, num_images)]
+        return axes.paint(values, image, num_images)
 
     @staticmethod
     def _spans(axes: Axes, boxes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-from typing import Any, Dict
+from typing import Any, Dict, FrozenSet
 
 from torch import Tensor, nn
 
@@ -9,6 +9,7 @@ from ..pairing.pair import DistillPair
 from ..views import DetectorView, RegionSampler
 from .keys import head_arguments
 from .registry import DISTILL_HEAD_REGISTRY
+from .roi_source import cells_and_key, check_pooler, features_of, regions_of, required_words
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -21,28 +22,42 @@ class RoIFIHead(nn.Module):
     Shapes: R regions; Cs, Ct student and teacher channels; S cells along a side of a RoI feature.
     """
 
-    requires = frozenset({"features", "roi_features", "regions"})
     loss_weight = 1.0
     zero_at_equal = True  # the adapter starts as the identity
 
-    def __init__(self, *, student_channels: int, teacher_channels: int, sampler: RegionSampler):
+    def __init__(
+        self,
+        *,
+        student_channels: int,
+        teacher_channels: int,
+        sampler: RegionSampler,
+        pooler: str = "box",
+    ):
         """
         Args:
             student_channels, teacher_channels: of the pyramids
             sampler: which of a dense student's boxes are its regions
+            pooler: which RoI features. "box": the box head's, of the regions; "mask", our variant:
+                the mask head's, of the student's proposals of objects
         """
         super().__init__()
+        check_pooler(pooler)
         self.sampler = sampler
+        self.pooler = pooler
         self.adapter = build_adapter(student_channels, teacher_channels, always=True)
+
+    @staticmethod
+    def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
+        return required_words(cfg.DISTILL.RoIFI.POOLER)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
-        sizes = pair.student.roi_size, pair.teacher.roi_size
-        if sizes[0] != sizes[1]:
+        ours, theirs, key = cells_and_key(cfg.DISTILL.RoIFI.POOLER, pair)
+        if ours != theirs:
             raise ValueError(
                 f"DISTILL.HEADS: RoIFI compares RoI features cell by cell, but the student's have "
-                f"{sizes[0]} cells a side and the teacher's {sizes[1]} "
-                "(MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION). SGFI pools the student's anew."
+                f"{ours} cells a side and the teacher's {theirs} ({key}). SGFI pools the student's "
+                "anew."
             )
         channels = pair.student.channels, pair.teacher.channels
         return head_arguments(
@@ -61,8 +76,8 @@ class RoIFIHead(nn.Module):
         Returns:
             {"loss_roifi": scalar}, the squared error averaged over a region's entries and regions
         """
-        regions = student.regions(self.sampler)
-        target = teacher.roi_features(regions.boxes).detach().float()
-        x = self.adapter(student.roi_features(regions.boxes)).float()
+        regions = regions_of(student, self.pooler, self.sampler)
+        target = features_of(teacher, self.pooler, regions).detach().float()
+        x = self.adapter(features_of(student, self.pooler, regions)).float()
         errors = (x - target).square().mean(dim=(1, 2, 3))
         return {"loss_roifi": errors.sum() / regions.mean_count}

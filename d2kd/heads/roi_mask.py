@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..layers import class_divergence
 from ..pairing.pair import TWO_STAGE
-from ..views import DetectorView, Regions
+from ..views import DetectorView
 from .registry import DISTILL_HEAD_REGISTRY
 
 
@@ -42,10 +42,9 @@ class RoIMaskHead(nn.Module):
         Returns:
             {"loss_roimask": scalar}, averaged over cells and proposals (of all processes)
         """
-        proposals = student.mask_proposals
-        boxes = [x.proposal_boxes for x in proposals]
-        classes = torch.cat([x.gt_classes for x in proposals])
-        ours, theirs = student.mask_logits(), teacher.mask_logits(boxes).detach()
+        regions = student.mask_regions
+        classes = torch.cat([x.gt_classes for x in student.mask_proposals])
+        ours, theirs = student.mask_logits(), teacher.mask_logits(regions.boxes).detach()
         if theirs.shape[2:] != ours.shape[2:]:
             theirs = F.interpolate(
                 theirs.float(), size=ours.shape[2:], mode="bilinear", align_corners=False
@@ -53,7 +52,7 @@ class RoIMaskHead(nn.Module):
         known = classes < student.num_classes
         x, target = (_of_classes(z, classes * known) for z in (ours, theirs))
         divergence = class_divergence(x, target, "sigmoid").flatten(1).mean(dim=1)
-        return {"loss_roimask": (divergence * known).sum() / Regions(boxes).mean_count}
+        return {"loss_roimask": (divergence * known).sum() / regions.mean_count}
 
 
 def _of_classes(logits: Tensor, classes: Tensor) -> Tensor:

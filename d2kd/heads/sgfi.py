@@ -1,5 +1,5 @@
 from functools import partial
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..utils.checks import check_range
 from ..views import DetectorView, RegionSampler, roi_align_levels
 from .keys import head_arguments
 from .registry import DISTILL_HEAD_REGISTRY
+from .roi_source import cells_and_key, check_pooler, features_of, regions_of, required_words
 
 # A learned temperature below this would make the softmax a hard choice that nothing can undo.
 MIN_TEMPERATURE = 0.01
@@ -36,7 +37,6 @@ class SGFIHead(nn.Module):
     """
 
     loss_weight = 1.0
-    requires = frozenset({"features", "roi_features", "regions"})
     no_weight_decay = frozenset({"temperature"})
 
     def __init__(
@@ -46,6 +46,7 @@ class SGFIHead(nn.Module):
         student_channels: int,
         teacher_channels: int,
         sampler: RegionSampler,
+        pooler: str = "box",
         levels: Sequence[str] = (),
         negative_slope: float = 0.0,
         sampling_ratio: int = 0,
@@ -56,6 +57,8 @@ class SGFIHead(nn.Module):
             student_levels: all of the student's
             student_channels, teacher_channels: of the pyramids
             sampler: which of a dense student's boxes are its regions
+            pooler: which of the teacher's RoI features. "box": the box head's, of the regions;
+                "mask", our variant: the mask head's, of the student's proposals of objects
             levels: those of the student that are mixed; empty: all
             negative_slope: of the embedding's ReLUs, in [0, 1). The notes on the paper say ReLU, 0.
                 With a large LOSS_WEIGHT that died: all levels weigh the same then, for good; 0.01
@@ -78,7 +81,9 @@ class SGFIHead(nn.Module):
             raise ValueError(f"negative_slope must be in [0, 1), got {negative_slope}.")
         check_range("sampling_ratio", sampling_ratio, 0, 8, "time and memory grow with its square")
         check_range("chunk_size", chunk_size, 0, 10**6, "0 is all at once")
+        check_pooler(pooler)
         self.student_levels = chosen
+        self.pooler = pooler
         self.sampler = sampler
         self.sampling_ratio = sampling_ratio
         self.chunk_size = chunk_size
@@ -96,12 +101,17 @@ class SGFIHead(nn.Module):
             [],
         )
 
+    @staticmethod
+    def requires(cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:
+        return required_words(cfg.DISTILL.SGFI.POOLER)
+
     @classmethod
     def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
-        if pair.teacher.roi_size < 7:
+        _, cells, key = cells_and_key(cfg.DISTILL.SGFI.POOLER, pair)
+        if cells < 7:
             raise ValueError(
                 f"DISTILL.HEADS: SGFI embeds RoI features of 7 cells a side or more; the teacher's "
-                f"have {pair.teacher.roi_size} (MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)."
+                f"have {cells} ({key})."
             )
         return head_arguments(
             cls,
@@ -128,8 +138,8 @@ class SGFIHead(nn.Module):
         """
         # Not in the graph, where a clamp would cut the gradient for good.
         self.temperature.data.clamp_(min=MIN_TEMPERATURE)
-        regions = student.regions(self.sampler)
-        target = teacher.roi_features(regions.boxes).detach()
+        regions = regions_of(student, self.pooler, self.sampler)
+        target = features_of(teacher, self.pooler, regions).detach()
         # RoIAlign averages cells and a 1x1 convolution mixes channels, so they commute. Maps have
         # fewer cells than many regions on all levels, and only one tensor of that size is kept.
         maps = [self.adapter(student.features[k]) for k in self.student_levels]

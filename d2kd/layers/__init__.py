@@ -1,6 +1,6 @@
 from .adapter import build_adapter, build_adapters
 from .attention import AttentionGuide, channel_attention, mean_one_softmax, spatial_attention
-from .box_maps import Axes
+from .box_maps import Axes, paint_maps, touched_cells
 from .inside import mean_inside, zero_outside
 from .log_sum_exp import log_sum_exp_of_products
 from .masks import MaskRule, hide_top

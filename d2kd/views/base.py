@@ -48,7 +48,9 @@ class DetectorView(Recording):
                          sampled_proposals: Instances of each image, of a student
     either of these two  pooled_levels, pooler, mean_in_boxes(maps, boxes): (R, C)
     "mask_logits"        mask_logits(boxes): (R, K, M, M), or (R, 1, M, M) of all classes alike
-                         mask_proposals: Instances of each image, of a student
+    "mask_features"      mask_features(boxes): (R, C, S, S), what the mask head reads
+    either of these two  mask_proposals: Instances of each image, of a student
+                         mask_regions: R boxes of a student, those of mask_proposals
     "regions"            regions(sampler): R boxes of a student
     "region_vectors"     region_vectors(regions): (R, D)
 
@@ -269,10 +271,30 @@ class DetectorView(Recording):
         """
         raise self._missing("mask_logits")
 
+    def mask_features(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        """
+        RoI features as the mask head reads them, of its own size and levels.
+
+        Args:
+            boxes: one Boxes per image, XYXY in input pixels, R in all; None: the student's
+                `mask_proposals`, from its own training pass
+
+        Returns:
+            (R, C, S, S)
+        """
+        raise self._missing("mask_features")
+
     @property
     def mask_proposals(self) -> List[Instances]:
         """The proposals of objects on which a student trains its masks: boxes and `gt_classes`."""
-        raise self._missing("mask_logits")
+        raise self._missing("mask_features")
+
+    @property
+    def mask_regions(self) -> Regions:
+        """The boxes of `mask_proposals`."""
+        return self._once(
+            "mask_regions", lambda: Regions([x.proposal_boxes for x in self.mask_proposals])
+        )
 
     def regions(self, sampler: RegionSampler = RegionSampler()) -> Regions:
         """

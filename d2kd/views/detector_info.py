@@ -19,10 +19,10 @@ class DetectorInfo:
     `dense_levels`: levels with dense predictions; `anchors`: of each of them, those of its first
     cell, XYXY in input pixels, in the order of the predictions; `vector_channels`: length of a
     region's vector (`region_vectors`), 0 without; `roi_size`: cells along a side of its RoI
-    features; `box_weights`: factors of its box deltas (BBOX_REG_WEIGHTS of
-    MODEL.ROI_BOX_HEAD, or of MODEL.RETINANET), () without anchors; `anchor_free`: whether cells
-    predict from a point of theirs, as those of FCOS and RepPoints: what `anchors` has then is a
-    square around that point.
+    features; `mask_size`: of those that its mask head reads, 0 without one; `box_weights`: factors
+    of its box deltas (BBOX_REG_WEIGHTS of MODEL.ROI_BOX_HEAD, or of MODEL.RETINANET), () without
+    anchors; `anchor_free`: whether cells predict from a point of theirs, as those of FCOS and
+    RepPoints: what `anchors` has then is a square around that point.
     """
 
     name: str
@@ -36,6 +36,7 @@ class DetectorInfo:
     anchors: Mapping[str, Tuple[Tuple[float, ...], ...]] = field(default_factory=dict)
     vector_channels: int = 0
     roi_size: int = 0
+    mask_size: int = 0
     box_weights: Tuple[float, ...] = ()
     anchor_free: bool = False
 

@@ -86,6 +86,9 @@ class HandedOnView(WrappedView):
     def mask_logits(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
         return self._ask_of_boxes("mask_logits", boxes, self._view.mask_logits)
 
+    def mask_features(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        return self._ask_of_boxes("mask_features", boxes, self._view.mask_features)
+
     def region_vectors(self, regions: Regions) -> Tensor:
         def ask(boxes: List[Boxes]) -> Tensor:
             return self._view.region_vectors(Regions(boxes, regions.source))

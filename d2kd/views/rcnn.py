@@ -32,6 +32,7 @@ class RCNNView(DetectorView):
         if hasattr(self.detector.roi_heads, "box_pooler"):
             words |= {"roi_features", "regions", "roi_predictions"}
             words |= {"region_vectors"} if hasattr(self._predictor, "cls_score") else set()
+            words |= {"mask_features"} if self._mask_head is not None else set()
             words |= {"mask_logits"} if hasattr(self._mask_head, "layers") else set()
         # MODEL.PROPOSAL_GENERATOR.NAME "PrecomputedProposals" has no RPN to ask.
         return frozenset(words - {"dense"} if self._rpn is None else words)
@@ -50,6 +51,8 @@ class RCNNView(DetectorView):
         if "dense" in info.provides:
             anchors = cell_anchors(self._rpn.anchor_generator, self._rpn.in_features)
             info = replace(info, dense_levels=tuple(self._rpn.in_features), anchors=anchors)
+        if "mask_features" in info.provides:
+            info = replace(info, mask_size=self.detector.roi_heads.mask_pooler.output_size[0])
         if "roi_predictions" not in info.provides:
             return info
         predictor, has_vectors = self._predictor, "region_vectors" in info.provides
@@ -84,8 +87,14 @@ class RCNNView(DetectorView):
 
     @property
     def mask_proposals(self) -> List[Instances]:
-        self._check("mask_logits")
+        self._check("mask_features")
         return self._part("mask_proposals")
+
+    def mask_features(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        self._check("mask_features")
+        if boxes is None:
+            return self._part("mask_features")
+        return self._of_boxes("mask_features", boxes, lambda: self._mask_features(boxes))
 
     def mask_logits(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
         self._check("mask_logits")
@@ -113,9 +122,14 @@ class RCNNView(DetectorView):
         return self._read(feature, *self._predictor(feature))
 
     def _mask_logits(self, boxes: List[Boxes]) -> Tensor:
+        return self._mask_head.layers(self.mask_features(boxes))
+
+    def _mask_features(self, boxes: List[Boxes]) -> Tensor:
+        if "mask_features" in self._recorded and boxes is self.mask_regions.boxes:
+            return self._part("mask_features")  # the student's mask head has pooled them
         roi_heads = self.detector.roi_heads
         features = [self.features[k] for k in roi_heads.mask_in_features]
-        return self._mask_head.layers(pool_assigned(roi_heads.mask_pooler, features, boxes))
+        return pool_assigned(roi_heads.mask_pooler, features, boxes)
 
     def _read(self, feature: Tensor, logits: Tensor, deltas: Tensor) -> RoIPredictions:
         activation = class_activation(self._predictor)
@@ -132,11 +146,10 @@ class RCNNView(DetectorView):
                 self._predictor.register_forward_hook(self._on_predictor),
                 roi_heads.register_forward_hook(self._on_roi_heads),
             ]
+        if requires & {"mask_features", "mask_logits"}:
+            handles.append(self._mask_head.register_forward_pre_hook(self._on_mask_head))
         if "mask_logits" in requires:
-            handles += [
-                self._mask_head.register_forward_pre_hook(self._on_mask_head),
-                Listener(self._mask_head, "layers", self._on_mask_logits),
-            ]
+            handles.append(Listener(self._mask_head, "layers", self._on_mask_logits))
         return handles
 
     def _on_pooler(self, module: nn.Module, inputs: Tuple[Any, ...], output: Tensor) -> None:
@@ -161,6 +174,7 @@ class RCNNView(DetectorView):
             for x in inputs[1]
         ]
         self._keep("mask_proposals", proposals, [])
+        self._keep("mask_features", inputs[0], [inputs[0]])
 
     def _on_mask_logits(self, logits: Tensor) -> None:
         self._keep("mask_logits", logits, [logits])

@@ -8,12 +8,13 @@ longer than the GPU needs for a small map.
 
 import warnings
 from collections import Counter
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import pytest
 
 import detectron2.modeling
 
+from d2kd.config import merge_opts
 from d2kd.conformance.case import MASK_PAIRS, PAIRS, Pair, find_case
 from d2kd.distiller import Distiller
 from d2kd.heads.build import build_head
@@ -102,11 +103,33 @@ def test_head_adds_no_more_waits_and_operators_than_recorded(
         warnings.warn(f"{table} has {recorded} waits, and it was only {found}: lower it.")
 
 
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        ("FGD", "DISTILL.FGD.OBJECTS", "masks"),
+        ("MAR", "DISTILL.MAR.MASK.OBJECTS", "masks"),
+        ("RoIFI", "DISTILL.RoIFI.POOLER", "mask"),
+        ("SGFI", "DISTILL.SGFI.POOLER", "mask"),
+    ],
+)
+def test_heads_that_read_masks_add_no_wait(
+    name: str, key: str, value: str, pretended: Optional[PretendedCuda]
+) -> None:
+    if pretended is None:
+        pytest.skip("waits are counted on a pretended GPU")
+    (pair,) = MASK_PAIRS
+    without, found = (
+        waits_of_step(distiller_with(names, pair, [key, value]), pair, pretended)
+        for names in ([], [name])
+    )
+    assert sum(found.values()) <= sum(without.values()), found - without
+
+
 _ON_GPU: Dict[Pair, Distiller] = {}
 _WITHOUT: Dict[Pair, Counter] = {}  # waits of a step without heads
 
 
-def distiller_with(names: List[str], pair: Pair) -> Distiller:
+def distiller_with(names: List[str], pair: Pair, opts: Sequence[Any] = ()) -> Distiller:
     """
     On the GPU, of the two detectors that all heads of a pair share: how often the student itself
     waits depends on its predictions.
@@ -116,6 +139,7 @@ def distiller_with(names: List[str], pair: Pair) -> Distiller:
     """
     case = find_case("PKD", pair)
     cfg = case.cfg.clone()
+    merge_opts(cfg, list(opts), "opts")
     for name in names:
         cfg.DISTILL[name].SCHEDULE.WARMUP_ITERS = 0
     heads = {x: build_head(x, cfg, case.distiller.pair).train() for x in names}

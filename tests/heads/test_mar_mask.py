@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from detectron2.structures import Boxes, Instances
+
 from d2kd.heads.mar_mask import ObjectMask
-from tests.helpers.baseline_references import multi_value_mask, rois_of
+from tests.helpers.baseline_references import multi_value_mask
 
 STRIDES = [8, 16, 32]
 # Of maps of 96 x 128 pixels: overlapping, on the border, beyond it, tiny, all, none. Half-pixels,
@@ -26,7 +28,8 @@ def draw_levels(
     mask: ObjectMask, boxes: Sequence[Any], strides: Sequence[int], size: Any
 ) -> List[Tensor]:
     """All of one size."""
-    return mask(rois_of(boxes), strides, [size] * len(strides), len(boxes))
+    instances = [Instances(size, gt_boxes=Boxes(torch.tensor(x).view(-1, 4))) for x in boxes]
+    return mask(instances, strides, [size] * len(strides))
 
 
 def draw(

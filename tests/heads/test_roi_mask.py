@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from d2kd.conformance.case import MASK_PAIRS, find_case
 from d2kd.conformance.detectors import write_teacher
 from d2kd.heads import RoIMaskHead
-from d2kd.views import CommonClassesView, MergeClasses, find_view
+from d2kd.views import CommonClassesView, MergeClasses, Regions, find_view
 from tests.helpers.toys import batch, detector_config, distill_config
 
 
@@ -31,7 +31,10 @@ def view(logits: Tensor, classes: Sequence[Sequence[int]] = (), num_classes: int
         for x in classes
     ]
     return SimpleNamespace(
-        mask_logits=lambda boxes=None: logits, mask_proposals=proposals, num_classes=num_classes
+        mask_logits=lambda boxes=None: logits,
+        mask_proposals=proposals,
+        mask_regions=Regions([x.proposal_boxes for x in proposals]),
+        num_classes=num_classes,
     )
 
 

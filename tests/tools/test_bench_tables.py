@@ -114,6 +114,11 @@ def test_csv_of_other_columns_is_refused(tool: Callable, tmp_path: Path) -> None
         tool("bench_results").read_results(str(tmp_path / "x.csv"))
 
 
+def test_csv_whose_first_row_is_being_written_has_none_yet(tool: Callable, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").touch()
+    assert tool("bench_results").read_results(str(tmp_path / "x.csv")) == []
+
+
 def test_curves_are_lowest_mean_and_highest_of_the_seeds(
     tool: Callable[[str], ModuleType], folder: Path, add: Callable
 ) -> None:

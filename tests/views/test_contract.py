@@ -31,7 +31,9 @@ ASKED: Dict[str, Callable[[Any], Any]] = {
     "roi_predictions": lambda view: view.roi_predictions(some_boxes()),
     "roi_predictions of labels": lambda view: view.sampled_proposals,
     "mask_logits": lambda view: view.mask_logits(some_boxes()),
-    "mask_logits of labels": lambda view: view.mask_proposals,
+    "mask_features": lambda view: view.mask_features(some_boxes()),
+    "mask_features of labels": lambda view: view.mask_proposals,
+    "mask_features of regions": lambda view: view.mask_regions,
     "regions": lambda view: view.regions(),
     "region_vectors": lambda view: view.region_vectors(None),
 }

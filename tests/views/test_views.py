@@ -62,7 +62,7 @@ def test_a_family_provides_its_members_and_knows_its_classes(name: str) -> None:
     detector = build(name)
     view = find_view(detector, "student")(detector)
     expected = OF_TWO_STAGE if name in TWO_STAGE else OF_DENSE | {"tower_1"}
-    expected = expected | ({"mask_logits"} if name == "mask_rcnn" else set())
+    expected = expected | ({"mask_logits", "mask_features"} if name == "mask_rcnn" else set())
     assert view.provides == expected and view.num_classes == 3
 
 

@@ -27,8 +27,8 @@ def teacher_answers(
 
     Returns:
         the features of each level that heads read, of all where no head says which; the logits and
-        deltas of each level, and those of a box that is the image and its mask, where heads require
-        them
+        deltas of each level, and those of a box that is the image, with its mask and what the mask
+        is predicted from, where heads require them
     """
     view = distiller.view_of_teacher(inputs, lesson, teacher)
     answers = {k: view.features[k] for k in distiller.read_levels(lesson) or view.features}
@@ -45,4 +45,6 @@ def teacher_answers(
         answers.update({"box logits": predictions.logits, "box deltas": predictions.deltas})
     if "mask_logits" in lesson.requires:
         answers["mask logits"] = view.mask_logits(images)
+    if "mask_features" in lesson.requires:
+        answers["mask features"] = view.mask_features(images)
     return answers

@@ -52,7 +52,9 @@ def no_mask(said: Content) -> None:
     said["annotations"][1].pop("segmentation")
 
 
-MASKS = {"MODEL__MASK_ON": True}
+LABELS = {"MODEL__MASK_ON": True}  # of a RetinaNet: it may learn from masks and detects none
+MASKS = {**LABELS, "MODEL__META_ARCHITECTURE": "GeneralizedRCNN"}
+MASKS["MODEL__ROI_HEADS__NUM_CLASSES"] = 2
 BITS = {**MASKS, "INPUT__MASK_FORMAT": "bitmask"}
 KEYPOINTS = {"MODEL__KEYPOINT_ON": True, "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": 2}
 KEYPOINTS["TEST__KEYPOINT_OKS_SIGMAS"] = [0.1, 0.1]
@@ -69,6 +71,7 @@ OTHER_SIZE = {"segmentation": {**RLE, "size": [64, 48]}}
         ("TRAIN", clear, {}, "DATASETS.TRAIN: no objects in the annotations of bad"),
         ("TRAIN", every("annotations", all_crowds), {}, "DATASETS.TRAIN: no objects in .* of bad"),
         ("TRAIN", no_mask, MASKS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
+        ("TRAIN", no_mask, LABELS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
         ("TEST", no_mask, MASKS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
         ("TEST", second("annotations", **TWO_POINTS), MASKS, "annotation 2 has no segmentation"),
         ("TRAIN", second("annotations", segmentation=RLE), MASKS, "Set it to 'bitmask'"),
@@ -104,6 +107,7 @@ def test_set_that_cannot_play_its_part_is_refused(
     [
         ("TRAIN", no_mask, {}),
         ("TEST", no_mask, {}),
+        ("TEST", no_mask, LABELS),
         ("TRAIN", every("annotations", lambda x: x.update(area=0)), {}),
         ("TEST", every("annotations", lambda x: x.update(TWO_POINTS)), {}),
         ("TRAIN", second("annotations", segmentation=RLE), BITS),

@@ -4,7 +4,6 @@ from typing import List, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Instances, PolygonMasks
@@ -53,10 +52,13 @@ def object_cells(
     Returns:
         of each level boolean (M, H, W), object by object, image by image
     """
-    masks = [_masks(x) for x in instances]
-    height, width = (max(x.shape[i] for x in masks) for i in (1, 2))
-    masks = [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in masks]
-    return touched_cells(torch.cat(masks), strides, sizes)
+    height, width = (max(s * size[i] for s, size in zip(strides, sizes)) for i in (0, 1))
+    counts, device = [len(x) for x in instances], instances[0].gt_boxes.device
+    masks = torch.zeros(sum(counts), height, width, dtype=torch.bool, device=device)
+    for x, part in zip(instances, masks.split(counts)):
+        own = _masks(x)[:, :height, :width]
+        part[:, : own.shape[1], : own.shape[2]] = own
+    return touched_cells(masks, strides, sizes)
 
 
 def _masks(instances: Instances) -> Tensor:

@@ -28,6 +28,7 @@ from .config import student_config
 from .config.lessons import lesson_configs
 from .data import register_datasets
 from .data.noise import noise_batch
+from .data.unlabelled import batch_sizes, find_unlabelled
 from .distiller import Distiller
 from .engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, suggest
@@ -94,6 +95,7 @@ def check_data(cfg: CfgNode) -> None:
     """
     student = student_config(cfg).MODEL.META_ARCHITECTURE
     register_datasets(cfg, student, draw=False)
+    find_unlabelled(cfg)
 
 
 def examine(cfg: CfgNode, num_images: int) -> None:
@@ -137,6 +139,9 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
     size = height, min(4 * height // 3, cfg.INPUT.MAX_SIZE_TRAIN)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
     batches = [noise_batch(num_images, *size, 4, classes, keypoints) for _ in range(STEPS)]
+    for batch in batches:
+        for image in batch[: _count_unlabelled(cfg, num_images)]:
+            del image["instances"]
     kind = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
     trainer = kind(distiller, batches, build_optimizer(cfg, distiller))
     found: List[LossGradients] = []
@@ -156,6 +161,20 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
     return found[0], Cost(min(seconds[1:]), _peak_mib(device), num_images, size)
+
+
+def _count_unlabelled(cfg: CfgNode, num_images: int) -> int:
+    """Of a few images as many as in proportion, and some of both kinds where a batch has both."""
+    labelled, unlabelled = batch_sizes(cfg)
+    if not (labelled and unlabelled):
+        return num_images if unlabelled else 0
+    if num_images < 2:
+        raise ValueError(
+            f"--images {num_images}: a batch has labelled and unlabelled images "
+            "(DISTILL.UNLABELLED): take 2 or more."
+        )
+    share = unlabelled / (labelled + unlabelled)
+    return min(max(round(share * num_images), 1), num_images - 1)
 
 
 @contextmanager

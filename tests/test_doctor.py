@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
+from PIL import Image
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -75,6 +76,38 @@ def test_noise_has_all_that_a_student_learns_from(
         == 0
     )
     assert "loss_pkd" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share, own", [(0.5, True), (1.0, False)])
+def test_images_without_labels_are_among_those_of_noise(
+    share: float,
+    own: bool,
+    config_file: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "more" / "a.png")
+    values = {"SETS": [str(tmp_path / "more")], "SHARE": share, "BOX_SCORE": 0.01}
+    values = {f"DISTILL__UNLABELLED__{k}": v for k, v in values.items()}
+    values["MODEL__RETINANET__NORM"] = ""  # of a single cell there is nothing to normalise
+    path = config_file("retinanet", "retinanet", ["PKD", "FGD"], **values)
+    assert doctor.main(["--config-file", path, "--images", "3"]) == 0
+    text = capsys.readouterr().out
+    value = re.search(r"\nstudent's own +(\S+)", text).group(1)
+    assert (float(value) > 0) == own and "loss_fgd_foreground" in text
+    if own:
+        assert doctor.main(["--config-file", path, "--images", "1"]) == 2
+        assert "--images 1: a batch has labelled and unlabelled" in capsys.readouterr().err
+
+
+def test_images_without_labels_that_cannot_be_read_are_told(
+    config_file: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "empty").mkdir()
+    sets = {"DISTILL__UNLABELLED__SETS": [str(tmp_path / "empty")], "MODEL__RETINANET__NORM": ""}
+    assert doctor.main(["--config-file", config_file("retinanet", "retinanet", ["PKD"], **sets)])
+    assert "DISTILL.UNLABELLED.SETS[0] IMAGES" in capsys.readouterr().err
 
 
 def test_every_head_is_listed_with_its_reason(

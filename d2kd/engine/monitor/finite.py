@@ -1,6 +1,7 @@
 """Explain which term, level and image made a loss infinite or NaN."""
 
-from typing import Any, Dict, List, Mapping, Optional
+from itertools import zip_longest
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,10 @@ class FiniteLossMixin:
         super()._write_metrics(loss_dict, *args, **kwargs)
 
     def _explain(self, losses: Dict[str, float], what: str = "") -> str:
-        step = getattr(unwrap(self.model), "last_step", None)
-        return explain(losses, step, [_describe(x) for x in self._batch], what)
+        model = unwrap(self.model)
+        names = [x.name for x in getattr(model, "lessons", ())]
+        step = getattr(model, "last_step", None)
+        return explain(losses, step, [_describe(x) for x in self._batch], what, names)
 
 
 class FiniteSimpleTrainer(FiniteLossMixin, SimpleTrainer):
@@ -60,7 +63,11 @@ class FiniteAMPTrainer(FiniteLossMixin, AMPTrainer):
 
 
 def explain(
-    losses: Dict[str, float], step: Optional[Step], images: List[str], what: str = ""
+    losses: Dict[str, float],
+    step: Optional[Step],
+    images: List[str],
+    what: str = "",
+    teachers: Sequence[str] = (),
 ) -> str:
     """
     Args:
@@ -68,6 +75,7 @@ def explain(
         step: `Distiller.last_step`; None of a plain detector
         images: of the batch
         what: name of what is not finite; empty: the losses
+        teachers: their names, where a step has several
     """
     bad = [k for k, v in losses.items() if not torch.tensor(v).isfinite()]
     lines = [what or f"Loss not finite: {', '.join(f'{k} = {losses[k]}' for k in bad)}."]
@@ -75,8 +83,8 @@ def explain(
         lines += _bad_levels(key, step.losses.get(key, {}) if step else {})
     if step:
         lines += _bad_features("student", step.student.features)
-        for teacher in step.teachers:
-            lines += _bad_features("teacher", teacher.features)
+        for name, teacher in zip_longest(teachers, step.teachers, fillvalue=""):
+            lines += _bad_features(f"teacher {name}".rstrip(), teacher.features)
     lines.append("  images of the batch: " + ", ".join(images))
     if losses:
         lines.append(f"  all losses: { {k: round(v, 4) for k, v in losses.items()} }")

@@ -41,6 +41,13 @@ def test_explanation_names_the_side_whose_features_are_not_finite() -> None:
     assert "the teacher's features at p4 have 1 values that are not finite" in text
 
 
+def test_explanation_names_which_of_several_teachers() -> None:
+    bad = step(teacher=math.inf)
+    bad.teachers = [*step().teachers, *bad.teachers]
+    text = explain({"loss_b_mgd": math.inf}, bad, ["a.png"], teachers=["a", "b"])
+    assert "the teacher b's features at p4 have 1 values" in text and "teacher a" not in text
+
+
 def test_level_is_named_where_a_finite_term_overflows_with_its_weight() -> None:
     # Neither level is infinite by itself: then no level is to blame.
     text = explain({"loss_mgd": math.inf}, step(), ["a.png"])

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from d2kd.engine.parallel import data_parallel
-from d2kd.heads import CKDHead, RoIClsHead, RoILocHead, SGFIHead
+from d2kd.heads import CKDHead, RoIClsHead, RoILocHead, RoIMaskHead, SGFIHead
 from d2kd.views import Regions, RegionSampler, dense
 from d2kd.views.predictions import RoIPredictions
 from d2kd.views.regions import Source
@@ -69,6 +69,23 @@ class StudentView(FeatureView):
         assert boxes is None
         return RoIPredictions(self.step.vectors, self.step.logits, self.step.deltas)
 
+    @property
+    def mask_regions(self) -> Regions:
+        return self.step.regions
+
+    @property
+    def mask_proposals(self) -> List[Instances]:
+        classes = [torch.arange(len(x)) % CLASSES for x in self.step.regions.boxes]
+        return [Instances((64, 64), gt_classes=x) for x in classes]
+
+    def mask_logits(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        assert boxes is None
+        return self.step.deltas.view(-1, CLASSES, 2, 2)
+
+    @property
+    def num_classes(self) -> int:
+        return CLASSES
+
 
 class TeacherView(FeatureView):
     two_stage = True
@@ -83,6 +100,14 @@ class TeacherView(FeatureView):
     def roi_features(self, boxes: List[Boxes], levels: str = "assigned") -> Tensor:
         assert boxes is self.step.regions.boxes
         return self.step.teacher["roi_features"]
+
+    def mask_features(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        assert boxes is self.step.regions.boxes
+        return self.step.teacher["roi_features"]
+
+    def mask_logits(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
+        assert boxes is self.step.regions.boxes
+        return self.step.teacher["deltas"].view(-1, CLASSES, 2, 2)
 
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
         assert boxes is self.step.regions.boxes
@@ -144,13 +169,14 @@ class OnSteps(nn.Module):
         return loss
 
 
-def sgfi(chunk_size: int) -> SGFIHead:
+def sgfi(chunk_size: int, pooler: str = "box") -> SGFIHead:
     head = SGFIHead(
         student_levels=["p3", "p4"],
         student_channels=4,
         teacher_channels=8,
         sampler=RegionSampler(),
         chunk_size=chunk_size,
+        pooler=pooler,
     )
     for conv in head.embedding[0], head.embedding[2]:
         nn.init.constant_(conv.bias, 0.3)  # few channels: none may begin with a dead ReLU
@@ -173,11 +199,13 @@ def ckd(queue_size: int, shared_channels: int = 0) -> CKDHead:
 HEADS: Dict[str, Callable[[], nn.Module]] = {
     "SGFI": lambda: sgfi(0),
     "SGFI in chunks": lambda: sgfi(2),
+    "SGFI of the mask head's features": lambda: sgfi(0, "mask"),
     "CKD": lambda: ckd(0),
     "CKD with a queue": lambda: ckd(7),  # in the second step 6 keys, then 8: it goes round
     "CKD with a shared projection": lambda: ckd(7, shared_channels=3),
     "RoICls": lambda: RoIClsHead(temperature=2.0),
     "RoILoc": RoILocHead,
+    "RoIMask": RoIMaskHead,
 }
 
 

@@ -85,11 +85,9 @@ class ObjectMask:
         maps = self._of_boxes(boxes, marks, Axes(sizes, rois.device), image, len(instances))
         if self.objects == "masks":
             touched = object_cells(instances, strides, sizes)
-            inside = (
-                x * y[:, None, None] for x, y in zip(touched, (self.inside * marks).unbind(1))
-            )
-            inside = paint_maps(inside, image, len(instances))
-            maps = [torch.maximum(x, y) for x, y in zip(inside, maps)]
+            values = (self.inside * marks)[..., None, None].unbind(1)
+            inside = paint_maps(map(torch.mul, touched, values), image, len(instances))
+            maps = list(map(torch.maximum, inside, maps))
         return [x.clamp(min=self.far) for x in maps]
 
     def _of_boxes(
@@ -97,7 +95,7 @@ class ObjectMask:
     ) -> List[Tensor]:
         if self.kind == "gaussian":
             spans, value = axes.bells(boxes[..., :2], boxes[..., 2:]), self.inside * marks
-        else:  # inside the objects, and near them
+        else:  # inside the objects, and near them; where masks are inside, boxes are near
             inside = self.inside if self.objects == "boxes" else self.near
             spans = self._spans(axes, torch.cat([boxes, _enlarged(boxes, self.near_factor)]))
             value, image = torch.cat([inside * marks, self.near * marks]), image.repeat(2)

@@ -32,8 +32,8 @@ def check_masks_are_read(key: str, objects: str, cfg: CfgNode) -> None:
     """
     if objects == "masks" and not cfg.MODEL.MASK_ON:
         raise ValueError(
-            f"{key} is 'masks', but labels are loaded without masks: set MODEL.MASK_ON True, which "
-            "a dense student bears too, and, where they are RLE, INPUT.MASK_FORMAT 'bitmask'."
+            f"{key} is 'masks', but labels are loaded without masks: set MODEL.MASK_ON True, for a "
+            "dense student too, and, where they are RLE, INPUT.MASK_FORMAT 'bitmask'."
         )
 
 

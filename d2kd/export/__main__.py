@@ -18,8 +18,8 @@ The output folder gets student.pth (weights), student.yaml (for stock Detectron2
 They are verified in a fresh process in which d2kd cannot be imported: it builds the YAML, loads the
 weights without missing or unexpected keys, and must reproduce the detections of the run's student
 on fixed images, to the bit. Exit code 0: verified, including the graphs of --formats; 1: not. A
-student that Detectron2 cannot build from YAML (FCOS, Swin, a plug-in) is exported as weights and a
-TorchScript graph only.
+student that Detectron2 cannot build from YAML (FCOS, Swin, a plug-in) is exported as weights and
+graphs only.
 
 Examples:
   d2kd export --config-file configs/quickstart/pkd.yaml --output exported
@@ -37,8 +37,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     cfg = read_config(args)
     weights = args.weights or find_weights(cfg)
     reason = why_no_yaml(cfg)
-    if reason and "torchscript" not in args.formats:
-        raise ValueError(f"This student has no stock YAML: {reason}. Add --formats torchscript.")
+    if reason and not args.formats:
+        raise ValueError(
+            f"This student has no stock YAML: {reason}. Add a graph that runs without one, with "
+            "--formats torchscript, onnx or both."
+        )
     report = {"config_file": args.config_file, "weights": weights}
     export_student(cfg, weights, args.output)
     report.update({"no_yaml": reason} if reason else verify(cfg, weights, args.output))

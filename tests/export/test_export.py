@@ -19,6 +19,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from d2kd.config import flatten
+from d2kd.export import __main__ as command
 from d2kd.export import export_student, graph, verify, why_no_yaml
 from d2kd.export.__main__ import main
 from d2kd.export.graph import _count_alike, export_graph
@@ -189,6 +190,21 @@ def test_onnx_detects_what_the_student_does(
     found = export_graph(cfg, weights, "onnx", str(tmp_path))
     assert found.get("verified"), found
     assert os.path.isfile(found["file"]) and found["equal"] > 50
+
+
+def test_student_without_a_stock_yaml_wants_any_graph(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, weights = saved("reppoints", MODEL__REPPOINTS__NORM="")
+    path = tmp_path / "run.yaml"
+    path.write_text(cfg.dump())
+    words = ["--config-file", str(path), "--weights", weights, "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="no stock YAML: .*--formats torchscript, onnx or both"):
+        main(words)
+    asked = []
+    proof = {"verified": True}
+    monkeypatch.setattr(command, "export_graph", lambda *args: asked.append(args[2]) or proof)
+    assert main([*words, "--formats", "onnx"]) == 0 and asked == ["onnx"]
 
 
 def test_graph_of_another_student_is_told(

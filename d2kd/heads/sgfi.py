@@ -73,7 +73,7 @@ class SGFIHead(nn.Module):
         """
         super().__init__()
         chosen = list(levels) or list(student_levels)
-        if not set(chosen) <= set(student_levels) or len(set(chosen)) < len(chosen):
+        if not all(x in student_levels for x in chosen) or len(set(chosen)) < len(chosen):
             raise ValueError(
                 f"levels is {chosen}; it may name each of {', '.join(student_levels)} once."
             )

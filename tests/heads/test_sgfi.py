@@ -654,6 +654,7 @@ def test_keys_reach_the_head() -> None:
     [
         ("LEVELS", ["p3", "p9"], r"is \['p3', 'p9'\]; it may name each of p3, p4, p5 once"),
         ("LEVELS", ["p3", "p3"], r"is \['p3', 'p3'\]; it may name each of p3, p4, p5 once"),
+        ("LEVELS", [["p3"]], r"is \[\[.p3.\]\]; it may name each of p3, p4, p5 once"),
         ("NEGATIVE_SLOPE", -0.1, r"must be in \[0, 1\), got -0.1"),
         ("CHUNK_SIZE", -1, r"must be in \[0, 1000000\], got -1"),
         ("SAMPLING_RATIO", -2, r"must be in \[0, 8\], got -2"),

@@ -139,8 +139,9 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
     size = height, min(4 * height // 3, cfg.INPUT.MAX_SIZE_TRAIN)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
     batches = [noise_batch(num_images, *size, 4, classes, keypoints) for _ in range(STEPS)]
+    count = _count_unlabelled(cfg, num_images)
     for batch in batches:
-        for image in batch[: _count_unlabelled(cfg, num_images)]:
+        for image in batch[:count]:
             del image["instances"]
     kind = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
     trainer = kind(distiller, batches, build_optimizer(cfg, distiller))

@@ -10,10 +10,8 @@ from .coco_json import CocoSummary
 logger = logging.getLogger(__name__)
 
 COCO_KEYPOINTS = 17
-
-
-# They may learn from objects' masks, by heads with OBJECTS "masks", but detect none.
-WITHOUT_MASKS = ("RetinaNet", "FCOS", "RepPoints")
+# Without regions, and so without masks; from masks of labels they may learn, by heads with OBJECTS.
+DENSE_DETECTORS = ("RetinaNet", "FCOS", "RepPoints")
 
 
 def check_role(
@@ -36,7 +34,7 @@ def check_role(
             f'{blame} has no object in "annotations", so that AP is undefined. Annotate it, or '
             "remove the set from DATASETS.TEST."
         )
-    if cfg.MODEL.MASK_ON and (part == "TRAIN" or meta_architecture not in WITHOUT_MASKS):
+    if cfg.MODEL.MASK_ON and (part == "TRAIN" or meta_architecture not in DENSE_DETECTORS):
         _check_masks(summary, part, cfg.INPUT.MASK_FORMAT, blame)
     if cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(summary, part, cfg, blame)

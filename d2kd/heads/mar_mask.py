@@ -95,10 +95,11 @@ class ObjectMask:
     ) -> List[Tensor]:
         if self.kind == "gaussian":
             spans, value = axes.bells(boxes[..., :2], boxes[..., 2:]), self.inside * marks
-        else:  # inside the objects, and near them; where masks are inside, boxes are near
-            inside = self.inside if self.objects == "boxes" else self.near
-            spans = self._spans(axes, torch.cat([boxes, _enlarged(boxes, self.near_factor)]))
-            value, image = torch.cat([inside * marks, self.near * marks]), image.repeat(2)
+        else:  # near the objects and, where masks do not say it, inside them
+            parts = [(_enlarged(boxes, self.near_factor), self.near * marks)]
+            parts += [(boxes, self.inside * marks)] if self.objects == "boxes" else []
+            boxes, value = (torch.cat(x) for x in zip(*parts))
+            spans, image = self._spans(axes, boxes), image.repeat(len(parts))
         values = spans * axes.spread(torch.stack([torch.ones_like(value), value], dim=2))
         return axes.paint(values, image, num_images)
 

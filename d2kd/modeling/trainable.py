@@ -6,6 +6,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN, SemanticSegmentor
 
+from ..data.set_checks import DENSE_DETECTORS
+
 UPRIGHT = "d2kd reads, trains and evaluates upright boxes only"
 # Parts whose boxes have an angle, each with its counterpart for upright ones.
 _ROTATED = {
@@ -124,8 +126,7 @@ def _check_proposals(cfg: CfgNode) -> None:
 
 def _has_regions(cfg: CfgNode) -> bool:
     """Whether the detector reads the keys of proposals and RoI heads."""
-    without = ("RetinaNet", "FCOS", "RepPoints", "SemanticSegmentor")
-    return cfg.MODEL.META_ARCHITECTURE not in without
+    return cfg.MODEL.META_ARCHITECTURE not in (*DENSE_DETECTORS, "SemanticSegmentor")
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 from d2kd import load_config
 from d2kd.config.unread import why_unread
-from d2kd.conformance.case import Pair, find_case
+from d2kd.conformance.case import MASK_PAIRS, Pair, find_case
 from d2kd.conformance.detectors import write_teacher
 from d2kd.heads import FGDHead
 from d2kd.heads.mar_mask import ObjectMask, _level_of
@@ -202,16 +202,13 @@ def test_mar_s_inside_is_the_mask_and_near_the_enlarged_box(by_size: bool) -> No
 # Between detectors --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("student", ["retinanet", "faster_rcnn"])
+@pytest.mark.parametrize("pair", [Pair("retinanet", "retinanet"), *MASK_PAIRS], ids=str)
 @pytest.mark.parametrize(
     "name, key", [("FGD", "DISTILL.FGD.OBJECTS"), ("MAR", "DISTILL.MAR.MASK.OBJECTS")]
 )
 def test_both_learn_from_masks_and_the_student_gets_the_gradient(
-    name: str, key: str, student: str
+    name: str, key: str, pair: Pair
 ) -> None:
-    pair = Pair("retinanet" if student == "retinanet" else "faster_rcnn", student)
-    if student == "faster_rcnn":
-        pair = Pair("mask_rcnn", "mask_rcnn")
     terms = {}
     for objects in ("boxes", "masks"):
         case = find_case(name, pair, ["MODEL.MASK_ON", True, key, objects])

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import detectron2.modeling
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 
 from d2kd.heads import BCKDHead, build_head
 from d2kd.lesson import describe_pair
+from tests.helpers.distillers import losses_of
 from tests.helpers.logit_references import (
     ANCHORS,
     SIZES,
@@ -224,11 +224,6 @@ def build(student: str, opts: List[Any], *heads: str) -> nn.Module:
         # FCOS: the distances from the centre to the four sides, in strides.
         nn.init.constant_(detector.head.bbox_pred.bias, 1.0 if student == "fcos" else 0.0)
     return distiller
-
-
-def losses_of(distiller: nn.Module, inputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
-    with EventStorage():
-        return distiller(inputs)
 
 
 def anchor_sizes(name: str, level: int) -> List[Tuple[float, float]]:

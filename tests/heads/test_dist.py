@@ -1,8 +1,6 @@
 """DISTHead beside its equations in loops, at its limits, and between real detectors."""
 
 import math
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
@@ -10,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import detectron2.modeling
-from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 
 from d2kd.heads import DISTHead, build_head
 from d2kd.lesson import describe_pair
+from tests.helpers.distillers import build_distiller, losses_of
 from tests.helpers.logit_references import (
     CellView,
     dist,
@@ -23,7 +20,7 @@ from tests.helpers.logit_references import (
     softmax_rows,
     total,
 )
-from tests.helpers.toys import batch, distill_config, level_pairs, noise, write_teacher
+from tests.helpers.toys import batch, distill_config, level_pairs, noise
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"
@@ -198,27 +195,12 @@ def test_teacher_gets_no_gradient() -> None:
 # Between real detectors --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def teacher_of(folder: Path) -> Callable[[str], List[Any]]:
-    """DISTILL.TEACHER.* of a toy detector by name, with wider levels than the students have."""
-    return lru_cache(maxsize=None)(
-        lambda name: write_teacher(folder, name, MODEL__FPN__OUT_CHANNELS=64)
-    )
-
-
 def build(student: str, opts: List[Any], **values: Any) -> nn.Module:
-    torch.manual_seed(0)
-    distiller = build_model(distill_config(student, opts, ["DIST"], **values)).train()
+    distiller = build_distiller(student, opts, ["DIST"], **values)
     for detector in (distiller.student, distiller.teacher.model):
         if hasattr(detector, "head"):  # new ones say nearly the same of all classes
             torch.nn.init.normal_(detector.head.cls_score.weight, std=0.1)
     return distiller
-
-
-def losses_of(distiller: nn.Module, inputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
-    torch.manual_seed(1)  # which proposals are sampled
-    with EventStorage():
-        return distiller(inputs)
 
 
 @pytest.mark.parametrize("name", ["retinanet", pytest.param("fcos", marks=needs_fcos)])

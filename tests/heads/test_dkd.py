@@ -2,9 +2,7 @@
 
 import itertools
 import math
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, List, Sequence, Tuple
 
 import pytest
 import torch
@@ -12,12 +10,12 @@ from torch import Tensor, nn
 
 from detectron2.modeling import build_model
 from detectron2.structures import pairwise_iou
-from detectron2.utils.events import EventStorage
 
 from d2kd.heads import DKDHead, build_head
 from d2kd.lesson import describe_pair
+from tests.helpers.distillers import build_distiller, losses_of
 from tests.helpers.logit_references import dkd, refusal_of, region_views
-from tests.helpers.toys import batch, distill_config, noise, write_teacher
+from tests.helpers.toys import batch, distill_config, noise
 
 CLASSES = 3
 LABELS = [0, 1, 2, CLASSES, CLASSES]  # two of them background
@@ -174,25 +172,6 @@ def test_teacher_gets_no_gradient() -> None:
 # Between real detectors --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def teacher_of(folder: Path) -> Callable[[str], List[Any]]:
-    """DISTILL.TEACHER.* of a toy detector by name, with wider levels than the students have."""
-    return lru_cache(maxsize=None)(
-        lambda name: write_teacher(folder, name, MODEL__FPN__OUT_CHANNELS=64)
-    )
-
-
-def build(student: str, opts: List[Any], heads: List[str], **values: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(distill_config(student, opts, heads, **values)).train()
-
-
-def losses_of(distiller: nn.Module, inputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
-    torch.manual_seed(1)  # which proposals are sampled
-    with EventStorage():
-        return distiller(inputs)
-
-
 def true_classes(view: Any) -> List[int]:
     """The class of the object that a region overlaps by at least half; else background."""
     labels = []
@@ -214,7 +193,9 @@ def true_classes(view: Any) -> List[int]:
 def test_step_trains_any_two_stage_pair_with_the_losses_of_the_equations(
     student: str, teacher: str, teacher_of: Callable[[str], List[Any]]
 ) -> None:
-    distiller = build(student, teacher_of(teacher), ["DKD"], DISTILL__DKD__TEMPERATURE=2.0)
+    distiller = build_distiller(
+        student, teacher_of(teacher), ["DKD"], DISTILL__DKD__TEMPERATURE=2.0
+    )
     losses = losses_of(distiller, batch())
     own = [losses[f"loss_dkd_{x}"] for x in ("target", "non_target")]
     ours, theirs = distiller.last_step.student, distiller.last_step.teacher
@@ -235,7 +216,7 @@ def test_heads_on_probabilities_share_one_pass_of_each_box_head(
     teacher_of: Callable[[str], List[Any]],
 ) -> None:
     heads = ["DKD", "DIST", "RoICls"]
-    distiller = build("faster_rcnn", teacher_of("faster_rcnn"), heads)
+    distiller = build_distiller("faster_rcnn", teacher_of("faster_rcnn"), heads)
     calls: List[str] = []
     for side, detector in (("student", distiller.student), ("teacher", distiller.teacher.model)):
         for part in ("box_pooler", "box_head", "box_predictor"):
@@ -252,7 +233,7 @@ def test_heads_on_probabilities_share_one_pass_of_each_box_head(
 def test_images_without_objects_train_with_background_alone(
     teacher_of: Callable[[str], List[Any]],
 ) -> None:
-    distiller = build("faster_rcnn", teacher_of("faster_rcnn"), ["DKD"])
+    distiller = build_distiller("faster_rcnn", teacher_of("faster_rcnn"), ["DKD"])
     losses = losses_of(distiller, batch(boxes=0))
     ours, theirs = distiller.last_step.student, distiller.last_step.teacher
     logits = ours.roi_predictions().logits, theirs.roi_predictions(ours.regions().boxes).logits
@@ -265,7 +246,7 @@ def test_images_without_objects_train_with_background_alone(
 
 
 def test_defaults_are_the_published_ones(teacher_of: Callable[[str], List[Any]]) -> None:
-    distiller = build("faster_rcnn", teacher_of("faster_rcnn"), ["DKD"])
+    distiller = build_distiller("faster_rcnn", teacher_of("faster_rcnn"), ["DKD"])
     head = distiller.heads["DKD"]
     assert (head.target_weight, head.non_target_weight, head.temperature) == (1.0, 0.25, 1.0)
     assert not list(head.parameters())
@@ -285,7 +266,7 @@ def test_defaults_are_the_published_ones(teacher_of: Callable[[str], List[Any]])
 def test_unequal_classes_are_refused_with_the_heads_that_fit(
     teacher_of: Callable[[str], List[Any]],
 ) -> None:
-    distiller = build("faster_rcnn", teacher_of("faster_rcnn"), ["DKD"])
+    distiller = build_distiller("faster_rcnn", teacher_of("faster_rcnn"), ["DKD"])
     cfg = distill_config("faster_rcnn", teacher_of("faster_rcnn"), ["DKD"])
     other = build_model(
         distill_config("faster_rcnn", [], MODEL__ROI_HEADS__NUM_CLASSES=5, DISTILL__ENABLED=False)

@@ -1,28 +1,21 @@
 """RoIClsHead beside its equation in loops, at its limits, and between real detectors."""
 
 import math
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes
-from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
-from d2kd.heads import DetectorInfo, DistillPair, RoIClsHead, build_head
-from d2kd.pairing.levels import pair_levels
+from d2kd.heads import RoIClsHead, build_head
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.predictions import RoIPredictions
+from tests.helpers.distillers import DENSE, TWO_STAGE, build_distiller, losses_of, pair_of
 from tests.helpers.logit_references import refusal_of
-from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
-
-PROVIDES = frozenset({"features", "regions", "roi_predictions"})
+from tests.helpers.toys import FeatureView, batch, noise
 
 
 class PredictionView(FeatureView):
@@ -196,19 +189,6 @@ def test_batch_without_regions_gives_a_connected_zero() -> None:
 
 # Which pairs -------------------------------------------------------------------------------------
 
-TWO_STAGE = {"name": "GeneralizedRCNN", "two_stage": True, "provides": PROVIDES, "num_classes": 3}
-DENSE = {
-    "name": "RetinaNet",
-    "provides": frozenset({"features", "dense", "regions"}),
-    "num_classes": 3,
-}
-
-
-def pair_of(student: Dict[str, Any], teacher: Dict[str, Any]) -> DistillPair:
-    shapes = {"p3": ShapeSpec(channels=4, stride=8)}
-    infos = [DetectorInfo(shapes=shapes, **x) for x in (student, teacher)]
-    return DistillPair(*infos, pair_levels(shapes, shapes))
-
 
 def head_for(student: Dict[str, Any], teacher: Dict[str, Any], *opts: Any) -> nn.Module:
     return build_head("RoICls", load_config(opts=list(opts)), pair_of(student, teacher))
@@ -236,25 +216,6 @@ def test_different_classes_are_refused() -> None:
 # Between real detectors --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def teacher_of(folder: Path) -> Callable[[str], List[Any]]:
-    """DISTILL.TEACHER.* of a toy detector by name, with wider levels than the students have."""
-    return lru_cache(maxsize=None)(
-        lambda name: write_teacher(folder, name, MODEL__FPN__OUT_CHANNELS=64)
-    )
-
-
-def build(student: str, opts: List[Any], heads: List[str], **values: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(distill_config(student, opts, heads, **values)).train()
-
-
-def losses_of(distiller: nn.Module, inputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
-    torch.manual_seed(1)  # which proposals are sampled
-    with EventStorage():
-        return distiller(inputs)
-
-
 @pytest.mark.parametrize(
     "student, teacher",
     [
@@ -266,7 +227,9 @@ def losses_of(distiller: nn.Module, inputs: List[Dict[str, Any]]) -> Dict[str, T
 def test_step_trains_any_two_stage_pair_with_the_loss_of_the_equation(
     student: str, teacher: str, teacher_of: Callable[[str], List[Any]]
 ) -> None:
-    distiller = build(student, teacher_of(teacher), ["RoICls"], DISTILL__RoICls__TEMPERATURE=2.0)
+    distiller = build_distiller(
+        student, teacher_of(teacher), ["RoICls"], DISTILL__RoICls__TEMPERATURE=2.0
+    )
     loss = losses_of(distiller, batch())["loss_roicls"]
     ours, theirs = distiller.last_step.student, distiller.last_step.teacher
     logits = ours.roi_predictions().logits, theirs.roi_predictions(ours.regions().boxes).logits
@@ -286,7 +249,7 @@ def test_all_heads_on_regions_share_one_pass_of_each_box_head(
     teacher_of: Callable[[str], List[Any]],
 ) -> None:
     heads = ["SGFI", "CKD", "RoICls", "RoILoc"]
-    distiller = build("faster_rcnn", teacher_of("faster_rcnn"), heads)
+    distiller = build_distiller("faster_rcnn", teacher_of("faster_rcnn"), heads)
     calls: List[str] = []
     for side, detector in (("student", distiller.student), ("teacher", distiller.teacher.model)):
         for part in ("box_pooler", "box_head", "box_predictor"):
@@ -304,7 +267,7 @@ def test_all_heads_on_regions_share_one_pass_of_each_box_head(
 
 
 def test_images_without_objects_train_too(teacher_of: Callable[[str], List[Any]]) -> None:
-    distiller = build("faster_rcnn", teacher_of("faster_rcnn"), ["RoICls", "RoILoc"])
+    distiller = build_distiller("faster_rcnn", teacher_of("faster_rcnn"), ["RoICls", "RoILoc"])
     losses = losses_of(distiller, batch(boxes=0))
     sum(losses.values()).backward()
     assert losses["loss_roicls"] > 0 and losses["loss_roiloc"].isfinite()

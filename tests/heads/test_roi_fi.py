@@ -1,7 +1,5 @@
 """RoIFIHead beside its equation in loops, at its limits, and between real detectors."""
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import pytest
@@ -9,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
@@ -17,8 +14,9 @@ from d2kd import load_config
 from d2kd.heads import DetectorInfo, DistillPair, RoIFIHead, build_head
 from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
+from tests.helpers.distillers import build_distiller
 from tests.helpers.region_references import pool_assigned_level, roi_fi
-from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
+from tests.helpers.toys import FeatureView, batch, noise
 
 # Of an image of 512 x 512, in the order of levels p3, p5, p4, p3: below 224 pixels a side, 448 and
 # more, between these, beyond the edge.
@@ -118,18 +116,9 @@ def test_batch_without_regions_gives_a_connected_zero() -> None:
 # Between real detectors --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def teacher_of(folder: Path) -> Callable[[str], List[Any]]:
-    """DISTILL.TEACHER.* of a toy detector by name, with wider levels than the students have."""
-    return lru_cache(maxsize=None)(
-        lambda name: write_teacher(folder, name, MODEL__FPN__OUT_CHANNELS=64)
-    )
-
-
 def build(student: str, opts: Sequence[Any]) -> nn.Module:
-    torch.manual_seed(0)
     values = {"DISTILL__REGIONS__PER_IMAGE": 16} if student == "retinanet" else {}
-    return build_model(distill_config(student, opts, ["RoIFI"], **values)).train()
+    return build_distiller(student, opts, ["RoIFI"], **values)
 
 
 def count_pooling(distiller: nn.Module) -> Dict[str, int]:

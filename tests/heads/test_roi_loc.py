@@ -1,26 +1,22 @@
 """RoILocHead beside its equation in loops, at its limits, and between real detectors."""
 
 import math
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
-from d2kd.heads import DetectorInfo, DistillPair, RoILocHead, build_head
-from d2kd.pairing.levels import pair_levels
+from d2kd.heads import RoILocHead, build_head
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.predictions import RoIPredictions
+from tests.helpers.distillers import DENSE, TWO_STAGE, build_distiller, pair_of
 from tests.helpers.logit_references import refusal_of
-from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
+from tests.helpers.toys import FeatureView, batch, noise
 
 REGIONS, CLASSES = 5, 3
 
@@ -213,25 +209,6 @@ def test_batch_without_regions_gives_a_connected_zero(ours: int, theirs: int) ->
 
 # Which pairs -------------------------------------------------------------------------------------
 
-TWO_STAGE = {
-    "name": "GeneralizedRCNN",
-    "two_stage": True,
-    "provides": frozenset({"features", "regions", "roi_predictions"}),
-    "num_classes": 3,
-    "box_weights": (10.0, 10.0, 5.0, 5.0),
-}
-DENSE = {
-    "name": "RetinaNet",
-    "provides": frozenset({"features", "dense", "regions"}),
-    "num_classes": 3,
-}
-
-
-def pair_of(student: Dict[str, Any], teacher: Dict[str, Any]) -> DistillPair:
-    shapes = {"p3": ShapeSpec(channels=4, stride=8)}
-    infos = [DetectorInfo(shapes=shapes, **x) for x in (student, teacher)]
-    return DistillPair(*infos, pair_levels(shapes, shapes))
-
 
 def head_for(student: Dict[str, Any], teacher: Dict[str, Any]) -> nn.Module:
     return build_head("RoILoc", load_config(), pair_of(student, teacher))
@@ -271,17 +248,8 @@ def test_deltas_of_another_scale_are_refused_by_their_key() -> None:
 # Between real detectors --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def teacher_of(folder: Path) -> Callable[[str], List[Any]]:
-    """DISTILL.TEACHER.* of a toy detector by name, with wider levels than the students have."""
-    return lru_cache(maxsize=None)(
-        lambda name: write_teacher(folder, name, MODEL__FPN__OUT_CHANNELS=64)
-    )
-
-
 def build(student: str, opts: List[Any], **values: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(distill_config(student, opts, ["RoILoc"], **values)).train()
+    return build_distiller(student, opts, ["RoILoc"], **values)
 
 
 PAIRS: List[Tuple[str, str, Dict[str, Any]]] = [

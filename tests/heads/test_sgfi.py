@@ -1,7 +1,5 @@
 """SGFIHead beside its equations in loops, at its limits, and between real detectors."""
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import pytest
@@ -11,9 +9,7 @@ from torch.nn import functional as F
 
 import detectron2.modeling
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes
-from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
 from d2kd.engine.optimizer import build_optimizer
@@ -22,8 +18,9 @@ from d2kd.heads.sgfi import MIN_TEMPERATURE
 from d2kd.pairing.levels import pair_levels
 from d2kd.views import Regions, RegionSampler
 from d2kd.views.regions import Source
+from tests.helpers.distillers import build_distiller, losses_of
 from tests.helpers.region_references import pool_all_levels, sgfi
-from tests.helpers.toys import FeatureView, batch, distill_config, noise, write_teacher
+from tests.helpers.toys import FeatureView, batch, noise
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"
@@ -475,27 +472,12 @@ def test_autocast_is_close_to_float32(chunk_size: int) -> None:
 # Between real detectors --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def teacher_of(folder: Path) -> Callable[[str], List[Any]]:
-    """DISTILL.TEACHER.* of a toy detector by name, with wider levels than the students have."""
-    return lru_cache(maxsize=None)(
-        lambda name: write_teacher(folder, name, MODEL__FPN__OUT_CHANNELS=64)
-    )
-
-
 def build(
     student: str, opts: Sequence[Any], heads: Sequence[str] = ("SGFI",), **values: Any
 ) -> nn.Module:
-    torch.manual_seed(0)
     if student not in ("faster_rcnn", "cascade_rcnn", "mask_rcnn"):
         values = {"DISTILL__REGIONS__PER_IMAGE": 16, **values}
-    return build_model(distill_config(student, opts, heads, **values)).train()
-
-
-def losses_of(distiller: nn.Module, inputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
-    torch.manual_seed(1)  # which proposals are sampled
-    with EventStorage():
-        return distiller(inputs)
+    return build_distiller(student, opts, heads, **values)
 
 
 PAIRS = [

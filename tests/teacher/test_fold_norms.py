@@ -59,6 +59,36 @@ def test_activation_in_a_norm_of_timm_is_kept() -> None:
     torch.testing.assert_close(tower(x), wanted, rtol=1e-5, atol=1e-5)
 
 
+# With the norms that stay: of GhostNet the one whose convolution's output is itself a feature, of
+# ResNet-v2 those that are fed with a sum, of RepViT those without a convolution.
+NETS = {
+    "test_efficientnet": 0,
+    "mobilenetv3_small_050": 0,
+    "resnet10t": 0,
+    "ghostnet_050": 1,
+    "resnetv2_50": 16,
+    "repvit_m0_9": 23,
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_norms_in_blocks_of_timm_are_folded_and_features_stay(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model(name, features_only=True).eval()
+    norms = [x for x in net.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.running_mean.normal_(std=0.1)
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(1, 3, 64, 96)
+    before = net(x)
+    assert fold_norms(net) == len(norms) - NETS[name]
+    for feature, wanted in zip(net(x), before):
+        torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    assert fold_norms(net) == 0, "there is nothing left to fold"
+
+
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 @torch.no_grad()
 def test_norm_behind_a_convolution_is_folded_and_what_follows_keeps_its_place(norm: str) -> None:

@@ -1,9 +1,13 @@
-"""Print the config keys of distillation heads, with their defaults and what they are for."""
+"""
+List the distillation heads; of those that are named, also the config keys, with their defaults and
+what they are for.
+"""
 
 import argparse
 import inspect
 import re
 import sys
+import textwrap
 from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
@@ -35,14 +39,34 @@ ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     import_plugins(args)
-    print("\n\n".join(describe_keys(name) for name in args.names or head_names()))
+    if args.names:
+        print("\n\n".join(f"{describe(name)}\n\n{describe_keys(name)}" for name in args.names))
+    else:
+        print("\n".join(describe(name) for name in head_names()))
+        print("\nd2kd heads NAME: the keys of a head.")
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = command_parser("d2kd heads", __doc__, EXAMPLES)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="as in DISTILL.HEADS; none: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="as in DISTILL.HEADS")
     add_plugin_option(parser)
     return parser.parse_args(argv)
+
+
+def describe(name: str) -> str:
+    """
+    Args:
+        name: of a head, as in DISTILL.HEADS
+
+    Returns:
+        its name and, indented, how its docstring begins
+
+    Raises:
+        ValueError: no head of that name
+    """
+    beginning = (inspect.getdoc(head_class(name)) or "").split("\n\n")[0]
+    indented = {"initial_indent": " " * 4, "subsequent_indent": " " * 4}
+    return "\n".join([name, *textwrap.wrap(beginning, 96, **indented)])
 
 
 def describe_keys(name: str) -> str:

@@ -159,12 +159,24 @@ def test_keys_are_printed_with_defaults_and_what_the_docstrings_say(
     registered: None, capsys: pytest.CaptureFixture
 ) -> None:
     main(["Keyed"])
-    printed = capsys.readouterr().out.splitlines()
+    head, printed = (x.splitlines() for x in capsys.readouterr().out.split("\n\n"))
+    assert head[0] == "Keyed" and head[1].startswith("    ")
     assert printed[0] == "DISTILL.Keyed.LOSS_WEIGHT: 2.5" and "published" in printed[1]
     where = printed.index("DISTILL.Keyed.EPS: 0.5")
     assert printed[where + 1] == "    below which nothing counts"
     where = printed.index("DISTILL.Keyed.PART.SIZE: 3")
     assert printed[where + 1] == "    a node; of the part, above 0"
+
+
+def test_heads_are_listed_with_what_they_are(
+    registered: None, capsys: pytest.CaptureFixture
+) -> None:
+    main([])
+    printed = capsys.readouterr().out
+    names = [x for x in printed.splitlines()[:-1] if x and not x.startswith("    ")]
+    assert names == head_names() and "Old" in names, "also of users, also without a docstring"
+    assert "\nPKD\n    Distillation by Pearson correlation, https://" in printed
+    assert "DISTILL." not in printed.replace("DISTILL.STAGES", "")
 
 
 def test_an_unknown_head_is_named_with_the_nearest() -> None:

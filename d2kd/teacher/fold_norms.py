@@ -43,6 +43,7 @@ def _fold_neighbours(sequence: nn.Sequential) -> int:
 
 def _fold_timm(net: nn.Module) -> int:
     """Blocks of timm call their layers in code of their own: a pass tells which norm reads what."""
+    # Without a fixed norm no pass: such nets, as ViTs, may not take an image of one cell.
     pairs = _observed_pairs(net) if any(_is_fixed(x) for x in net.modules()) else []
     place = {child: (x, name) for x in net.modules() for name, child in x.named_children()}
     for convolution, norm in pairs:

@@ -186,7 +186,7 @@ def describe_pair(
         for role, detector in (("student", student), ("teacher", teacher))
     ]
     shapes = infos[0].shapes, infos[1].shapes
-    levels = pair_levels(*shapes, named=cfg.DISTILL.LEVELS)
+    levels = pair_levels(*shapes, cfg.DISTILL.LEVELS, cfg.DISTILL.ADAPT_EQUAL_CHANNELS)
     counts = infos[0].num_classes, infos[1].num_classes
     classes = common_classes(cfg, *counts, teacher_classes)
     return DistillPair(infos[0], infos[1], levels, classes)

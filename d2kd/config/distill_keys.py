@@ -39,16 +39,21 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Parts of the student initialised from the teacher before training, after MODEL.WEIGHTS:
     # "neck" (the pyramid without its backbone), "head" (everything else that predicts)
     node.INHERIT = []
+    # Put a 1x1 convolution, which starts as the identity, between the two also where they have
+    # equally many channels: for a student with a trained pyramid of its own, whose channel i means
+    # something else than the teacher's
+    node.ADAPT_EQUAL_CHANNELS = False
     # Several teachers in sequence; the student is kept, heads and optimizer start anew. []: one
     # stage. Each stage is a mapping with ITERATIONS (which must add up to SOLVER.MAX_ITER) and,
     # where it differs from the run, TEACHER (one with its own CONFIG_FILE or BACKBONE takes neither
     # the run's WEIGHTS nor its OPTS, CLASSES and ALIASES), HEADS, INHERIT (default from the second
     # stage on: nothing), and OPTS, as on the command line: keys of heads, DISTILL.LEVELS,
-    # DISTILL.REGIONS and SOLVER's learning rate keys. DISTILL.ENABLED False ignores stages
+    # ADAPT_EQUAL_CHANNELS, REGIONS and SOLVER's learning rate keys. ENABLED False ignores stages
     node.STAGES = []
     # Several teachers at once. Each is a mapping with NAME, which its losses are called by, and
     # as in STAGES, where it differs from the run, TEACHER, HEADS, INHERIT (default from the second
-    # on: nothing), and OPTS: keys of heads, DISTILL.LEVELS and DISTILL.REGIONS. []: one teacher
+    # on: nothing), and OPTS: keys of heads, DISTILL.LEVELS, ADAPT_EQUAL_CHANNELS and REGIONS. []:
+    # one teacher
     node.TEACHERS = []
     # "restart": SOLVER's schedule in each stage, with warm-up, and STEPS at the same fractions of
     # the stage as of the run. "continue": one schedule over the whole run

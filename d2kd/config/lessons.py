@@ -95,7 +95,8 @@ def with_entry(cfg: CfgNode, node: CfgNode) -> CfgNode:
 def is_of_heads(key: str) -> bool:
     """Whether a key says how heads compare student and teacher."""
     nodes = ("REGIONS", *head_names())
-    return key == "DISTILL.LEVELS" or key.startswith(tuple(f"DISTILL.{x}." for x in nodes))
+    of_levels = key in ("DISTILL.LEVELS", "DISTILL.ADAPT_EQUAL_CHANNELS")
+    return of_levels or key.startswith(tuple(f"DISTILL.{x}." for x in nodes))
 
 
 @contextmanager
@@ -121,7 +122,8 @@ def _lesson(cfg: CfgNode, entry: Any, index: int) -> LessonConfig:
         if not is_of_heads(key):
             raise ValueError(
                 f"OPTS has {key}. For one of several teachers it may change DISTILL.<HEAD>.*, "
-                "DISTILL.REGIONS.* and DISTILL.LEVELS; its own keys are under TEACHER."
+                "DISTILL.REGIONS.*, DISTILL.LEVELS and DISTILL.ADAPT_EQUAL_CHANNELS; its own keys "
+                "are under TEACHER."
             )
     refuse_unread(own, node.OPTS, "OPTS")
     return LessonConfig(node.NAME, own)

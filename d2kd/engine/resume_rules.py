@@ -66,7 +66,8 @@ RULES = (
         "the checkpoint's weights were trained as that detector",
     ),
     Rule(
-        ("DISTILL.STAGES", "DISTILL.TEACHERS", "DISTILL.LEVELS", "DISTILL.TEACHER.*"),
+        ("DISTILL.STAGES", "DISTILL.TEACHERS", "DISTILL.LEVELS", "DISTILL.TEACHER.*")
+        + ("DISTILL.ADAPT_EQUAL_CHANNELS",),
         REFUSED,
         "student and heads have learnt with it so far",
     ),

@@ -83,7 +83,8 @@ def _check_may_change(key: str, restart: bool) -> None:
     if key not in [f"SOLVER.{x}" for x in LR_KEYS]:
         raise ValueError(
             f"OPTS has {key}. A stage may change DISTILL.<HEAD>.*, DISTILL.REGIONS.*, "
-            f"DISTILL.LEVELS and, in SOLVER, {', '.join(LR_KEYS)}."
+            "DISTILL.LEVELS, DISTILL.ADAPT_EQUAL_CHANNELS and, in SOLVER, "
+            f"{', '.join(LR_KEYS)}."
         )
     if not restart:
         raise ValueError(

@@ -57,7 +57,7 @@ class PKDHead(nn.Module):
                     f"DISTILL.PKD.MATCH is 'index', but DISTILL.LEVELS names pairs: "
                     f"{list(cfg.DISTILL.LEVELS)}. Leave one of the two out."
                 )
-            levels = _pair_by_index(pair)
+            levels = _pair_by_index(pair, cfg.DISTILL.ADAPT_EQUAL_CHANNELS)
         return head_arguments(cls, cfg, pair, levels=levels)
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Dict[str, Tensor]]:
@@ -92,7 +92,7 @@ class PKDHead(nn.Module):
         )
 
 
-def _pair_by_index(pair: DistillPair) -> Tuple[LevelPair, ...]:
+def _pair_by_index(pair: DistillPair, adapt_equal: bool) -> Tuple[LevelPair, ...]:
     student, teacher = pair.student.shapes, pair.teacher.shapes
     finest_first = (sorted(x, key=lambda k, x=x: x[k].stride) for x in (student, teacher))
-    return tuple(make_pair(s, t, student, teacher) for s, t in zip(*finest_first))
+    return tuple(make_pair(s, t, student, teacher, adapt_equal) for s, t in zip(*finest_first))

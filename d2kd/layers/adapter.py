@@ -8,7 +8,12 @@ from ..pairing.levels import LevelPair
 def build_adapters(levels: Sequence[LevelPair], always: bool = False) -> nn.ModuleDict:
     """One adapter per level pair, by the name of the student level; see build_adapter."""
     return nn.ModuleDict(
-        {p.student: build_adapter(p.student_channels, p.teacher_channels, always) for p in levels}
+        {
+            p.student: build_adapter(
+                p.student_channels, p.teacher_channels, always or p.adapt_equal
+            )
+            for p in levels
+        }
     )
 
 

@@ -17,7 +17,8 @@ class LevelPair:
     One student level and the teacher level it learns from.
 
     `student` and `teacher` are names in the two backbones' outputs, such as "p3"; strides are in
-    input pixels per cell. Heads use `student` as the name of the pair.
+    input pixels per cell. Heads use `student` as the name of the pair. `adapt_equal`: equally many
+    channels are not the same ones (DISTILL.ADAPT_EQUAL_CHANNELS).
     """
 
     student: str
@@ -26,12 +27,14 @@ class LevelPair:
     teacher_channels: int
     student_stride: int
     teacher_stride: int
+    adapt_equal: bool = False
 
 
 def pair_levels(
     student: Mapping[str, ShapeSpec],
     teacher: Mapping[str, ShapeSpec],
     named: Sequence[Sequence[str]] = (),
+    adapt_equal: bool = False,
 ) -> Tuple[LevelPair, ...]:
     """
     Pair levels of equal stride, or those listed in `named`.
@@ -42,6 +45,7 @@ def pair_levels(
     Args:
         student, teacher: level name to shape, as a backbone's output_shape() gives it
         named: pairs of (student level, teacher level) from DISTILL.LEVELS; empty: by stride
+        adapt_equal: see LevelPair
 
     Raises:
         ValueError: a named level does not exist, strides of a named pair differ, a student level is
@@ -61,7 +65,7 @@ def pair_levels(
             f"  student: {_describe(student)}\n  teacher: {_describe(teacher)}\n"
             "Choose backbones whose output levels share a stride."
         )
-    return tuple(make_pair(s, t, student, teacher) for s, t in chosen)
+    return tuple(make_pair(s, t, student, teacher, adapt_equal) for s, t in chosen)
 
 
 def make_pair(
@@ -69,9 +73,11 @@ def make_pair(
     teacher_level: str,
     student: Mapping[str, ShapeSpec],
     teacher: Mapping[str, ShapeSpec],
+    adapt_equal: bool = False,
 ) -> LevelPair:
     s, t = student[student_level], teacher[teacher_level]
-    return LevelPair(student_level, teacher_level, s.channels, t.channels, s.stride, t.stride)
+    sizes = s.channels, t.channels, s.stride, t.stride
+    return LevelPair(student_level, teacher_level, *sizes, adapt_equal)
 
 
 def match_levels(

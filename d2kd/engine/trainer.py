@@ -29,6 +29,7 @@ from .monitor.liveness import liveness_hooks
 from .monitor.show_panel import ShowPanel
 from .optimizer import build_optimizer, parameter_names, placed_state, schedule_in_errors
 from .parallel import data_parallel
+from .preflight.own_pyramid import warn_of_own_pyramid
 from .preflight.summary import summary, summary_facts
 from .preflight.teacher_options import apply_options
 from .resume import RunRecord
@@ -163,6 +164,8 @@ class Trainer(DefaultTrainer):
             load_initial_weights(self.checkpointer, self.cfg.MODEL.WEIGHTS)
             if hasattr(self._module, "inherit_from_teacher"):
                 self._module.inherit_from_teacher()
+                if self.cfg.MODEL.WEIGHTS:
+                    warn_of_own_pyramid(self._module, self.checkpointer.missing_keys)
         elif 0 < self.stage.start == point.done:
             self.begin_stage(point.path)
         else:

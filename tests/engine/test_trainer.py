@@ -22,6 +22,7 @@ from tests.helpers.runs import (
     run_config,
     scalars,
 )
+from tests.helpers.toys import write_teacher
 
 
 def at(cfg: CfgNode, folder: Path, name: str) -> CfgNode:
@@ -90,6 +91,18 @@ def test_run_without_a_seed_resumes_with_the_one_it_was_begun_with(
 def test_resume_without_a_checkpoint_starts_at_the_beginning(folder: Path, tmp_path: Path) -> None:
     cfg = at(run_config(folder, SOLVER__MAX_ITER=2), tmp_path, "new")
     assert set(scalars(run(cfg, resume=True))["total_loss"]) == {0, 1}
+
+
+def test_student_that_is_trained_already_is_told_that_its_channels_are_others(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The student's own file, and a teacher with as many channels.
+    teacher = write_teacher(tmp_path, "retinanet")
+    trained = teacher[teacher.index("DISTILL.TEACHER.WEIGHTS") + 1]
+    for weights in ("", trained):
+        values = {"MODEL__WEIGHTS": weights, "SOLVER__MAX_ITER": 1}
+        run(at(run_config(folder, teacher, ["PKD"], **values), tmp_path, f"run_{bool(weights)}"))
+        assert ("channel i PKD will compare" in caplog.text) == bool(weights)
 
 
 # The student alone -------------------------------------------------------------------------------

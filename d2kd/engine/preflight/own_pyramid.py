@@ -1,0 +1,42 @@
+"""Whether heads ask a student that is trained already to put its channels into another order."""
+
+import logging
+from typing import Collection
+
+from torch import nn
+
+from ...distiller import Distiller
+from ...inherit import part_of
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_own_pyramid(distiller: Distiller, missing: Collection[str]) -> None:
+    """
+    A student that was trained alone has a pyramid of its own: its channel i is not the teacher's. A
+    head that compares the two without a layer in between asks it to unlearn it.
+
+    Args:
+        distiller: has inherited
+        missing: the student's entries that MODEL.WEIGHTS did not cover
+    """
+    neck = {k for k in distiller.student.state_dict() if part_of(k) == "neck"}
+    names = [name for name, head in distiller.heads.items() if compares_channels(head)]
+    inherited = any("neck" in lesson.inherit_parts for lesson in distiller.lessons)
+    if not names or not neck or neck & set(missing) or inherited:
+        return
+    logger.warning(
+        "MODEL.WEIGHTS brings a trained pyramid, whose channel i "
+        f"{' and '.join(names)} will compare with the teacher's channel i. Unless it was trained "
+        "with this teacher, these are different channels, and the student loses AP: set "
+        "DISTILL.ADAPT_EQUAL_CHANNELS True, or let it inherit neck and head (DISTILL.INHERIT "
+        '["neck", "head"]). See docs/no_gain.md.'
+    )
+
+
+def compares_channels(head: nn.Module) -> bool:
+    """Whether a head compares channel i with channel i; a generator is a layer in between."""
+    adapters = getattr(head, "adapter", None)
+    if not isinstance(adapters, nn.ModuleDict) or hasattr(head, "generator"):
+        return False
+    return any(isinstance(x, nn.Identity) for x in adapters.values())

@@ -144,6 +144,11 @@ class Distiller(nn.Module):
         """The student and its first teacher; None of a student alone."""
         return self.lessons[0].pair if self.lessons else None
 
+    @property
+    def levels_of_heads(self) -> Dict[str, Sequence[LevelPair]]:
+        """The paired levels of the teacher that a head compares with."""
+        return {name: lesson.pair.levels for lesson in self.lessons for name in lesson.heads}
+
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Union[Dict[str, Tensor], List[Any]]:
         """
         Args:

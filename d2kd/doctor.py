@@ -31,7 +31,7 @@ from .data.noise import noise_batch
 from .data.unlabelled import batch_sizes, find_unlabelled
 from .distiller import Distiller
 from .engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
-from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, suggest
+from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, misled, suggest
 from .engine.optimizer import build_optimizer
 from .engine.preflight.check_config import check_config
 from .engine.preflight.summary import summary
@@ -120,6 +120,8 @@ def examine(cfg: CfgNode, num_images: int) -> None:
     weights = {name: x.weight for name, x in distiller.schedules.items()}
     print("\nLosses on noise, in the first step:\n" + describe(found))
     print(suggest(found, weights, cfg.DISTILL.LIVENESS.WANTED_SHARE))
+    for warning in misled(found, distiller.levels_of_heads):
+        print(warning)
     print("\n" + _estimate(cfg, cost))
     batch = noise_batch(cost.images, *cost.size, 4, distiller.pair.student.num_classes)
     amp = cfg.SOLVER.AMP.ENABLED

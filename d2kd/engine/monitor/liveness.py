@@ -18,7 +18,7 @@ from ...distiller import Distiller
 from ..facts import write_fact
 from .head_check import HeadCheck
 from .head_parameters import HeadParameters
-from .loss_gradients import LossGradients, describe, loss_scale, suggest
+from .loss_gradients import LossGradients, describe, loss_scale, misled, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,10 @@ class Liveness(HookBase):
             hint = suggest(self.found, weights, self.wanted_share)
             took = f"measured in {self.seconds:.2f} s"
             logger.info(f"{title} ({took}):\n{describe(self.found)}\n{hint}")
+            warnings = misled(self.found, self.distiller.levels_of_heads)
+            for warning in warnings:
+                logger.warning(warning)
+            hint = " ".join([hint, *warnings])
             facts = {"iteration": self.trainer.iter, "hint": hint, **asdict(self.found)}
             write_fact(self.output_dir, "gradients", **facts)
 

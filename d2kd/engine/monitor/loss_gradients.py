@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Mapping
+from typing import Any, Dict, List, Mapping, Sequence
 
 import torch
 from tabulate import tabulate
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detectron2.engine import SimpleTrainer
 
+from ...pairing.levels import LevelPair
 from ...step import Step
 
 TASK = "student's own"
@@ -110,8 +111,7 @@ def table(found: LossGradients) -> List[List[str]]:
 def suggest(found: LossGradients, loss_weights: Mapping[str, float], share: float) -> str:
     """
     For each head the LOSS_WEIGHT with which all heads together, in equal parts, would have the
-    wanted share of the gradient of this step; and the heads that follow levels on which the student
-    itself learns nothing.
+    wanted share of the gradient of this step.
 
     Args:
         loss_weights: of each head now
@@ -125,25 +125,33 @@ def suggest(found: LossGradients, loss_weights: Mapping[str, float], share: floa
         teacher, _, head = name.rpartition("/")
         of = f" of {teacher}" if teacher else ""
         words.append(f"DISTILL.{head}.LOSS_WEIGHT{of} {weight:.3g} (now {loss_weights[name]:g})")
-    weights = f"For a share of {share:g} in a step like this one: {', '.join(words)}."
-    return "\n".join([weights, *_misled(found)])
+    return f"For a share of {share:g} in a step like this one: {', '.join(words)}."
 
 
-def _misled(found: LossGradients) -> Iterator[str]:
+def misled(found: LossGradients, levels: Mapping[str, Sequence[LevelPair]]) -> List[str]:
     """
-    Heads with over 90 % of their gradient on levels where the student's own losses have next to
-    none. There no object is learnt, and features of a teacher without norms may have any size.
+    Heads with over 80 % of their gradient on levels where the student's own losses have next to
+    none, and what to set. There no object is learnt, and features of a teacher without norms may
+    have any size.
+
+    Args:
+        levels: those of the pair, of each head
     """
     own = found.losses[TASK]
     idle = [k for k, norm in own.levels.items() if norm < 0.01 * own.norm]
+    words = []
     for name, keys in found.heads.items():
         whole = math.hypot(*(found.losses[k].norm for k in keys))
         there = math.hypot(*(found.losses[k].levels[level] for k in keys for level in idle))
-        if there > 0.9 * whole:
-            yield (
+        if there > 0.8 * whole:
+            left = [[p.student, p.teacher] for p in levels[name] if p.student not in idle]
+            words.append(
                 f"{name} has {there / whole:.0%} of its gradient at {', '.join(idle)}, where the "
-                "student's own losses have none: DISTILL.LEVELS can leave these out."
+                "student's own losses have none: no object is learnt there, and what the teacher "
+                "has there drowns the rest."
+                + (f' DISTILL.LEVELS "{left}" leaves it out.' if left else "")
             )
+    return words
 
 
 def _gradient(loss: Any, features: Mapping[str, Tensor], scale: float) -> Dict[str, Tensor]:

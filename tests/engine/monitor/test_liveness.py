@@ -17,7 +17,7 @@ from detectron2.structures import Instances
 
 from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.engine.monitor.liveness import Liveness, fingerprint, has_boxes
-from d2kd.engine.monitor.loss_gradients import TASK, LossGradients, describe, suggest
+from d2kd.engine.monitor.loss_gradients import TASK, LossGradients, describe, misled, suggest
 from d2kd.heads import DistillPair
 from d2kd.lesson import Lesson
 from d2kd.pairing.levels import LevelPair
@@ -33,7 +33,7 @@ from tests.helpers.runs import (
     scalars,
     snapshot,
 )
-from tests.helpers.toys import detector_config, write_teacher
+from tests.helpers.toys import detector_config, level_pairs, write_teacher
 
 # What is measured ---------------------------------------------------------------------------------
 
@@ -92,10 +92,14 @@ def test_suggested_weights_give_the_wanted_share_in_equal_parts() -> None:
 def test_head_on_levels_that_the_student_does_not_learn_is_named() -> None:
     # B has 12 of its 13 at p4, where the task has 0 of 5; A has nothing there.
     found = LossGradients.measure(**two_levels())
-    text = suggest(found, {"A": 2.0, "B": 1.0}, share=0.5)
-    assert "\nB has 92% of its gradient at p4, where" in text and "\nA" not in text
+    levels = dict.fromkeys("AB", level_pairs(p3=(4, 4), p4=(4, 4)))
+    (text,) = misled(found, levels)
+    assert text.startswith("B has 92% of its gradient at p4, where")
+    assert "DISTILL.LEVELS \"[['p3', 'p3']]\" leaves it out" in text
+    (text,) = misled(found, dict.fromkeys("AB", level_pairs(p4=(4, 4))))
+    assert "DISTILL.LEVELS" not in text  # nothing would be left
     found.losses[TASK].levels["p4"] = 0.1
-    assert "\n" not in suggest(found, {"A": 2.0, "B": 1.0}, share=0.5)
+    assert not misled(found, levels)
 
 
 def test_table_has_every_loss_and_level_and_scalars_are_not_printed_as_losses() -> None:

@@ -44,7 +44,7 @@ def test_notebook_runs_at_a_tiny_size(
     names.update(ITERATIONS=4, IMAGES=8)
     for source in rest:
         exec(source, names)
-    assert list(names["results"]) == ["alone", "PKD", "Cosine"]
+    assert list(names["results"]) == ["alone", "CWD", "Cosine"]
     assert all("AP" in x for x in names["results"].values())
 
 

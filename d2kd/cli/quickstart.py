@@ -174,7 +174,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     folder = "configs/quickstart"
     parser.add_argument("--student", default=STUDENT, metavar="FILE", help="the student alone")
     parser.add_argument(
-        "--distilled", default=f"{folder}/pkd.yaml", metavar="FILE", help="with its teacher"
+        "--distilled", default=f"{folder}/cwd.yaml", metavar="FILE", help="with its teacher"
     )
     parser.add_argument("--fresh", action="store_true", help="train anew what was trained before")
     add_overrides(parser, "overrides for both students")

@@ -12,7 +12,7 @@ import pytest
 from d2kd.cli import quickstart
 from d2kd.cli.steps import METRICS, Steps
 
-ALONE, DISTILLED = quickstart.STUDENT, "configs/quickstart/pkd.yaml"
+ALONE, DISTILLED = quickstart.STUDENT, "configs/quickstart/cwd.yaml"
 FOUND = ["copypaste: Task: bbox", "copypaste: " + ",".join(METRICS), "copypaste: 1,2,3,4,5"]
 
 
@@ -30,13 +30,13 @@ def test_two_steps_run_at_the_same_time() -> None:
             both.wait()
             return {"AP": len(opts)}
 
-    opts = ["SEED", "2", "DISTILL.PKD.LOSS_WEIGHT", "3.0"]
+    opts = ["SEED", "2", "DISTILL.CWD.LOSS_WEIGHT", "3.0"]
     found = quickstart.run_all(Together(), steps(*opts), jobs=2)
     assert list(found.items()) == [("student alone", {"AP": 2}), ("student distilled", {"AP": 4})]
 
 
 def test_overrides_reach_the_steps_that_read_them() -> None:
-    words = ["SEED", "2", "MODEL.DEVICE", "cpu", "DISTILL.PKD.LOSS_WEIGHT", "3.0"]
+    words = ["SEED", "2", "MODEL.DEVICE", "cpu", "DISTILL.CWD.LOSS_WEIGHT", "3.0"]
     first, second = quickstart.plan(quickstart.parse_args(words))
     assert list(first) == ["teacher", "student alone, finished"]
     assert [opts for _, opts, _ in first.values()] == [["MODEL.DEVICE", "cpu"]] * 2
@@ -99,7 +99,7 @@ def write(script: Path, *lines: str) -> None:
 def test_a_mistake_in_one_ends_the_other(
     scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    mistake = 'case "$*" in *pkd*) sleep 1; echo "DISTILL.X is wrong"; exit 2;; esac'
+    mistake = 'case "$*" in *cwd*) sleep 1; echo "DISTILL.X is wrong"; exit 2;; esac'
     write(scripted, mistake, "exec sleep 100")
     begin = time.monotonic()
     with pytest.raises(SystemExit) as ended:

@@ -23,6 +23,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from .checkpoint import PlainCheckpointer
 from .cli.common import add_config_options, command_parser, read_config
 from .config import student_config
 from .config.lessons import lesson_configs
@@ -30,6 +31,7 @@ from .data import register_datasets
 from .data.noise import noise_batch
 from .data.unlabelled import batch_sizes, find_unlabelled
 from .distiller import Distiller
+from .engine.initialise import initialise
 from .engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, misled, suggest
 from .engine.optimizer import build_optimizer
@@ -107,7 +109,7 @@ def examine(cfg: CfgNode, num_images: int) -> None:
     """
     torch.manual_seed(0)
     distiller = build_model(cfg).train()
-    distiller.inherit_from_teacher()
+    initialise(distiller, PlainCheckpointer(distiller), cfg.MODEL.WEIGHTS)
     print("\n" + summary(distiller))
     plain = []
     for lesson, own in zip(distiller.lessons, lesson_configs(cfg)):

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
+import torch
 from PIL import Image
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 
 from d2kd import doctor, load_config
 from d2kd.data.shapes import SPLITS
@@ -108,6 +110,25 @@ def test_images_without_labels_that_cannot_be_read_are_told(
     sets = {"DISTILL__UNLABELLED__SETS": [str(tmp_path / "empty")], "MODEL__RETINANET__NORM": ""}
     assert doctor.main(["--config-file", config_file("retinanet", "retinanet", ["PKD"], **sets)])
     assert "DISTILL.UNLABELLED.SETS[0] IMAGES" in capsys.readouterr().err
+
+
+def test_what_the_student_starts_from_is_loaded_as_in_a_run(
+    config_file: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, weights = config_file("retinanet", "retinanet", ["PKD"]), str(tmp_path / "student.pth")
+    torch.save(build_model(load_config(path)).student.state_dict(), weights)
+    assert doctor.main(["--config-file", path]) == 0
+    assert "channel i" not in caplog.text
+    assert doctor.main(["--config-file", path, "MODEL.WEIGHTS", weights]) == 0
+    assert "channel i PKD will compare" in caplog.text
+
+
+def test_weights_of_the_student_that_are_not_there_are_told(
+    config_file: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = config_file("retinanet", "retinanet", ["PKD"])
+    assert doctor.main(["--config-file", path, "MODEL.WEIGHTS", "nowhere.pth"]) == 2
+    assert "MODEL.WEIGHTS: there is no file 'nowhere.pth'" in capsys.readouterr().err
 
 
 def test_every_head_is_listed_with_its_reason(

@@ -15,7 +15,7 @@ from detectron2.engine.hooks import LRScheduler
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from ..checkpoint import PlainCheckpointer, load_initial_weights, unwrap
+from ..checkpoint import PlainCheckpointer, unwrap
 from ..data import ResumableLoader, build_train_loader, class_names
 from ..data.mapper import CheckedMapper
 from ..data.unlabelled import batch_sizes
@@ -24,12 +24,12 @@ from ..utils.atomic_file import explain_full_disk
 from .evaluator import build_evaluator
 from .facts import write_fact
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
+from .initialise import initialise
 from .monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .monitor.liveness import liveness_hooks
 from .monitor.show_panel import ShowPanel
 from .optimizer import build_optimizer, parameter_names, placed_state, schedule_in_errors
 from .parallel import data_parallel
-from .preflight.own_pyramid import warn_of_own_pyramid
 from .preflight.summary import summary, summary_facts
 from .preflight.teacher_options import apply_options
 from .resume import RunRecord
@@ -161,11 +161,7 @@ class Trainer(DefaultTrainer):
             ValueError: a checkpoint that is none, or is of another student, teacher or set of heads
         """
         if point is None:
-            load_initial_weights(self.checkpointer, self.cfg.MODEL.WEIGHTS)
-            if hasattr(self._module, "inherit_from_teacher"):
-                self._module.inherit_from_teacher()
-                if self.cfg.MODEL.WEIGHTS:
-                    warn_of_own_pyramid(self._module, self.checkpointer.missing_keys)
+            initialise(self._module, self.checkpointer, self.cfg.MODEL.WEIGHTS)
         elif 0 < self.stage.start == point.done:
             self.begin_stage(point.path)
         else:

@@ -59,7 +59,10 @@ class Cell:
 
 
 class Table(NamedTuple):
-    """`test`: data set on which each finished run is evaluated and nothing is chosen; "": none."""
+    """
+    test: data set on which each finished run is evaluated and nothing is chosen; "": none
+    grids: of each row that a GRID made, the NAME above the GRID
+    """
 
     name: str
     results: str
@@ -67,6 +70,7 @@ class Table(NamedTuple):
     test: str
     rows: Tuple[str, ...]
     baseline: str
+    grids: Dict[str, str]
     cells: Tuple[Cell, ...]
 
     def folder(self, cell: Cell) -> str:
@@ -86,12 +90,15 @@ def read_table(path: str) -> Table:
     _refuse_unknown(said, (*OF_TABLE, *OF_BOTH), path)
     rows: List[Dict[str, Any]] = []
     cells: List[Cell] = []
+    grids: Dict[str, str] = {}
     for i, asked in enumerate(said.get("ROWS") or []):
         where = f"{path}: ROWS[{i}]"
         _refuse_unknown(asked, (*OF_ROW, *OF_BOTH), where)
         for row in _rows_of(asked, where):
             rows.append(row)
             cells += _cells_of(row, said, where)
+            if row["NAME"] != asked["NAME"]:
+                grids[row["NAME"]] = asked["NAME"]
     names = [row["NAME"] for row in rows]
     twice = [x for x in names if names.count(x) > 1]
     if not rows or twice:
@@ -108,6 +115,7 @@ def read_table(path: str) -> Table:
         said.get("TEST", ""),
         tuple(names),
         baseline,
+        grids,
         # All rows are early in the CSV.
         tuple(sorted(cells, key=lambda x: (x.iterations, x.seed))),
     )

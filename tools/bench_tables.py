@@ -3,7 +3,7 @@
 Write the figures of tools/bench.py into the documents.
 
 Between <!-- bench:NAME --> and <!-- /bench --> stands what configs/bench/NAME.yaml and its CSV
-give.
+give; <!-- bench:NAME by grid --> has one line for all settings that a GRID lists.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from d2kd.utils.atomic_file import atomic_write
 from quickstart import ROOT
 from student_t import t_interval
 
-MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench:([\w-]+)( by grid)? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 COMMON = ["run", "YAML", "iterations", "seeds"]
 
 Group = Dict[int, Row]  # by seed
@@ -62,16 +62,17 @@ def differing(paths: Sequence[str], tables: str, root: str) -> Dict[str, str]:
             text = file.read()
         if text.count("<!-- bench:") != len(MARKED.findall(text)):
             raise ValueError(f"{path}: a <!-- bench:NAME --> has no <!-- /bench --> behind it.")
-        new = MARKED.sub(lambda x: x[1] + block(tables, x[2], root) + x[4], text)
+        new = MARKED.sub(lambda x: x[1] + block(tables, x[2], root, bool(x[3])) + x[5], text)
         if new != text:
             found[path] = new
     return found
 
 
-def block(tables: str, name: str, root: str) -> str:
+def block(tables: str, name: str, root: str, by_grid: bool) -> str:
     """What belongs between the marks of a table."""
     table = read_table(os.path.join(tables, f"{name}.yaml"))
-    return f"\n{make_table(table, read_results(os.path.join(root, table.results)))}\n\n"
+    make = make_grid_table if by_grid else make_table
+    return f"\n{make(table, read_results(os.path.join(root, table.results)))}\n\n"
 
 
 def make_table(table: Table, results: Sequence[Row]) -> str:
@@ -90,6 +91,54 @@ def make_table(table: Table, results: Sequence[Row]) -> str:
     header = COMMON + [f"AP on {x}" for x in parts[::-1]] + gain + ["AP50"]
     header += [*(["mask AP"] if masks else []), "minutes"]
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
+def make_grid_table(table: Table, results: Sequence[Row]) -> str:
+    """A Markdown table of a line for each GRID, with the AP on val of each of its settings."""
+    places: Dict[Tuple[str, int], Dict[str, Group]] = {}
+    for (row, iterations), group in groups(results).items():
+        if row in table.rows:
+            name = table.grids.get(row, row)
+            setting = row[len(name) :].lstrip(", ")
+            places.setdefault((name, iterations), {})[setting] = group
+    order = list(dict.fromkeys(table.grids.get(x, x) for x in table.rows))
+    lines = []
+    for (name, iterations), settings in sorted(
+        places.items(), key=lambda x: (order.index(x[0][0]), x[0][1])
+    ):
+        rows = [row for group in settings.values() for row in group.values()]
+        minutes = sum(float(x["seconds"]) for x in rows) / len(rows) / 60
+        seeds = "/".join(sorted({str(len(x)) for x in settings.values()}))
+        cells = [name, f"`{rows[0]['config']}`", str(iterations), seeds]
+        lines.append([*cells, by_setting(settings), f"{minutes:.1f}"])
+    if not lines:
+        return "No run of this table is finished."
+    header = [*COMMON, "AP on val by setting", "minutes"]
+    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
+def by_setting(settings: Dict[str, Group]) -> str:
+    """As "LOSS_WEIGHT 0.6: 52.8, 2.0: **55.9**": by value, the best in bold, the key said once."""
+    found = [
+        (setting, mean_of([float(x["val_AP"]) for x in group.values()]))
+        for setting, group in settings.items()
+    ]
+    best = max(float(ap.split()[0]) for _, ap in found)
+    if len(found) == 1:
+        return f"{found[0][0]}: {found[0][1]}".lstrip(": ")
+    key = os.path.commonprefix([x.split()[0] + " " for x, _ in found])
+    texts = []
+    for setting, ap in sorted(found, key=lambda x: _by_value(x[0])):
+        bold = f"**{ap}**" if float(ap.split()[0]) == best else ap
+        texts.append(f"{setting if not texts else setting[len(key):]}: {bold}")
+    return ", ".join(texts)
+
+
+def _by_value(setting: str) -> Tuple[float, str]:
+    try:
+        return float(setting.split()[-1]), setting
+    except ValueError:
+        return 0.0, ""  # words: as the GRID has them
 
 
 def line_of(group: Group, base: Group, parts: Sequence[str], gains: bool, masks: bool) -> List[str]:

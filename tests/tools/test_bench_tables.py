@@ -71,6 +71,26 @@ def test_table_has_means_intervals_and_paired_gains(
     assert text.startswith("Before.\n") and text.endswith("<!-- /bench -->\n\nBehind.\n")
 
 
+def test_settings_of_a_grid_share_a_line(tables: ModuleType, folder: Path, add: Callable) -> None:
+    path = folder / "configs" / "bench" / "pairs.yaml"
+    said = yaml.safe_load(path.read_text())
+    said["ROWS"][1]["GRID"] = {"DISTILL.MGD.LOSS_WEIGHT": [1.0, 10.0, 0.2]}
+    said["ROWS"][2]["GRID"] = {"DISTILL.MGD.MASK": ["sampled", "most"]}
+    path.write_text(yaml.dump(said))
+    (folder / "README.md").write_text("<!-- bench:pairs by grid -->\n<!-- /bench -->\n")
+    weights = [result(f"mgd, LOSS_WEIGHT {w}", 1, 20 + w) for w in (1.0, 10.0, 0.2)]
+    masks = [result("later, MASK sampled", 1, 7.0), result("later, MASK most", 1, 6.0)]
+    add([*weights, *masks, result("alone", 1, 5.0), result("mgd, LOSS_WEIGHT 9.0", 1, 50.0)])
+    assert tables.main(["--root", str(folder)]) == 0
+    head, _, *rows = cells_of(folder / "README.md")
+    assert head == ["run", "YAML", "iterations", "seeds", "AP on val by setting", "minutes"]
+    assert [(x[0], x[4]) for x in rows] == [
+        ("alone", "5.0"),
+        ("mgd", "LOSS_WEIGHT 0.2: 20.2, 1.0: 21.0, 10.0: **30.0**"),
+        ("later", "MASK sampled: **7.0**, most: 6.0"),
+    ]
+
+
 def test_table_without_a_run_says_so(tables: ModuleType, folder: Path) -> None:
     tables.main(["--root", str(folder)])
     assert "No run of this table is finished." in (folder / "README.md").read_text()

@@ -194,13 +194,15 @@ def _refuse_unknown(said: Any, known: Sequence[str], where: str) -> None:
 def _digest(cfg: CfgNode) -> str:
     """
     Of a config and of the weights that it starts from. Left out is what changes nothing: its
-    OUTPUT_DIR, keys that are off, sections not in use. So a later d2kd, with more keys and more
-    heads, knows a run again.
+    OUTPUT_DIR, keys that are off, sections not in use, DISTILL for a student alone. So a later
+    d2kd, with more keys and more heads, knows a run again.
     """
     stages = [x for x in (*cfg.DISTILL.STAGES, *cfg.DISTILL.TEACHERS) if isinstance(x, dict)]
     used = {*cfg.DISTILL.HEADS, *itertools.chain(*(x.get("HEADS") or () for x in stages))}
     heads = {name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY}
+    is_distilled = cfg.MODEL.META_ARCHITECTURE == "Distiller"
     sections = {
+        "DISTILL.": is_distilled,
         **{f"DISTILL.{head}.": head in used for head in heads},
         "DISTILL.UNLABELLED.": bool(cfg.DISTILL.UNLABELLED.SETS),
         "DISTILL.TEACHER.BACKBONE_STRIDES": bool(cfg.DISTILL.TEACHER.BACKBONE),
@@ -214,7 +216,8 @@ def _digest(cfg: CfgNode) -> str:
     ]
     digest = hashlib.sha256("\n".join(sorted(said)).encode())
     teachers = (cfg.DISTILL.TEACHER, *(x.get("TEACHER") or {} for x in stages))
-    for path in (cfg.MODEL.WEIGHTS, *(x.get("WEIGHTS") for x in teachers)):
+    paths = [x.get("WEIGHTS") for x in teachers] if is_distilled else []
+    for path in (cfg.MODEL.WEIGHTS, *paths):
         if path and os.path.isfile(path):
             with open(path, "rb") as file:
                 digest.update(hashlib.sha256(file.read()).digest())

@@ -89,6 +89,9 @@ def test_key_is_that_of_all_that_a_run_depends_on(
     first = keys_of(cells, write())
     assert keys_of(cells, write(OPTS=["OUTPUT_DIR", "elsewhere"])) == first
     assert keys_of(cells, write(ROWS=[row(tmp_path, "renamed")])) == first
+    # A student alone has no teacher, whatever the table says for its other rows.
+    teacher = ["DISTILL.TEACHER.WEIGHTS", __file__, "DISTILL.INHERIT", "['neck']"]
+    assert keys_of(cells, write(OPTS=teacher)) == first
     others = [{"OPTS": ["SOLVER.BASE_LR", 0.5]}, {"ITERATIONS": [8]}, {"SEEDS": [3, 4]}]
     keys = first + sum([keys_of(cells, write(**x)) for x in others], [])
     assert len(set(keys)) == 8

@@ -119,9 +119,8 @@ def examine(cfg: CfgNode, num_images: int) -> None:
         for option in lesson.teacher.options.steps:
             speed_up(lesson.teacher, option)
     found, cost = try_out(cfg, distiller, num_images)
-    weights = {name: x.weight for name, x in distiller.schedules.items()}
     print("\nLosses on noise, in the first step:\n" + describe(found))
-    print(suggest(found, weights, cfg.DISTILL.LIVENESS.WANTED_SHARE))
+    print(suggest(found, distiller.schedules, 0, cfg.DISTILL.LIVENESS.WANTED_SHARE))
     for warning in misled(found, distiller.levels_of_heads):
         print(warning)
     print("\n" + _estimate(cfg, cost))

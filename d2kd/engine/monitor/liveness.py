@@ -111,8 +111,8 @@ class Liveness(HookBase):
 
     def _log_table(self, title: str) -> None:
         if comm.is_main_process():
-            weights = {name: x.weight for name, x in self.distiller.schedules.items()}
-            hint = suggest(self.found, weights, self.wanted_share)
+            iteration = self.trainer.iter - self.distiller.start_iter
+            hint = suggest(self.found, self.distiller.schedules, iteration, self.wanted_share)
             took = f"measured in {self.seconds:.2f} s"
             logger.info(f"{title} ({took}):\n{describe(self.found)}\n{hint}")
             warnings = misled(self.found, self.distiller.levels_of_heads)

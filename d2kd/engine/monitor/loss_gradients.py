@@ -11,6 +11,7 @@ from torch import Tensor
 from detectron2.engine import SimpleTrainer
 
 from ...pairing.levels import LevelPair
+from ...schedule import WeightSchedule
 from ...step import Step
 
 TASK = "student's own"
@@ -108,23 +109,27 @@ def table(found: LossGradients) -> List[List[str]]:
     return rows
 
 
-def suggest(found: LossGradients, loss_weights: Mapping[str, float], share: float) -> str:
+def suggest(
+    found: LossGradients, schedules: Mapping[str, WeightSchedule], iteration: int, share: float
+) -> str:
     """
     For each head the LOSS_WEIGHT with which all heads together, in equal parts, would have the
-    wanted share of the gradient of this step.
+    wanted share of the gradient of this step, were they neither warmed up nor decayed.
 
     Args:
-        loss_weights: of each head now
+        schedules: of each head
+        iteration: of this step, as the schedules count
         share: in (0, 1)
     """
     wanted = share / (1 - share) * found.losses[TASK].norm / max(len(found.heads), 1)
     words = []
     for name, keys in found.heads.items():
         norm = sum(found.losses[key].norm for key in keys)
-        weight = loss_weights[name] * wanted / norm if norm else math.nan
+        weight = schedules[name](iteration) * wanted / norm if norm else math.nan
         teacher, _, head = name.rpartition("/")
         of = f" of {teacher}" if teacher else ""
-        words.append(f"DISTILL.{head}.LOSS_WEIGHT{of} {weight:.3g} (now {loss_weights[name]:g})")
+        now = schedules[name].weight
+        words.append(f"DISTILL.{head}.LOSS_WEIGHT{of} {weight:.3g} (now {now:g})")
     return f"For a share of {share:g} in a step like this one: {', '.join(words)}."
 
 

@@ -21,6 +21,7 @@ from d2kd.engine.monitor.loss_gradients import TASK, LossGradients, describe, mi
 from d2kd.heads import DistillPair
 from d2kd.lesson import Lesson
 from d2kd.pairing.levels import LevelPair
+from d2kd.schedule import WeightSchedule
 from d2kd.step import Step
 from d2kd.teacher import Teacher
 from d2kd.views import DetectorView, MergeClasses
@@ -81,12 +82,24 @@ def test_losses_can_still_go_backward() -> None:
 
 def test_suggested_weights_give_the_wanted_share_in_equal_parts() -> None:
     found = LossGradients.measure(**two_levels())
-    text = suggest(found, {"A": 2.0, "B": 1.0}, share=0.5)
+    schedules = {k: WeightSchedule(weight=w, max_iter=10) for k, w in (("A", 2.0), ("B", 1.0))}
+    text = suggest(found, schedules, 0, share=0.5)
     # As much as the task's 5 for both together: 2.5 each. A has 10 with 2, B has 13 with 1.
     assert "DISTILL.A.LOSS_WEIGHT 0.5 (now 2)" in text
     assert f"DISTILL.B.LOSS_WEIGHT {2.5 / 13:.3g} (now 1)" in text
     # Three times the task's for a share of 0.75.
-    assert "DISTILL.A.LOSS_WEIGHT 1.5 " in suggest(found, {"A": 2.0, "B": 1.0}, 0.75)
+    assert "DISTILL.A.LOSS_WEIGHT 1.5 " in suggest(found, schedules, 0, 0.75)
+
+
+def test_suggested_weight_is_that_without_warm_up_and_decay() -> None:
+    # What was measured in the first of four steps of warm-up was measured with a quarter of 8.
+    found = LossGradients.measure(**two_levels())
+    schedules = {
+        "A": WeightSchedule(weight=8.0, max_iter=10, warmup_iters=4),
+        "B": WeightSchedule(weight=1.0, max_iter=10),
+    }
+    assert "DISTILL.A.LOSS_WEIGHT 0.5 (now 8)" in suggest(found, schedules, 0, 0.5)
+    assert "DISTILL.A.LOSS_WEIGHT 2 (now 8)" in suggest(found, schedules, 3, 0.5)
 
 
 def test_head_on_levels_that_the_student_does_not_learn_is_named() -> None:

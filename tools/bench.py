@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import Any, Optional, Sequence
 
-from bench_cells import check_table, read_table
+from bench_cells import check_table, narrowed, read_table
 from bench_run import Bench
 
 EPILOG = """
@@ -48,6 +48,8 @@ examples:
     d2kd bench configs/bench/heads.yaml --list
   two at a time, on two cores:
     d2kd bench configs/bench/heads.yaml --jobs 2
+  first of all what one method gives in the end:
+    d2kd bench configs/bench/heads.yaml --rows "student alone" CWD --iterations 8000
   then write the figures into the documents:
     python tools/bench_tables.py
 """
@@ -60,7 +62,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = parse_args(argv)
     try:
-        table = read_table(args.table)
+        table = narrowed(read_table(args.table), args.rows, args.iterations)
         bench = Bench(table, args.jobs, args.every)
         if args.list:
             done = bench.finished()
@@ -100,6 +102,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add = parser.add_argument
     add("table", metavar="TABLE", help="YAML of the table")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time; default %(default)s")
+    add(
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of the rows, or of a GRID; default: all",
+    )
+    add("--iterations", nargs="+", type=int, default=[], metavar="N", help="default: all budgets")
     add("--list", action="store_true", help="show the cells and run nothing")
     add("--every", type=float, default=60, metavar="SECONDS", help="between lines of progress")
     args = parser.parse_args(argv)

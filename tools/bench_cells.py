@@ -121,6 +121,37 @@ def read_table(path: str) -> Table:
     )
 
 
+def narrowed(table: Table, rows: Sequence[str], iterations: Sequence[int]) -> Table:
+    """
+    A table with some of the cells.
+
+    Args:
+        rows: NAMEs, also those above a GRID; none: all
+        iterations: budgets; none: all
+
+    Raises:
+        ValueError: a name or a number that the table does not have
+    """
+    names = {*table.rows, *table.grids.values()}
+    budgets = {x.iterations for x in table.cells}
+    for name in rows:
+        if name not in names:
+            near = "".join(f" Did you mean {x!r}?" for x in nearest(name, list(names)))
+            raise ValueError(f"--rows: {name!r} is no row of {table.name}.{near}")
+    for number in iterations:
+        if number not in budgets:
+            raise ValueError(
+                f"--iterations: {table.name} has {sorted(budgets)} iterations, not {number}."
+            )
+    cells = [
+        x
+        for x in table.cells
+        if (not rows or x.row in rows or table.grids.get(x.row) in rows)
+        and (not iterations or x.iterations in iterations)
+    ]
+    return table._replace(cells=tuple(cells))
+
+
 def check_table(table: Table) -> None:
     """
     Before the first run, all that would stop the last one.

@@ -79,6 +79,28 @@ def test_short_runs_come_first(
     assert found == [(4, "alone"), (4, "other"), (8, "alone"), (8, "other")]
 
 
+def test_some_rows_and_budgets_are_the_same_runs_as_in_the_whole_table(
+    cells: ModuleType, write: Callable[..., str], tmp_path: Path
+) -> None:
+    grid = {"SOLVER.BASE_LR": [0.5, 1.0]}
+    rows = [row(tmp_path), row(tmp_path, "other", GRID=grid)]
+    table = cells.read_table(write(ROWS=rows, ITERATIONS=[8, 4], SEEDS=[1]))
+    assert cells.narrowed(table, [], []) == table
+    some = cells.narrowed(table, ["other"], [8])
+    assert [(x.row, x.iterations) for x in some.cells] == [
+        ("other, BASE_LR 0.5", 8),
+        ("other, BASE_LR 1.0", 8),
+    ]
+    assert set(some.cells) <= set(table.cells) and some.baseline == table.baseline
+    assert [x.row for x in cells.narrowed(table, ["other, BASE_LR 1.0"], [4]).cells] == [
+        "other, BASE_LR 1.0"
+    ]
+    with pytest.raises(ValueError, match="--rows: 'othr' is no row of .*Did you mean 'other'"):
+        cells.narrowed(table, ["othr"], [])
+    with pytest.raises(ValueError, match=r"--iterations: .* has \[4, 8\] iterations, not 5"):
+        cells.narrowed(table, [], [5])
+
+
 def keys_of(cells: ModuleType, path: str) -> List[str]:
     return [x.key for x in cells.read_table(path).cells]
 

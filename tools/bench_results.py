@@ -90,8 +90,14 @@ def _git(*words: str) -> str:
 
 
 def _hardware(device: str) -> str:
+    """With the model of a CPU, as its name may be that of several whose kernels round otherwise."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
+    said = {}
     with open("/proc/cpuinfo") as file:
-        names = [x.split(":", 1)[1].strip() for x in file if x.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, 1 thread"
+        for line in file:
+            key, _, value = line.partition(":")
+            said.setdefault(key.strip(), value.strip())
+    name = said.get("model name", "CPU")
+    model = f"family {said.get('cpu family', '?')} model {said.get('model', '?')}"
+    return f"{name} {model}, 1 thread"

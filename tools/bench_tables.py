@@ -95,50 +95,45 @@ def make_table(table: Table, results: Sequence[Row]) -> str:
 
 def make_grid_table(table: Table, results: Sequence[Row]) -> str:
     """A Markdown table of a line for each GRID, with the AP on val of each of its settings."""
+    found = groups(results)
     places: Dict[Tuple[str, int], Dict[str, Group]] = {}
-    for (row, iterations), group in groups(results).items():
-        if row in table.rows:
-            name = table.grids.get(row, row)
-            setting = row[len(name) :].lstrip(", ")
-            places.setdefault((name, iterations), {})[setting] = group
-    order = list(dict.fromkeys(table.grids.get(x, x) for x in table.rows))
+    for row in table.rows:
+        name = table.grids.get(row, row)
+        for iterations in sorted(x for other, x in found if other == row):
+            settings = places.setdefault((name, iterations), {})
+            settings[row[len(name) :].lstrip(", ")] = found[row, iterations]
+    if not places:
+        return "No run of this table is finished."
     lines = []
-    for (name, iterations), settings in sorted(
-        places.items(), key=lambda x: (order.index(x[0][0]), x[0][1])
-    ):
+    for (name, iterations), settings in places.items():
         rows = [row for group in settings.values() for row in group.values()]
-        minutes = sum(float(x["seconds"]) for x in rows) / len(rows) / 60
         seeds = "/".join(sorted({str(len(x)) for x in settings.values()}))
         cells = [name, f"`{rows[0]['config']}`", str(iterations), seeds]
-        lines.append([*cells, by_setting(settings), f"{minutes:.1f}"])
-    if not lines:
-        return "No run of this table is finished."
+        lines.append([*cells, by_setting(settings), minutes_of(rows)])
     header = [*COMMON, "AP on val by setting", "minutes"]
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
 
 def by_setting(settings: Dict[str, Group]) -> str:
     """As "LOSS_WEIGHT 0.6: 52.8, 2.0: **55.9**": by value, the best in bold, the key said once."""
-    found = [
-        (setting, mean_of([float(x["val_AP"]) for x in group.values()]))
-        for setting, group in settings.items()
-    ]
-    best = max(float(ap.split()[0]) for _, ap in found)
-    if len(found) == 1:
-        return f"{found[0][0]}: {found[0][1]}".lstrip(": ")
-    key = os.path.commonprefix([x.split()[0] + " " for x, _ in found])
-    texts = []
-    for setting, ap in sorted(found, key=lambda x: _by_value(x[0])):
-        bold = f"**{ap}**" if float(ap.split()[0]) == best else ap
-        texts.append(f"{setting if not texts else setting[len(key):]}: {bold}")
-    return ", ".join(texts)
+    texts = {k: mean_of([float(x["val_AP"]) for x in v.values()]) for k, v in settings.items()}
+    best = max(float(x.split()[0]) for x in texts.values())
+    words = []
+    for setting in sorted(texts, key=_value):
+        value = setting.partition(" ")[2]
+        text = texts[setting]
+        if len(texts) > 1 and float(text.split()[0]) == best:
+            text = f"**{text}**"
+        words.append(f"{value if words else setting}: {text}" if setting else text)
+    return ", ".join(words)
 
 
-def _by_value(setting: str) -> Tuple[float, str]:
+def _value(setting: str) -> float:
+    """For sorting; words keep their order."""
     try:
-        return float(setting.split()[-1]), setting
-    except ValueError:
-        return 0.0, ""  # words: as the GRID has them
+        return float(setting.split()[-1])
+    except (ValueError, IndexError):
+        return 0.0
 
 
 def line_of(group: Group, base: Group, parts: Sequence[str], gains: bool, masks: bool) -> List[str]:
@@ -154,12 +149,15 @@ def line_of(group: Group, base: Group, parts: Sequence[str], gains: bool, masks:
         both = [(group[seed], base[seed]) for seed in group if seed in base]
         values = [float(a[f"{last}_AP"]) - float(b[f"{last}_AP"]) for a, b in both]
         cells.append(mean_of(values, "+") if values else "")
-    minutes = sum(float(x["seconds"]) for x in rows) / len(rows) / 60
     cells.append(mean_of([float(x[f"{last}_AP50"]) for x in rows]))
     if masks:
         of_masks = [float(x[f"{last}_mask_AP"]) for x in rows if x[f"{last}_mask_AP"]]
         cells.append(mean_of(of_masks) if of_masks else "")
-    return [*cells, f"{minutes:.1f}"]
+    return [*cells, minutes_of(rows)]
+
+
+def minutes_of(rows: Sequence[Row]) -> str:
+    return f"{sum(float(x['seconds']) for x in rows) / len(rows) / 60:.1f}"
 
 
 def mean_of(values: Sequence[float], sign: str = "") -> str:

@@ -126,30 +126,46 @@ def narrowed(table: Table, rows: Sequence[str], iterations: Sequence[int]) -> Ta
     A table with some of the cells.
 
     Args:
-        rows: NAMEs, also those above a GRID; none: all
+        rows: as for `named_rows`
         iterations: budgets; none: all
 
     Raises:
         ValueError: a name or a number that the table does not have
     """
-    names = {*table.rows, *table.grids.values()}
+    wanted = named_rows(table, rows)
     budgets = {x.iterations for x in table.cells}
-    for name in rows:
-        if name not in names:
-            near = "".join(f" Did you mean {x!r}?" for x in nearest(name, list(names)))
-            raise ValueError(f"--rows: {name!r} is no row of {table.name}.{near}")
     for number in iterations:
         if number not in budgets:
             raise ValueError(
                 f"--iterations: {table.name} has {sorted(budgets)} iterations, not {number}."
             )
     cells = [
-        x
-        for x in table.cells
-        if (not rows or x.row in rows or table.grids.get(x.row) in rows)
-        and (not iterations or x.iterations in iterations)
+        x for x in table.cells if x.row in wanted and (not iterations or x.iterations in iterations)
     ]
     return table._replace(cells=tuple(cells))
+
+
+def named_rows(table: Table, names: Sequence[str], option: str = "--rows") -> Tuple[str, ...]:
+    """
+    Args:
+        names: NAMEs, also those above a GRID, which are all of its rows; none: all rows
+        option: where they were given, for the error
+
+    Returns:
+        the rows, in the order of the table
+
+    Raises:
+        ValueError: a name that the table does not have
+    """
+    known = [*table.rows, *dict.fromkeys(table.grids.values())]
+    for name in names:
+        if name not in known:
+            near = "".join(f" Did you mean {x!r}?" for x in nearest(name, known))
+            raise ValueError(
+                f"{option}: {name!r} is no row of {table.name}.{near} "
+                f"There are {', '.join(table.rows)}."
+            )
+    return tuple(x for x in table.rows if not names or x in names or table.grids.get(x) in names)
 
 
 def check_table(table: Table) -> None:

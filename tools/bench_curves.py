@@ -10,9 +10,10 @@ import argparse
 import sys
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from bench_cells import Table, read_table
+from bench_cells import named_rows, read_table
 from bench_results import Row, read_results
 from bench_tables import groups
+from d2kd.utils.user_mistakes import run_command
 
 EPILOG = """
 Example: the student alone and three methods
@@ -26,35 +27,29 @@ Curve = Dict[int, Tuple[float, float, float]]
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     table = read_table(args.table)
-    unknown = sorted(set(args.rows) - set(table.rows))
-    if unknown:
-        sys.exit(f"--rows {unknown[0]!r} is no row of {args.table}: {', '.join(table.rows)}")
     part = "test" if table.test else "val"
-    found = curves(table, read_results(table.results), part, args.rows)
+    found = curves(named_rows(table, args.rows), read_results(table.results), part)
     if not found:
-        sys.exit(f"{table.results} has no finished run of these rows.")
+        raise ValueError(f"{table.results} has no finished run of these rows.")
     draw(found, f"AP on {part}", args.path)
     print(f"Wrote {args.path}")
 
 
-def curves(
-    table: Table, results: Sequence[Row], part: str, rows: Sequence[str] = ()
-) -> Dict[str, Curve]:
+def curves(rows: Sequence[str], results: Sequence[Row], part: str) -> Dict[str, Curve]:
     """
     Args:
         part: "val" or "test"
-        rows: names of those that are wanted; none: all
 
     Returns:
-        name of each row with a finished run to its curve, in the order of the table
+        name of each row with a finished run to its curve, in the order of `rows`
     """
     found: Dict[str, Curve] = {}
     for (row, iterations), group in groups(results).items():
-        if row in (rows or table.rows):
+        if row in rows:
             values = [float(x[f"{part}_AP"]) for x in group.values()]
             mean = sum(values) / len(values)
             found.setdefault(row, {})[iterations] = (min(values), mean, max(values))
-    return {row: found[row] for row in table.rows if row in found}
+    return {row: found[row] for row in rows if row in found}
 
 
 def draw(found: Dict[str, Curve], label: str, path: str) -> None:
@@ -93,4 +88,4 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("bench_curves.py", main))

@@ -14,7 +14,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from pycocotools.coco import COCO
 
-from bench_cells import Cell, Table, read_table
+from bench_cells import Cell, Table, named_rows, read_table
 from d2kd.utils.user_mistakes import run_command
 from paired_ap import ImageAP, image_error, read_detections
 from paired_baseline import silent, truth_of
@@ -24,12 +24,6 @@ from paired_verdict import Verdict, decide
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     table = read_table(args.table)
-    for option, names in (("rows", args.rows), ("baseline", filter(None, [args.baseline]))):
-        for name in names:
-            if name not in table.rows:
-                raise ValueError(
-                    f"--{option}: {name!r} is no row; there are {', '.join(table.rows)}."
-                )
     for row, iterations, seeds, verdict in verdicts(table, args):
         count = "one seed" if seeds == 1 else f"{seeds} seeds"
         print(f"{row}, {iterations} iterations, {count}: {verdict}", flush=True)
@@ -38,11 +32,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int, int, Verdict]]:
     """Yields: row, iterations, number of seeds, and the verdict on them."""
     finished = {(x.row, x.iterations, x.seed): x for x in table.cells if _detections(table, x)}
-    baseline = args.baseline or table.baseline
+    rows, baseline = named_rows(table, args.rows), args.baseline or table.baseline
+    named_rows(table._replace(grids={}), [baseline], "--baseline")  # one row, no GRID
     truth: Optional[COCO] = None
     base: Dict[Tuple[int, int], ImageAP] = {}
     for row, iterations in dict.fromkeys((x.row, x.iterations) for x in table.cells):
-        if row == baseline or (args.rows and row not in args.rows):
+        if row == baseline or row not in rows:
             continue
         seeds = [
             seed

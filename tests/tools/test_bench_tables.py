@@ -148,11 +148,11 @@ def test_curves_are_lowest_mean_and_highest_of_the_seeds(
     path = str(folder / "configs" / "bench" / "pairs.yaml")
     table = tables.read_table(path)
     rows = tool("bench_results").read_results(table.results)
-    found = curves.curves(table, rows, "test")
+    found = curves.curves(table.rows, rows, "test")
     assert found == {"alone": {100: (9, 9, 9)}, "mgd": {100: (30, 32, 35), 50: (19, 19, 19)}}
-    assert list(curves.curves(table, rows, "val", ["mgd"])) == ["mgd"]
+    assert list(curves.curves(["mgd"], rows, "val")) == ["mgd"]
     picture = str(folder / "curves.png")
     curves.main([path, picture, "--rows", "mgd", "alone"])
     assert cv2.imread(picture) is not None
-    with pytest.raises(SystemExit, match="'mgt' is no row"):
+    with pytest.raises(ValueError, match="--rows: 'mgt' is no row of pairs. Did you mean 'mgd'"):
         curves.main([path, picture, "--rows", "mgt"])

@@ -103,11 +103,15 @@ class CooperativeMasks(nn.Module):
             masks of cells (N, M, H*W), 0 outside, and of channels (N, M, C), in (0, 1), float32
         """
         query, key, value = (
-            f(y).flatten(2).transpose(1, 2)[:, None]
+            f(y).flatten(2).transpose(1, 2)[:, None].contiguous()
             for f, y in ((self.query, target), (self.key, x), (self.value, x))
         )
         readable = None if inside is None else inside.flatten(2)[:, :, None]
-        # Never with the map of all pairs of cells, which has the size of P3 to the square.
+        # Never with the map of all pairs of cells, of P3's size to the square. Kernels that do
+        # without it want queries as wide as values, and divide by the root of that width.
+        hidden, channels = query.shape[-1], value.shape[-1]
+        query = query * (channels / hidden) ** 0.5
+        query, key = (F.pad(y, (0, channels - hidden)) for y in (query, key))
         answers = F.scaled_dot_product_attention(query, key, value, attn_mask=readable)
         answers = answers[:, 0].transpose(1, 2).float()  # (N, C, H*W)
         with torch.autocast(x.device.type, enabled=False):

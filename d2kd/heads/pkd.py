@@ -1,3 +1,4 @@
+from math import ceil
 from typing import Any, Dict, Iterator, Sequence, Tuple
 
 from torch import Tensor, nn
@@ -87,9 +88,22 @@ class PKDHead(nn.Module):
         if not self.resize:
             return match_levels(self.levels, student.features, teacher.features)
         return (
-            (p.student, student.features[p.student], teacher.features[p.teacher])
+            (p.student, *_same_part(p, student.features[p.student], teacher.features[p.teacher]))
             for p in self.levels
         )
+
+
+def _same_part(pair: LevelPair, x: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:
+    """Crop the maps of a pair of whatever strides to the pixels that both cover."""
+    shorter = [
+        min(a * pair.student_stride, b * pair.teacher_stride)
+        for a, b in zip(x.shape[-2:], target.shape[-2:])
+    ]
+    (a, b), (c, d) = (
+        [ceil(size / stride) for size in shorter]
+        for stride in (pair.student_stride, pair.teacher_stride)
+    )
+    return x[..., :a, :b], target[..., :c, :d]
 
 
 def _pair_by_index(pair: DistillPair, adapt_equal: bool) -> Tuple[LevelPair, ...]:

@@ -89,7 +89,7 @@ class SAMKDHead(nn.Module):
 
             e_k = 1/N sum of (T_k - generator(X_k, masks))^2 at scale k;  X = adapter(S)
             w_k = softmax over k of lag_k / mean lag,  lag_k = mean |X_k - T_k|
-            loss = sum over k of w_k (cells of the level / cells of the scale) e_k
+            loss = sum over k of w_k a_k e_k,  a_k = k^2 where maps are pooled by k, 1 for windows
 
         Args:
             student, teacher: views with features S (N, Cs, Hi, Wi) and T (N, Ct, Hi, Wi)

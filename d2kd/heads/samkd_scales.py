@@ -19,7 +19,7 @@ class Scale(NamedTuple):
         x: adapted student's features, (N, Ct, H, W)
         target: teacher's features, (N, Ct, H, W)
         inside: (N, 1, H, W), cells that hold a part of their image; None: all do
-        area: cells of the level per cell of this scale
+        area: k^2 where the map is pooled by k, 1 for windows
     """
 
     size: int

@@ -69,6 +69,20 @@ def test_losses_are_those_of_the_equations() -> None:
     assert [x.item() for x in found] == pytest.approx([loss, 0.5 * diversity], rel=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [None, [(320, 384), (192, 256)]])
+def test_no_map_of_all_pairs_of_cells_is_kept(sizes: Optional[List]) -> None:
+    student, teacher = (noise(2, c, 40, 48, seed=c).float().requires_grad_() for c in (3, 4))
+    kept: List[int] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        losses_of(new_head(), student, teacher, sizes)
+    assert max(kept) < (40 * 48) ** 2 / 10
+
+
 def test_equal_features_have_no_loss_but_that_of_the_masks() -> None:
     x = noise(2, 4, 5, 6).float()
     loss, diversity = losses_of(new_head(4, 4), x, x)

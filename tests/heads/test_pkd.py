@@ -224,6 +224,18 @@ def bilinear_in_loops(x: Tensor, height: int, width: int) -> Tensor:
     return y
 
 
+def test_index_compares_the_part_that_both_maps_cover() -> None:
+    # The teacher pads to a square, as ViTDet does: below the image its map has nothing to compare.
+    x = noise(2, 4, 8, 16).float()
+    padded = torch.cat([x, noise(2, 4, 8, 16, seed=1).float()], dim=2)
+    head = PKDHead(levels=level_pairs(p3=(4, 4)), match="index")
+    for student, teacher in ((x, padded), (padded, x)):
+        (loss,) = head(feature_view({"p3": student}), feature_view({"p3": teacher}))[
+            "loss_pkd"
+        ].values()
+        assert loss == 0
+
+
 def test_index_brings_the_student_to_the_teacher_s_size() -> None:
     levels = (LevelPair("p3", "p2", 3, 3, 8, 4),)
     student, teacher = noise(2, 3, 3, 4, seed=1), noise(2, 3, 6, 8, seed=2)

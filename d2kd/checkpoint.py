@@ -19,7 +19,7 @@ from .weights.from_timm import named_for_detector
 from .weights.names import advice, check_named, describe, without_prefix
 from .weights.run_checkpoints import BEST, NOT_OF_A_RUN
 from .weights.safe_load import UNREADABLE, read_weights_file
-from .weights.trained_config import check_same_detector
+from .weights.trained_config import OF_YAML, changed_keys, check_same_detector
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class TeacherManifest:
     def __init__(self, manifest: Dict[str, str]):
         """
         Args:
-            manifest: "config" and "weights_sha256" of :class:`Teacher`, or those of several
+            manifest: of a :class:`Distiller`
         """
         self.manifest = manifest
 
@@ -148,13 +148,15 @@ class TeacherManifest:
             ValueError: the checkpoint was made with another teacher
         """
         for key, value in self.manifest.items():
-            if state.get(key) != value:
+            if key not in state and key.endswith("classes"):  # of a checkpoint from before it
+                continue
+            differences = _differences(str(state.get(key)), value)
+            if differences:
                 raise ValueError(
                     f"The checkpoint was made with another teacher: {key} differs.\n"
-                    f"  checkpoint: {_first_difference(str(state.get(key)), value)}\n"
-                    f"  this run:   {_first_difference(value, str(state.get(key)))}\n"
-                    "Resume with the teacher of that run (DISTILL.TEACHER), or start a new run in "
-                    "another OUTPUT_DIR."
+                    + "".join(f"  {x}\n" for x in differences)
+                    + "Resume with the teacher of that run (DISTILL.TEACHER), or start a new run "
+                    "in another OUTPUT_DIR."
                 )
 
 
@@ -245,6 +247,18 @@ def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -
         raise
     except OSError as error:  # such as of a URL, whose error does not name it
         raise OSError(f"{key}: {path!r} cannot be read: {error}") from error
+
+
+def _differences(saved: str, value: str) -> List[str]:
+    """Of two texts of a manifest; of two YAMLs' the keys that both Detectron2s know."""
+    if saved == value:
+        return []
+    if all(x.startswith(OF_YAML) for x in (saved, value)):
+        return [f"{key}: {old!r}, now {new!r}" for key, old, new in changed_keys(saved, value)]
+    return [
+        f"checkpoint: {_first_difference(saved, value)}",
+        f"this run:   {_first_difference(value, saved)}",
+    ]
 
 
 def _first_difference(text: str, other: str) -> str:

@@ -132,11 +132,11 @@ class Distiller(nn.Module):
 
     @property
     def teacher_manifest(self) -> Dict[str, str]:
-        """Of the teacher; the keys of several begin with their names."""
+        """Of the teacher, and what it teaches; the keys of several begin with their names."""
         return {
             f"{x.name}: {key}" if x.name else key: value
             for x in self.lessons
-            for key, value in x.teacher.manifest.items()
+            for key, value in {**x.teacher.manifest, "classes": x.pair.class_indices}.items()
         }
 
     @property

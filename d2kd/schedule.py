@@ -115,6 +115,11 @@ def _check(key: str, node: CfgNode, max_iter: int) -> None:
                 f"{key}.SCHEDULE.{name} must be in [0, SOLVER.MAX_ITER = {max_iter}], got "
                 f"{schedule[name]}."
             )
+    if schedule.DECAY != "none" and 0 < schedule.STOP_ITER <= schedule.DECAY_FROM:
+        raise ValueError(
+            f"{key}.SCHEDULE.DECAY is {schedule.DECAY!r} from iteration DECAY_FROM "
+            f"{schedule.DECAY_FROM} on, but the head is off from STOP_ITER {schedule.STOP_ITER} on."
+        )
     if schedule.STOP_ITER == 0 or schedule.STOP_ITER < -1:
         raise ValueError(
             f"{key}.SCHEDULE.STOP_ITER must be -1 (never) or a positive iteration, got "

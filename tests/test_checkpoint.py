@@ -15,7 +15,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from d2kd import student_config
-from d2kd.checkpoint import PlainCheckpointer, load_initial_weights, load_whole_detector
+from d2kd.checkpoint import (
+    PlainCheckpointer,
+    TeacherManifest,
+    load_initial_weights,
+    load_whole_detector,
+)
 from d2kd.engine import evaluate
 from tests.helpers.runs import (
     assert_same_tensors,
@@ -81,7 +86,7 @@ def test_heads_and_teacher_manifest_are_saved_beside_the_student(finished: CfgNo
     for name in SAVES:
         checkpoint = read(finished, name)  # weights_only: nothing in it runs code
         assert set(checkpoint) == {"model", "distill_heads", "teacher", "trainer", "iteration"}
-        assert set(checkpoint["teacher"]) == {"config", "weights_sha256"}
+        assert set(checkpoint["teacher"]) == {"config", "weights_sha256", "classes"}
         assert {k.split(".")[0] for k in checkpoint["distill_heads"]} == {"MGD", "PKD"}
 
 
@@ -148,7 +153,7 @@ def test_resume_with_another_teacher_config_is_refused(finished: CfgNode) -> Non
     cfg = finished.clone()
     cfg.DISTILL.TEACHER.OPTS = ["MODEL.RETINANET.NMS_THRESH_TEST", 0.7]
     with pytest.raises(
-        ValueError, match="(?s)another teacher: config differs.*NMS_THRESH_TEST: 0.7"
+        ValueError, match="(?s)another teacher: config differs.*NMS_THRESH_TEST: 0.5, now 0.7"
     ):
         build_trainer(cfg, resume=True)
 
@@ -307,3 +312,14 @@ def test_evaluation_needs_weights_for_the_whole_student(finished: CfgNode, tmp_p
     torch.save({"model": model}, cfg.MODEL.WEIGHTS)
     with pytest.raises(ValueError, match="(?s)MODEL.WEIGHTS.*head.bbox_pred.bias"):
         evaluate(cfg)
+
+
+def test_teacher_of_another_detectron2_is_the_same_where_both_know_its_keys() -> None:
+    ours = "INPUT.FORMAT: BGR\nRPN:\n  NMS_THRESH: 0.7\nMASK_ON: false\n"
+    newer = "INPUT.FORMAT: BGR\nRPN:\n  NMS_THRESH: 0.7\n  NEW: 1\nMASK_ON: false\n"
+    TeacherManifest({"config": newer}).load_state_dict({"config": ours})
+    with pytest.raises(ValueError, match="another teacher: .*\n  RPN.NMS_THRESH: 0.7, now 0.6"):
+        TeacherManifest({"config": newer.replace("0.7", "0.6")}).load_state_dict({"config": ours})
+    # A LazyConfig's text is compared as it is.
+    with pytest.raises(ValueError, match="\n  checkpoint: a\n  this run:   b"):
+        TeacherManifest({"config": "b"}).load_state_dict({"config": "a"})

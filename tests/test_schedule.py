@@ -100,6 +100,13 @@ def test_value_outside_its_range_is_refused_by_its_key(key: str, value: Any, mes
         from_yaml_keys(**{key: value})
 
 
+def test_decay_that_would_begin_after_the_end_is_refused() -> None:
+    keys = {"SCHEDULE__DECAY": "linear", "SCHEDULE__DECAY_FROM": 40}
+    with pytest.raises(ValueError, match="DECAY_FROM 40 on, but the head is off from STOP_ITER 40"):
+        from_yaml_keys(SCHEDULE__STOP_ITER=40, **keys)
+    from_yaml_keys(SCHEDULE__STOP_ITER=41, **keys)
+
+
 # Weights at other sizes of the input --------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Iterator, Optional, Sequence
 
 from detectron2.config import CfgNode
@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..engine import evaluate, launch, train
-from ..engine.facts import write_fact
+from ..engine.facts import hold_facts, write_fact
 from ..utils.atomic_file import atomic_write, check_writable
 from ..utils.command_line import parse_command_line
 from .common import add_config_options, command_parser, import_plugins, read_config
@@ -73,17 +73,18 @@ def work(args: argparse.Namespace, cfg: CfgNode) -> None:
 def prepare_output(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Write the config and begin the logs, now that the config is known to be sound."""
     check_writable(cfg.OUTPUT_DIR)
-    with _config_of_training_kept(cfg.OUTPUT_DIR) if args.eval_only else nullcontext():
+    with _config_kept(cfg.OUTPUT_DIR):
         default_setup(cfg, args)
     # Detectron2 gives a handler to its own logger only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     if not args.eval_only:
+        hold_facts(cfg.OUTPUT_DIR)
         write_fact(cfg.OUTPUT_DIR, "command", line=args.command, resume=args.resume)
 
 
 @contextmanager
-def _config_of_training_kept(folder: str) -> Iterator[None]:
-    """Detectron2 writes config.yaml at an evaluation too, which may be of another config."""
+def _config_kept(folder: str) -> Iterator[None]:
+    """Detectron2 writes config.yaml at an evaluation too, and before a run is refused."""
     path = os.path.join(folder, "config.yaml")
     before = None
     if comm.is_main_process() and os.path.isfile(path):

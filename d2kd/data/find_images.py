@@ -16,7 +16,7 @@ def find_images(
 ) -> List[Dict[str, Any]]:
     """
     Args:
-        folder: with the images, also in folders below it
+        folder: with the images, also in folders below it and in links to folders
         json_file: COCO-format JSON that lists some of them; "": all
         keys: what the user calls the two arguments, for errors
 
@@ -83,7 +83,14 @@ def _all_images(folder: str, key: str) -> List[Dict[str, Any]]:
 
 
 def _image_paths(folder: str) -> Iterator[str]:
-    for parent, _, names in os.walk(folder):
+    seen = set()  # a link may lead to a folder twice, or back to one above it
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders.sort()
         for name in names:
             # Hidden ones are no images, such as the "._a.jpg" that macOS leaves beside a.jpg.
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):

@@ -28,12 +28,14 @@ def build_evaluator(
     Detectron2's evaluator for the data set's type.
 
     Args:
-        output_folder: None: "inference" in OUTPUT_DIR
+        output_folder: None: "inference" in OUTPUT_DIR, with several test sets one folder for each
+            below it
 
     Raises:
         ValueError: a type without boxes to evaluate
     """
-    output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    of_several = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
+    output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", of_several)
     metadata = MetadataCatalog.get(dataset_name)
     check_evaluator(metadata)
     if metadata.evaluator_type == "lvis":
@@ -42,6 +44,14 @@ def build_evaluator(
         return PascalVOCDetectionEvaluator(dataset_name)
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
     return CompleteCOCOEvaluator(dataset_name, output_dir=output_folder, kpt_oks_sigmas=sigmas)
+
+
+def best_metric(cfg: CfgNode) -> str:
+    """TEST.BEST_METRIC as the results are named; with several test sets that of the first."""
+    metric, sets = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    if len(sets) < 2 or metric.startswith(tuple(f"{x}/" for x in sets)):
+        return metric
+    return f"{sets[0]}/{metric}"
 
 
 class CompleteCOCOEvaluator(COCOEvaluator):

@@ -3,11 +3,25 @@
 import json
 import os
 from datetime import datetime
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 from detectron2.utils import comm
 
 FILE = "facts.jsonl"
+
+_held: Dict[str, List[str]] = {}  # by folder, lines of a run that has not begun
+
+
+def hold_facts(folder: str) -> None:
+    """
+    Keep what is written from now on until :func:`release_facts`: a run that is refused before its
+    first step leaves the facts of the run before as they are.
+    """
+    _held[folder] = []
+
+
+def release_facts(folder: str) -> None:
+    _append(folder, _held.pop(folder, []))
 
 
 def write_fact(folder: str, kind: str, **values: Any) -> None:
@@ -22,10 +36,22 @@ def write_fact(folder: str, kind: str, **values: Any) -> None:
     """
     if not comm.is_main_process():
         return
-    os.makedirs(folder, exist_ok=True)
     time = datetime.now().astimezone().isoformat(timespec="seconds")
-    with open(os.path.join(folder, FILE), "a") as file:
-        file.write(json.dumps({"kind": kind, "time": time, **values}) + "\n")
+    line = json.dumps({"kind": kind, "time": time, **values})
+    if folder in _held:
+        _held[folder].append(line)
+    else:
+        _append(folder, [line])
+
+
+def _append(folder: str, lines: Sequence[str]) -> None:
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, FILE), "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a killed process left half a line
+                file.write(b"\n")
+        file.write("".join(f"{x}\n" for x in lines).encode())
 
 
 def read_facts(folder: str) -> List[Dict[str, Any]]:

@@ -110,7 +110,7 @@ class BestCheckpointer(HookBase):
             self._check()
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
+        if self.trainer.iter >= self.trainer.max_iter:  # not where the last iteration failed
             self._check()
 
     def _check(self) -> None:
@@ -139,13 +139,13 @@ class BestCheckpointer(HookBase):
         self.best, self.run = state["best"], state["run"]
         # The checkpoint was written before the evaluation of its own iteration.
         path = os.path.join(self.checkpointer.save_dir, f"{BEST}.pth")
-        if os.path.isfile(path):
-            try:
-                saved = read_verified(path)
-            except ValueError as error:
-                logger.error(f"{path} is damaged ({error}); the next evaluation replaces it.")
-                self.best = -math.inf
-                return
-            saved = saved.get("trainer", {}).get("hooks", {}).get(type(self).__qualname__, {})
-            if saved.get("run") == self.run:
-                self.best = saved["best"]
+        try:
+            saved = read_verified(path)
+        except ValueError as error:
+            if os.path.isfile(path) or self.best > -math.inf:
+                logger.error(f"{path} cannot be read ({error}); the next evaluation replaces it.")
+            self.best = -math.inf
+            return
+        saved = saved.get("trainer", {}).get("hooks", {}).get(type(self).__qualname__, {})
+        if saved.get("run") == self.run:
+            self.best = saved["best"]

@@ -46,7 +46,7 @@ class RunPlan:
         stages = check_config(cfg)
         if on_checked:
             on_checked()
-        point = ResumePoint.find(cfg.OUTPUT_DIR) if resume else None
+        point = ResumePoint.find_together(cfg.OUTPUT_DIR) if resume else None
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         if stages[0].is_whole_run:  # several stages refuse a config that would have to be scaled
             stages = [whole_run(cfg)]

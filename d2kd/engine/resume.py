@@ -82,8 +82,10 @@ class RunRecord:
                 + f"\n{WAY_OUT}"
             )
         if saved.get("data", self.data) != self.data:
+            unlabelled = distils(self.cfg) and self.cfg.DISTILL.UNLABELLED.SETS
+            sets = "DATASETS.TRAIN" + (" or DISTILL.UNLABELLED.SETS" if unlabelled else "")
             raise ValueError(
-                "DATASETS.TRAIN: the images or annotations are not those of the checkpoint "
+                f"{sets}: the images or annotations are not those of the checkpoint "
                 f"({saved['data']['images']} images then, {self.data['images']} now; sizes, boxes "
                 f"and classes are compared, in order). {WAY_OUT}"
             )

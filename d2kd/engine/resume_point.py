@@ -1,8 +1,11 @@
 """The checkpoint that a run resumes from."""
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Optional
+
+from detectron2.utils import comm
 
 from ..weights.run_checkpoints import NOT_OF_A_RUN, read_last_checkpoint
 
@@ -19,6 +22,25 @@ class ResumePoint:
     path: str
     done: int
     seed: int
+
+    @classmethod
+    def find_together(cls, folder: str) -> Optional["ResumePoint"]:
+        """
+        :meth:`find` in every process.
+
+        Raises:
+            ValueError: they do not find the same
+        """
+        point = cls.find(folder)
+        mine = f"{os.path.basename(point.path)} of seed {point.seed}" if point else "no checkpoint"
+        found = comm.all_gather(mine)
+        if len(set(found)) > 1:
+            there = ", ".join(f"process {rank} {x}" for rank, x in enumerate(found))
+            raise ValueError(
+                f"OUTPUT_DIR: the processes find different checkpoints in {folder!r}: {there}. It "
+                "must be on a disk that all machines share."
+            )
+        return point
 
     @classmethod
     def find(cls, folder: str) -> Optional["ResumePoint"]:

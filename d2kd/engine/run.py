@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from typing import Any, Callable, Dict, Optional
 
 from detectron2.config import CfgNode
@@ -12,7 +13,9 @@ from ..checkpoint import load_whole_detector
 from ..config import student_config
 from ..config.unread import unread_keys
 from ..data import register_datasets
-from ..weights.run_checkpoints import last_whole_checkpoint
+from ..utils.atomic_file import atomic_write
+from ..weights.run_checkpoints import forget_last_checkpoint, last_whole_checkpoint
+from .facts import release_facts
 from .plan import RunPlan
 from .preflight.check_config import check_config
 from .preflight.teacher_check import check_teachers
@@ -49,7 +52,12 @@ def train(
     for stage in (first, *later):
         if later:  # trainers hold themselves: two teachers would be in memory at a time
             gc.collect()
-        results = _train_stage(stage, plan.seed, point, teacher_is_checked=stage is not first)
+        trainer = _ready(stage, plan.seed, point, teacher_is_checked=stage is not first)
+        if stage is first:
+            _begin(cfg, point)
+        trainer.train()
+        comm.synchronize()  # the next stage reads the checkpoint that the main process has written
+        results = getattr(trainer, "_last_eval_results", None) or {}
         point = ResumePoint(stage.final_checkpoint, stage.end, plan.seed)
     return results
 
@@ -106,16 +114,16 @@ def preflight_stage(stage: Stage) -> None:
         check_teachers(stage.cfg, distiller)
 
 
-def _train_stage(
+def _ready(
     stage: Stage, seed: int, point: Optional[ResumePoint], teacher_is_checked: bool
-) -> Dict[str, Any]:
+) -> Trainer:
     """
     Args:
         point: the last checkpoint of the run so far; None: there is none
         teacher_is_checked: by :func:`preflight_stage`
 
     Returns:
-        as :func:`train`
+        the trainer of a stage, which nothing before its first step can stop any more
     """
     if not stage.is_whole_run:
         logger.info(str(stage))
@@ -125,6 +133,15 @@ def _train_stage(
     if trainer.start_iter == stage.start and trainer.distiller and not teacher_is_checked:
         with stage.in_errors():
             check_teachers(stage.cfg, trainer.distiller)
-    trainer.train()
-    comm.synchronize()  # the next stage reads the checkpoint that the main process has written
-    return getattr(trainer, "_last_eval_results", None) or {}
+    return trainer
+
+
+def _begin(cfg: CfgNode, point: Optional[ResumePoint]) -> None:
+    """Take over OUTPUT_DIR, where until now all is as the run before has left it."""
+    if not comm.is_main_process():
+        return
+    with atomic_write(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
+        file.write(cfg.dump())
+    release_facts(cfg.OUTPUT_DIR)
+    if point is None:
+        forget_last_checkpoint(cfg.OUTPUT_DIR)

@@ -11,7 +11,7 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, PeriodicCheckpointer, TrainerBase, default_writers
-from detectron2.engine.hooks import LRScheduler
+from detectron2.engine.hooks import EvalHook, LRScheduler
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
@@ -21,7 +21,7 @@ from ..data.mapper import CheckedMapper
 from ..data.unlabelled import batch_sizes
 from ..distiller import Distiller
 from ..utils.atomic_file import explain_full_disk
-from .evaluator import build_evaluator
+from .evaluator import best_metric, build_evaluator
 from .facts import write_fact
 from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
 from .initialise import initialise
@@ -102,6 +102,9 @@ class Trainer(DefaultTrainer):
             return super().train()
 
     def after_train(self) -> None:
+        if self.iter < self.max_iter:
+            # EvalHook takes a run that stops in its last iteration for one that is finished.
+            self._hooks = [x for x in self._hooks if not isinstance(x, EvalHook)]
         try:
             super().after_train()
         except Exception:
@@ -130,8 +133,8 @@ class Trainer(DefaultTrainer):
         if self.stage.count > 1:
             hooks.insert(0, LogStage(self.stage.index))
         if self.cfg.TEST.BEST_METRIC and self.cfg.DATASETS.TEST and comm.is_main_process():
-            test, sets = self.cfg.TEST, self.cfg.DATASETS.TEST
-            best = BestCheckpointer(test.EVAL_PERIOD, self.checkpointer, test.BEST_METRIC, sets)
+            period, sets = self.cfg.TEST.EVAL_PERIOD, self.cfg.DATASETS.TEST
+            best = BestCheckpointer(period, self.checkpointer, best_metric(self.cfg), sets)
             hooks.insert(-1, best)  # after the evaluation; the writers stay last
         return hooks
 

@@ -41,6 +41,13 @@ class DistillPair:
         return self.classes is None or self.classes.same
 
     @property
+    def class_indices(self) -> str:
+        """Which classes of the student are which of the teacher's, to be compared."""
+        if self.same_classes:
+            return "class i is class i"
+        return f"{list(self.classes.student)} <- {list(self.classes.teacher)}"
+
+    @property
     def taught_classes(self) -> Dict[int, str]:
         """The student's classes of which the teacher knows something, with their names."""
         if not self.teacher.num_classes:

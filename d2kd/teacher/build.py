@@ -14,7 +14,7 @@ from torch import nn
 from detectron2.config import CfgNode, LazyConfig, instantiate
 
 from ..checkpoint import check_is_file, load_whole_detector
-from ..data.class_names import class_names, names_in_sets
+from ..data.class_names import class_names, coco_json_files, names_in_sets
 from ..modeling.backbone_teacher import build_backbone_teacher
 from ..modeling.build import build_detector
 from ..modeling.trainable import check_teaches
@@ -92,6 +92,8 @@ def build_teacher(cfg: CfgNode) -> Teacher:
         build = _from_lazy_config if config_file.endswith(".py") else _from_yaml
         built = build(config_file, opts, device)
     model, image_format, text, names, own_cfg = built
+    if own_cfg and not (names or cfg.DISTILL.TEACHER.CLASSES):
+        _warn_unnamed(config_file, own_cfg)
     _check_format(image_format, cfg.INPUT.FORMAT)
     check_images_fit(model, cfg)
     if weights:
@@ -251,6 +253,16 @@ def _targets(tree: Any) -> Set[str]:
     target = tree.get("_target_", "")
     name = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
     return found | {name}
+
+
+def _warn_unnamed(path: str, cfg: CfgNode) -> None:
+    lost = [x for x in coco_json_files(cfg).values() if not os.path.isfile(x)]
+    if lost:
+        logger.warning(
+            f"DISTILL.TEACHER.CONFIG_FILE: {path!r} names its classes in {lost[0]!r}, which is not "
+            "there: class i of the teacher is taken for class i of the student. "
+            "DISTILL.TEACHER.CLASSES can list them."
+        )
 
 
 def _check_format(teacher: str, student: str) -> None:

@@ -6,6 +6,8 @@ from typing import Dict
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
+from ..weights.trained_config import OF_YAML
+
 
 def make_manifest(config: str, weights: str) -> Dict[str, str]:
     """
@@ -21,7 +23,7 @@ def identity(cfg: CfgNode) -> str:
     model = cfg.MODEL.clone()
     model.defrost()
     model.DEVICE, model.WEIGHTS = "", ""
-    return f"INPUT.FORMAT: {cfg.INPUT.FORMAT}\n{model.dump()}"
+    return f"{OF_YAML}{cfg.INPUT.FORMAT}\n{model.dump()}"
 
 
 def _sha256(weights: str) -> str:

@@ -8,6 +8,7 @@ from .verify import read_verified
 
 logger = logging.getLogger(__name__)
 
+TAG = "last_checkpoint"  # the file in which fvcore names the one to go on from
 BEST = "model_best"  # name of the checkpoint with the best evaluation
 NOT_OF_A_RUN = (
     "is no checkpoint to resume from: it has weights, but not the optimizer and iteration of a run "
@@ -25,10 +26,11 @@ def read_last_checkpoint(folder: str) -> Tuple[str, Any]:
         one
 
     Raises:
-        ValueError: there are checkpoints, but none of them is whole
+        ValueError: there are checkpoints, but none of them is whole, or no last_checkpoint
     """
-    tag = Path(folder, "last_checkpoint")
+    tag = Path(folder, TAG)
     if not tag.is_file():
+        _refuse_unnamed(folder)
         return "", None
     last, reasons = Path(folder, tag.read_text(errors="replace").strip() or "?"), []
     for path in dict.fromkeys([last, *_by_age(folder)]):
@@ -43,9 +45,24 @@ def read_last_checkpoint(folder: str) -> Tuple[str, Any]:
     raise ValueError(" ".join(reasons))
 
 
+def forget_last_checkpoint(folder: str) -> None:
+    """A run that begins in the folder of another one must not go on from that one's end."""
+    Path(folder, TAG).unlink(missing_ok=True)
+
+
 def last_whole_checkpoint(folder: str) -> str:
     """The path alone of :func:`read_last_checkpoint`."""
     return read_last_checkpoint(folder)[0]
+
+
+def _refuse_unnamed(folder: str) -> None:
+    found = _by_age(folder)
+    if found:
+        raise ValueError(
+            f"OUTPUT_DIR: {folder!r} has {found[0].name}, but no file {TAG} that names it. It was "
+            "not copied with the checkpoints, or they are of an earlier run in this folder. Write "
+            f"{found[0].name} into that file, or begin anew without --resume."
+        )
 
 
 def _by_age(folder: str) -> List[Path]:

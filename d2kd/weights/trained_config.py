@@ -12,6 +12,8 @@ from ..config import leaves, student_config
 # In C, where PyYAML has it: a tenth of the time.
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+OF_YAML = "INPUT.FORMAT: "  # begins what identifies a teacher that a YAML describes
+
 Change = Tuple[str, Any, Any]  # key, the checkpoint's value, this run's
 
 # Keys that change what a detector's weights mean, but not their shapes
@@ -44,11 +46,13 @@ def check_same_detector(found: Mapping[str, Any], cfg: CfgNode, source: str) -> 
         ValueError: a key has another value, with which the weights fit and mean something else
     """
     saved = found.get("trainer", {}).get("config")
+    from ..config.unread import why_unread  # which knows the heads, which load weights
+
     changed = changed_keys(saved, student_config(cfg).dump()) if saved else []
     lines = [
         f"  {key}: {old!r}, now {new!r}"
         for key, old, new in changed
-        if any(fnmatchcase(key, pattern) for pattern in MEANING)
+        if any(fnmatchcase(key, pattern) for pattern in MEANING) and not why_unread(key, cfg)
     ]
     if lines:
         raise ValueError(

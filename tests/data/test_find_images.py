@@ -78,3 +78,13 @@ def test_no_folder_and_no_image(tmp_path: Path) -> None:
         find_images(str(tmp_path / "gone"))
     with pytest.raises(FileNotFoundError, match="--images: there is no image in"):
         find_images(str(tmp_path))
+
+
+def test_linked_folders_are_read_once_and_links_back_are_not(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    cv2.imwrite(str(tmp_path / "more" / "c.png"), np.zeros((2, 3, 3), dtype=np.uint8))
+    (folder / "linked").symlink_to(tmp_path / "more")
+    (folder / "linked again").symlink_to(tmp_path / "more")
+    (folder / "inner" / "back").symlink_to(folder)
+    found = [x["file_name"] for x in find_images(str(folder))]
+    assert found == [f"{folder}/{x}" for x in ("b.png", "inner/a.JPG", "linked/c.png")]

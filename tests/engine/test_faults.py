@@ -125,7 +125,7 @@ def test_damaged_best_checkpoint_does_not_stop_a_run(
     best = Path(cfg.OUTPUT_DIR, "model_best.pth")
     best.write_bytes(b"half of it")
     run(cfg, resume=True)
-    assert f"{best} is damaged" in caplog.text
+    assert f"{best} cannot be read" in caplog.text
     assert Path(cfg.OUTPUT_DIR, "model_final.pth").exists()
 
 
@@ -433,3 +433,24 @@ def test_error_that_has_nothing_to_do_with_the_disk_is_left_as_it_is(tmp_path: P
         with atomic_write(str(tmp_path / "model.pth")):
             raise RuntimeError("device-side assert")
     assert os.listdir(tmp_path) == []
+
+
+class FailAt(HookBase):
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            raise ValueError("the reason")
+
+
+@pytest.mark.parametrize("before_the_end", [1, 2])
+def test_run_that_fails_is_not_evaluated_in_its_last_iteration_either(
+    before_the_end: int, folder: Path, tmp_path: Path
+) -> None:
+    cfg = at(run_config(folder, DATASETS__TEST=("d2kd_shapes_val",)), tmp_path, "run")
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    with pytest.raises(ValueError, match="the reason"):
+        run(cfg, FailAt(cfg.SOLVER.MAX_ITER - before_the_end))
+    assert not Path(cfg.OUTPUT_DIR, "inference").exists()
+    assert not Path(cfg.OUTPUT_DIR, "model_best.pth").exists()

@@ -1,5 +1,6 @@
 """Seeds of an iteration, the best checkpoint, the running mean of RetinaNet's losses."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -18,6 +19,7 @@ from detectron2.modeling import build_model
 
 from d2kd.checkpoint import PlainCheckpointer
 from d2kd.engine import Trainer
+from d2kd.engine.evaluator import best_metric
 from d2kd.engine.hooks import BestCheckpointer, SeedEachIteration, seed_everything
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
 from tests.helpers.runs import (
@@ -193,9 +195,11 @@ def test_best_value_of_another_metric_or_test_set_is_not_compared(
     old = BestCheckpointer(1, Checkpointer(nn.Linear(1, 1), str(tmp_path)), "bbox/AP", ["a"])
     old.best = 40.0
     measure = {"metric": "bbox/AP", "datasets": ["a"], **{key: value}}
+    old.checkpointer.save("model_best")
     same = BestCheckpointer(1, old.checkpointer, "bbox/AP", ["a"])
     same.load_state_dict(old.state_dict())
-    assert (same.best, same.run) == (40.0, old.run) and not caplog.records
+    assert (same.best, same.run) == (40.0, old.run)
+    assert not [x for x in caplog.records if x.levelname != "INFO"]
     other = BestCheckpointer(1, old.checkpointer, **measure)
     other.load_state_dict(old.state_dict())
     assert other.best == -math.inf
@@ -212,3 +216,31 @@ def test_running_mean_of_the_losses_is_restored_by_resume(folder: Path, tmp_path
     mean = run(cfg).model.loss_normalizer
     assert mean != 100  # where it starts
     assert build_trainer(cfg, resume=True).model.loss_normalizer == mean
+
+
+def test_best_checkpoint_that_is_gone_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook = BestCheckpointer(1, Checkpointer(nn.Linear(1, 1), str(tmp_path)), "bbox/AP")
+    hook.best = 40.0
+    state = hook.state_dict()
+    hook.load_state_dict(state)
+    assert hook.best == -math.inf and "model_best.pth cannot be read" in caplog.text
+    caplog.clear()
+    hook.load_state_dict({**state, "best": -math.inf})  # there never was one
+    assert not caplog.records
+
+
+def test_of_several_test_sets_the_first_chooses_and_each_keeps_its_detections(
+    folder: Path, tmp_path: Path
+) -> None:
+    cfg = best_config(folder, tmp_path, DATASETS__TEST=("d2kd_shapes_val", "d2kd_shapes_train"))
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    assert best_metric(cfg) == "d2kd_shapes_val/bbox/AP"
+    run(cfg)
+    assert (tmp_path / "model_best.pth").exists()
+    for name, images in (("d2kd_shapes_val", 4), ("d2kd_shapes_train", 8)):
+        path = tmp_path / "inference" / name / "coco_instances_results.json"
+        assert len({x["image_id"] for x in json.loads(path.read_text())}) == images
+    cfg.TEST.BEST_METRIC = "d2kd_shapes_train/bbox/AP50"
+    assert best_metric(cfg) == cfg.TEST.BEST_METRIC

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from d2kd import doctor, load_config
 from d2kd.engine import Trainer, train
 from d2kd.engine.stages import plan_stages
+from d2kd.teacher import build_teacher
 from tests.helpers.runs import assert_same_tensors, interrupt, run_config, scalars
 from tests.helpers.toys import write_teacher
 
@@ -218,3 +219,23 @@ def test_doctor_says_that_names_are_not_known(
     assert doctor.main(["--config-file", str(tmp_path / "run.yaml"), *opts]) == 0
     said = "  their names are not known of both, and there are 6 and 4: logits cannot be compared"
     assert said in capsys.readouterr().out
+
+
+def test_classes_that_are_matched_otherwise_are_another_teacher(cfg: CfgNode) -> None:
+    interrupt(cfg, 3)
+    cfg.DISTILL.TEACHER.ALIASES = [["disc", "Disc"], ["ring", "dog"]]
+    with pytest.raises(ValueError, match="another teacher: classes differs"):
+        train(cfg, resume=True)
+
+
+def test_teacher_whose_class_names_are_not_there_is_said(
+    folder: Path, four: List[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = run_config(folder, four, ["PKD"])
+    own = load_config(cfg.DISTILL.TEACHER.CONFIG_FILE)
+    own.DATASETS.COCO_FORMAT = [{"NAME": "of_it", "JSON": "gone.json", "IMAGES": "gone"}]
+    own.DATASETS.TRAIN = ("of_it",)
+    (tmp_path / "teacher.yaml").write_text(own.dump())
+    cfg.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.yaml")
+    build_teacher(cfg)
+    assert "names its classes in 'gone.json', which is not there" in caplog.text

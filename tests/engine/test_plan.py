@@ -15,6 +15,7 @@ from detectron2.utils import comm
 import d2kd.engine.plan
 import d2kd.engine.preflight.check_config
 import d2kd.engine.resume_point
+from d2kd.cli.train import main as train_main
 from d2kd.engine import Trainer, train
 from d2kd.engine.plan import RunPlan
 from d2kd.engine.resume_point import ResumePoint
@@ -126,3 +127,42 @@ def test_weights_alone_are_no_place_to_go_on_from(content: Any, tmp_path: Path) 
 def test_stages_of_a_plan_are_those_of_the_config(staged: CfgNode) -> None:
     plan = RunPlan.resolve(staged)
     assert [str(x) for x in plan.stages] == [str(x) for x in plan_stages(staged)]
+
+
+def test_processes_that_find_different_checkpoints_are_refused(
+    staged: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_in(staged, 3)
+    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, "no checkpoint"])
+    with pytest.raises(
+        ValueError, match="OUTPUT_DIR: .*process 0 model_0000002.pth .*process 1 no checkpoint"
+    ):
+        RunPlan.resolve(staged, resume=True)
+
+
+def test_checkpoints_that_no_file_names_are_neither_gone_on_from_nor_lost(
+    staged: CfgNode, folder: Path
+) -> None:
+    train(staged)
+    other = staged.clone()
+    other.SOLVER.BASE_LR = 0.004
+    interrupt_in(other, 0)  # before its first save: what is there is the other run's
+    with pytest.raises(ValueError, match="has model_final.pth, but no file last_checkpoint"):
+        train(other, resume=True)
+    train(other)
+    (last,) = Path(other.OUTPUT_DIR).glob("last_checkpoint")
+    assert last.read_text() == "model_final.pth"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_refused_run_leaves_the_folder_as_it_was(staged: CfgNode, resume: bool) -> None:
+    command = ["--config-file", str(Path(staged.OUTPUT_DIR).parent / "run.yaml")]
+    Path(command[-1]).write_text(staged.dump())
+    train_main(command)
+    names = ("config.yaml", "facts.jsonl", "last_checkpoint", "model_final.pth")
+    files = [Path(staged.OUTPUT_DIR, x) for x in names]
+    kept = [x.read_bytes() for x in files]
+    command += ["--resume"] if resume else []
+    with pytest.raises(ValueError):
+        train_main([*command, "MODEL.RETINANET.NUM_CLASSES", "9"])
+    assert [x.read_bytes() for x in files] == kept

@@ -121,6 +121,8 @@ def suggest(
         iteration: of this step, as the schedules count
         share: in (0, 1)
     """
+    if not found.losses[TASK].norm:
+        return "The student's own losses have no gradient to compare with."
     wanted = share / (1 - share) * found.losses[TASK].norm / max(len(found.heads), 1)
     words = []
     for name, keys in found.heads.items():

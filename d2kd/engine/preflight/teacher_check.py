@@ -156,7 +156,10 @@ def _evaluate(
     the second is None without masks. And the rows of tell_disagreement.
     """
     name = cfg.DATASETS.TEST[0]
-    ids = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+    metadata = MetadataCatalog.get(name)
+    # A set that a user has registered may have no other ids
+    same_ids = {i: i for i in range(len(metadata.thing_classes))}
+    ids = metadata.get("thing_dataset_id_to_contiguous_id", same_ids)
     taught = set(classes.student_class.values()) if classes else set(ids.values())
     categories = {index: number for number, index in ids.items() if index in taught}
     collector = Collector(categories)

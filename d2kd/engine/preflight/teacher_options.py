@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog
 
 from ...config.lessons import lesson_configs
 from ...data.mapper import CheckedMapper
+from ...data.unlabelled import find_unlabelled
 from ...distiller import Distiller
 from ...lesson import Lesson
 from ...teacher import Teacher, TeacherOptions
@@ -41,7 +42,8 @@ class Difference(NamedTuple):
 def apply_options(cfg: CfgNode, distiller: Distiller) -> None:
     """
     Apply the options of each teacher one after the other, each compared with the plain teacher in
-    float32 on images of the first training set. Without options nothing is done.
+    float32 on images of the first training set, or else of those without labels. Without options
+    nothing is done.
 
     Raises:
         ValueError: with an option a teacher does not run, or says something else
@@ -54,8 +56,9 @@ def apply_options(cfg: CfgNode, distiller: Distiller) -> None:
 
 def _apply_options(cfg: CfgNode, distiller: Distiller, lesson: Lesson) -> None:
     teacher = lesson.teacher
-    mapper, name = CheckedMapper(cfg, is_train=False), cfg.DATASETS.TRAIN[0]
-    images = evenly_spaced(DatasetCatalog.get(name), NUM_IMAGES)
+    mapper, of_training = CheckedMapper(cfg, is_train=False), cfg.DATASETS.TRAIN[:1]
+    there = DatasetCatalog.get(of_training[0]) if of_training else find_unlabelled(cfg)
+    images = evenly_spaced(there, NUM_IMAGES)
     batches = [[mapper(x)] for x in images]
     plain = _answers(distiller, lesson, batches)
     for option in teacher.options.steps:
@@ -69,7 +72,7 @@ def _apply_options(cfg: CfgNode, distiller: Distiller, lesson: Lesson) -> None:
     rows = [(part, f"{x.error:.1e}", f"{x.cosine:.6f}") for part, x in found.items()]
     table = tabulate(rows, ["part", "relative error", "cosine"], disable_numparse=True)
     logger.info(
-        f"The teacher with {options}, against itself without, on {len(images)} images of {name}:\n"
+        f"The teacher with {options}, against itself without, on {len(images)} training images:\n"
         f"{table}"
     )
 

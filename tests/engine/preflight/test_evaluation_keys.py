@@ -85,6 +85,7 @@ def test_detector_is_evaluated_as_it_was_trained(tmp_path: Path) -> None:
     train(cfg)
     cfg.MODEL.WEIGHTS = f"{cfg.OUTPUT_DIR}/model_final.pth"
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.01  # how many boxes are asked for may change
+    cfg.MODEL.RPN.BBOX_REG_WEIGHTS = (2.0, 2.0, 2.0, 2.0)  # and what it does not read
     assert evaluate(cfg)
     for key, value in (
         ("MODEL.PIXEL_STD", [57.0, 57.0, 57.0]),

@@ -332,3 +332,15 @@ def test_test_set_of_other_classes_than_the_student_s_is_not_evaluated(
     check_teacher(cfg, teacher, DistillPair(info, info, (), classes))
     reason = "d2kd_shapes_val has other classes than the student"
     assert f"The teacher is not evaluated: {reason}." in caplog.text
+
+
+def test_set_that_a_user_has_registered_needs_no_other_ids(
+    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    teacher = build_teacher(cfg)
+    check_teacher(cfg, teacher)
+    # Ids of the built-in classes count from 1; as their indices they are those of other classes.
+    monkeypatch.delattr(metadata, "thing_dataset_id_to_contiguous_id")
+    cfg.DISTILL.TEACHER.MIN_AP = 0.0
+    check_teacher(cfg, teacher)

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 
+from d2kd.data import register_datasets
 from d2kd.engine.preflight import teacher_options
 from d2kd.teacher import Teacher, speed_up
 from tests.helpers.runs import (
@@ -51,7 +53,7 @@ def test_run_learns_what_it_learns_without_them_and_the_log_says_how_near(
         for i in (0, 1):  # later, rounding has grown
             assert found[name][i] == pytest.approx(plain[name][i], rel=1e-3)
     assert "The teacher with DISTILL.TEACHER.FOLD_NORMS True, " in caplog.text
-    assert "p3 logits" in caplog.text and "on 3 images of d2kd_shapes_train" in caplog.text
+    assert "p3 logits" in caplog.text and "on 3 training images" in caplog.text
     assert not any(p.requires_grad for p in trainer.distiller.teacher.model.parameters())
 
 
@@ -143,3 +145,17 @@ def test_resumed_run_is_the_same_to_the_bit_and_other_options_are_said(
     again.DISTILL.TEACHER.CHANNELS_LAST = False
     build_trainer(again, resume=True)
     assert "CHANNELS_LAST" in caplog.text and "the same teacher, rounded otherwise" in caplog.text
+
+
+def test_without_a_training_set_they_are_compared_on_images_without_labels(
+    folder: Path, teacher: List[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    register_datasets(run_config(folder), "RetinaNet")
+    image, *_ = DatasetCatalog.get("d2kd_shapes_train")
+    unlabelled = {"SETS": [str(Path(image["file_name"]).parent)], "SHARE": 1.0}
+    cfg = with_options(folder, tmp_path, teacher, **FAST)
+    cfg.merge_from_list(["DISTILL.HEADS", ["PKD"], "DATASETS.TRAIN", ()])
+    cfg.DISTILL.UNLABELLED.update(unlabelled)
+    caplog.set_level("INFO", logger="d2kd")
+    build_trainer(cfg)
+    assert "on 3 training images" in caplog.text

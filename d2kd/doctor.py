@@ -4,7 +4,7 @@ Look at a distillation before it is run: d2kd doctor --config-file run.yaml
 Builds student, teacher and heads, takes a few steps on two images of noise, and prints what was
 built, which heads fit this pair and why the others do not, what each loss does, what a run will
 cost, and what the teacher would with other options; at last, whether the data sets are there.
-Nothing is written.
+Nothing is written. Whether the teacher detects anything in this data is for the run to find out.
 """
 
 import argparse
@@ -41,13 +41,14 @@ from .engine.preflight.teacher_savings import plain_copy, teacher_savings
 from .heads.fit import misfit
 from .heads.registry import head_names
 from .teacher.speed_up import speed_up
-from .utils.command_line import parse_command_line
+from .utils.command_line import count, parse_command_line
 from .utils.user_mistakes import run_command
 from .views import describe_detector
 
 STEPS = 3
 EPILOG = """
-Exit code 0: it can be run; 2: it cannot, and the last line says why.
+Exit code 0: it can be run, if the teacher has DISTILL.TEACHER.MIN_AP on the test set, which a run
+looks at before its first step; 2: it cannot, and the last line says why.
 
 Examples:
   d2kd doctor --config-file configs/quickstart/pkd.yaml
@@ -228,7 +229,7 @@ def _estimate(cfg: CfgNode, cost: Cost) -> str:
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = command_parser("d2kd doctor", __doc__, EPILOG)
     add_config_options(parser)
-    parser.add_argument("--images", type=int, default=2, help="in a step; default %(default)s")
+    parser.add_argument("--images", type=count, default=2, help="in a step; default %(default)s")
     return parse_command_line(parser, argv)
 
 

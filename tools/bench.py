@@ -14,6 +14,8 @@ from typing import Any, Optional, Sequence
 
 from bench_cells import check_table, narrowed, read_table
 from bench_run import Bench
+from d2kd.cli.common import command_parser
+from d2kd.utils.user_mistakes import run_command
 
 EPILOG = """
 A table is a YAML:
@@ -58,22 +60,22 @@ examples:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     Returns:
-        the exit code: 1 where a run failed, 2 where the table is wrong
+        the exit code: 1 where a run failed
+
+    Raises:
+        ValueError, OSError: what is wrong with the table
     """
     args = parse_args(argv)
-    try:
-        table = narrowed(read_table(args.table), args.rows, args.iterations)
-        bench = Bench(table, args.jobs, args.every)
-        if args.list:
-            done = bench.finished()
-            for cell in table.cells:
-                print(f"{'finished' if cell in done else 'to run  '}  {cell.key}  {cell}")
-            return 0
-        check_table(table)
-    except (ValueError, OSError) as error:
-        return _refuse(str(error))
+    table = narrowed(read_table(args.table), args.rows, args.iterations)
+    bench = Bench(table, args.jobs, args.every)
+    if args.list:
+        done = bench.finished()
+        for cell in table.cells:
+            print(f"{'finished' if cell in done else 'to run  '}  {cell.key}  {cell}")
+        return 0
+    check_table(table)
     if args.jobs > 1 and any(x.cfg.MODEL.DEVICE != "cpu" for x in table.cells):
-        return _refuse(
+        raise ValueError(
             "--jobs: runs on a GPU go one after the other; set MODEL.DEVICE cpu in OPTS."
         )
     signal.signal(signal.SIGTERM, _stop)
@@ -83,22 +85,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 1 if bench.failed else 0
 
 
-def _refuse(text: str) -> int:
-    print(f"bench: error: {text}", file=sys.stderr)
-    return 2
-
-
 def _stop(*_: Any) -> None:
     sys.exit("Stopped; the same command goes on.")
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="d2kd bench",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("d2kd bench", __doc__, EPILOG)
     add = parser.add_argument
     add("table", metavar="TABLE", help="YAML of the table")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time; default %(default)s")
@@ -119,4 +111,4 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("d2kd bench", main))

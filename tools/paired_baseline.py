@@ -20,10 +20,14 @@ from tabulate import tabulate
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from d2kd import load_config
+from d2kd import load_config, student_config
+from d2kd.cli.common import add_config_options, command_parser, read_config
 from d2kd.data import register_datasets
 from d2kd.engine.evaluator import complete_truth
-from d2kd.utils.command_line import add_overrides, parse_command_line
+from d2kd.engine.preflight.check_config import check_config
+from d2kd.utils.command_line import parse_command_line
+from d2kd.utils.distils import distils
+from d2kd.utils.user_mistakes import run_command
 from paired_ap import ImageAP, image_error, read_detections
 from paired_verdict import Verdict, decide
 from quickstart import MASK_AP, Steps, mask_warning, metrics_of
@@ -41,8 +45,8 @@ told. Where there is no gain, GAIN is said in less than 5 % of all cases (simula
 One seed decides nothing.
 
 examples:
-  python tools/paired_baseline.py --config-file configs/quickstart/pkd.yaml --seeds 1 2 3
-  python tools/paired_baseline.py --config-file run.yaml --seeds 1 SOLVER.MAX_ITER 1000
+  d2kd compare --config-file configs/quickstart/pkd.yaml --seeds 1 2 3
+  d2kd compare --config-file run.yaml --seeds 1 SOLVER.MAX_ITER 1000
 """
 
 Results = Dict[str, Dict[int, Dict[str, float]]]
@@ -50,17 +54,26 @@ Results = Dict[str, Dict[int, Dict[str, float]]]
 
 def main(argv: Sequence[str] = None) -> None:
     args = parse_args(argv)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = read_config(args)
+    if not distils(cfg):
+        raise ValueError(
+            f"--config-file: {args.config_file} trains a student alone, so there is nothing to "
+            "compare it with. Name the YAML of a distillation, with DISTILL.ENABLED True."
+        )
+    args.output = args.output or cfg.OUTPUT_DIR.rstrip("/") + "_paired"
     if len(cfg.DATASETS.TEST) > 1:  # of several, the runs would leave the last one's detections
         args.opts += ["DATASETS.TEST", repr(tuple(cfg.DATASETS.TEST[:1]))]
+    # All that would stop the second arm, before the first is trained.
+    check_config(cfg)
     truth = truth_of(cfg)
+    register_datasets(cfg, student_config(cfg).MODEL.META_ARCHITECTURE, ("TRAIN",), draw=False)
     results: Results = {arm: {} for arm in ARMS}
     steps = Steps(args.fresh)
     for seed in args.seeds:
         for arm in ARMS:
             print(f"\n{arm}, seed {seed}", flush=True)
             opts = opts_of(arm, seed, args)
-            results[arm][seed] = steps.run(args.config_file, opts)
+            results[arm][seed] = steps.run(args.config_file, opts, plugins=args.plugin)
     with silent():
         verdict = verdict_of(args, truth, results)
         masks = verdict_of(args, truth, results, "segm") if have_masks(results) else None
@@ -191,17 +204,14 @@ def draw(results: Results, verdict: Verdict, path: str) -> None:
 
 
 def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("d2kd compare", __doc__, EPILOG)
+    add_config_options(parser, overrides="overrides for both arms")
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="YAML of the distillation")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
     add("--output", default="", metavar="FOLDER", help="default: OUTPUT_DIR of the YAML + _paired")
     add("--samples", type=int, default=200, help="of the bootstrap; default %(default)s")
     add("--threshold", type=float, default=0.5, help="AP that a gain exceeds; default %(default)s")
     add("--fresh", action="store_true", help="train anew what was trained before")
-    add_overrides(parser, "overrides for both arms")
     args = parse_command_line(parser, argv)
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         parser.error(f"--seeds must be different and not negative, got {args.seeds}")
@@ -209,11 +219,8 @@ def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
         parser.error(f"--samples must be 2 or more, got {args.samples}")
     if not 0 <= args.threshold < 100:
         parser.error(f"--threshold must be in [0, 100), got {args.threshold}")
-    if not args.output:
-        folder = load_config(args.config_file, args.opts).OUTPUT_DIR
-        args.output = folder.rstrip("/") + "_paired"
     return args
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("d2kd compare", main))

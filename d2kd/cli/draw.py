@@ -33,6 +33,7 @@ from ..data.mapper import CheckedMapper
 from ..distiller import Distiller
 from ..engine.hooks import seed_everything
 from ..engine.preflight.check_config import check_config
+from ..utils.atomic_file import check_writable
 from ..utils.command_line import parse_command_line
 from ..utils.packaged import find_file
 from .common import add_config_options, command_parser, read_config
@@ -60,6 +61,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise ValueError(f"{args.config_file} trains a student alone: there is no teacher to draw.")
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: it names the images to draw.")
+    check_writable(args.output, "--output")
     cfg = check_config(cfg)[-1].cfg
     register_datasets(cfg, student_config(cfg).MODEL.META_ARCHITECTURE, parts=("TEST",))
     distiller = build_model(cfg)
@@ -103,7 +105,10 @@ def draw_distillation(distiller: Distiller, cfg: CfgNode, args: argparse.Namespa
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     tables = panel.level_tables(distiller) if args.level_images else {}
-    chosen = islice(samples(cfg), max(args.images, args.level_images if tables else 0))
+    count = max(args.images, args.level_images if tables else 0)
+    if count < 1:
+        raise ValueError(f"--images {args.images}: there is nothing to draw. Ask for 1 or more.")
+    chosen = islice(samples(cfg), count)
     names = class_names(cfg)
     for i, sample in enumerate(chosen):
         with EventStorage():  # of iteration 0: heads that STOP_ITER has ended are drawn too

@@ -18,7 +18,7 @@ from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 from ..checkpoint import load_whole_detector
 from ..config import load_config, student_config
 from ..data import register_datasets
-from ..utils.command_line import add_overrides, parse_command_line
+from ..utils.command_line import add_overrides, count, parse_command_line, picture
 from .common import add_plugin_option, command_parser, import_plugins
 
 EXAMPLE = """
@@ -88,7 +88,7 @@ def _column(title: str, drawn: List[VisImage]) -> np.ndarray:
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = command_parser("d2kd draw-detections", __doc__, EXAMPLE)
-    parser.add_argument("path", help="picture to write, such as detections.png")
+    parser.add_argument("path", type=picture, help="picture to write, such as detections.png")
     parser.add_argument(
         "--detector",
         nargs=3,
@@ -97,7 +97,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar=("TITLE", "CONFIG", "WEIGHTS"),
         help="may be repeated",
     )
-    parser.add_argument("--rows", type=int, default=4, help="number of images")
+    parser.add_argument("--rows", type=count, default=4, help="number of images")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score drawn")
     add_plugin_option(parser)
     add_overrides(parser)

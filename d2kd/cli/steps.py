@@ -9,10 +9,13 @@ import subprocess
 import sys
 from typing import Dict, List, Mapping, Sequence
 
+import yaml
+
 from detectron2.config import CfgNode
 
 from ..config import load_config
 from ..utils.packaged import find_file
+from ..weights.run_checkpoints import TAG
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
 MASK_AP = "mask AP"  # of detectors that have masks
@@ -32,7 +35,12 @@ class Steps:
         self._running: List[subprocess.Popen] = []
 
     def run(
-        self, config_file: str, opts: Sequence[str], weights: str = "", name: str = ""
+        self,
+        config_file: str,
+        opts: Sequence[str],
+        weights: str = "",
+        name: str = "",
+        plugins: Sequence[str] = (),
     ) -> Dict[str, float]:
         """
         Train, or only evaluate where trained weights are there already.
@@ -40,25 +48,27 @@ class Steps:
         Args:
             weights: trained weights of this detector, "" if it is to be trained
             name: stands before each line that is shown
+            plugins: files for --plugin
 
         Returns:
             metric to value, in percent
         """
         cfg = load_config(config_file, opts)
         command = ["train", "--config-file", config_file]
+        command += [word for path in plugins for word in ("--plugin", path)]
         if weights and os.path.isfile(find_file(weights)):
             print(f"Trained weights are there: {weights}. Evaluating them.")
             scratch = os.path.join(cfg.OUTPUT_DIR, "evaluation")
             words = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]
             return evaluation(self._command(["eval", *command[1:], *opts, *words], cfg, name))
         done = os.path.join(cfg.OUTPUT_DIR, "quickstart.json")
-        if not self.fresh and os.path.isfile(done) and _load(done)["config"] == _identity(cfg):
+        if not self.fresh and os.path.isfile(done) and _is_of(_load(done)["config"], cfg):
             print(f"Done before: {done}. Add --fresh to repeat it.")
             return _load(done)["results"]
         resume = [] if self.fresh else _resumable(cfg)
         results = evaluation(self._command([*command, *resume, *opts], cfg, name))
         with open(done, "w") as file:
-            json.dump({"config": _identity(cfg), "results": results}, file)
+            json.dump({"config": cfg.dump(), "results": results}, file)
         return results
 
     def stop(self) -> None:
@@ -141,14 +151,15 @@ def _one_thread() -> Dict[str, str]:
 
 def _resumable(cfg: CfgNode) -> List[str]:
     """["--resume"] if OUTPUT_DIR holds an interrupted run of this very config."""
-    saved = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    if not os.path.isfile(saved) or _identity(load_config(saved)) != _identity(cfg):
+    saved, last = (os.path.join(cfg.OUTPUT_DIR, x) for x in ("config.yaml", TAG))
+    if not (os.path.isfile(saved) and os.path.isfile(last)):
         return []
-    return ["--resume"]
+    return ["--resume"] if _is_of(load_config(saved).dump(), cfg) else []
 
 
-def _identity(cfg: CfgNode) -> str:
-    return cfg.dump()
+def _is_of(text: str, cfg: CfgNode) -> bool:
+    """Whether a dumped config is this one; as text it may have other anchors for equal values."""
+    return yaml.safe_load(text) == yaml.safe_load(cfg.dump())
 
 
 def _load(path: str) -> Dict:

@@ -28,5 +28,4 @@ def run_tool(command: str, name: str, argv: Optional[Sequence[str]]) -> Optional
         )
     if str(_FOLDER) not in sys.path:
         sys.path.insert(0, str(_FOLDER))
-    words = sys.argv[1:] if argv is None else argv
-    return importlib.import_module(name).main([x for x in words if x != "--traceback"])
+    return importlib.import_module(name).main(argv)

@@ -132,6 +132,16 @@ def parse_run_args(
     )
     args = parse_command_line(parser, argv)
     args.command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
+    if args.num_gpus < 1 or args.num_machines < 1:
+        parser.error(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: both count processes, "
+            "at least 1; on a CPU, too"
+        )
+    if not 0 <= args.machine_rank < args.num_machines:
+        parser.error(
+            f"--machine-rank {args.machine_rank}: of --num-machines {args.num_machines} the last "
+            f"has {args.num_machines - 1}"
+        )
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines needs --dist-url tcp://<main machine>:<port>")
     return args

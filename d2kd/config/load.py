@@ -82,8 +82,19 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
             cfg.merge_from_list([key, value])
         # Errors that yacs and its literal parser raise.
         except (AssertionError, MemoryError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"{source}: {key} cannot be {str(value)[:80]!r}: {error}") from None
+            hint = _as_list(key, value) if isinstance(before[key], (list, tuple)) else ""
+            raise ValueError(
+                f"{source}: {key} cannot be {str(value)[:80]!r}: {error}{hint}"
+            ) from None
     _refuse_none(cfg, before, source)
+
+
+def _as_list(key: str, value: Any) -> str:
+    """How a list is written on a command line, of which `value` may be one without its quotes."""
+    if not isinstance(value, str):
+        return ""
+    entries = [x.strip(" '\"") for x in value.strip("[]() ").split(",")]
+    return f'. A list is written {key} "{entries}"'
 
 
 def _unknown(
@@ -116,6 +127,8 @@ def _refuse_unknown(cfg: CfgNode, keys: List[str], source: str) -> None:
         near = nearest(key, known)
         hint = f" (did you mean {near[0]}?)" if near else ""
         hint = " (write it nested in YAML: one mapping per dot)" if key in known else hint
+        # YAML takes {SIZE: (96, 128)} for the keys "SIZE" and "128)"
+        hint = " (inside {} YAML has no tuples: write [96, 128])" if key.endswith(")") else hint
         lines.append(f"  {key}{hint}")
     if lines:
         raise ValueError(f"{source} has unknown keys:\n" + "\n".join(lines))

@@ -28,9 +28,11 @@ def check_files(metadata: Metadata, key: str) -> None:
     """
     for field, what in PATHS.items():
         path = metadata.get(field)
-        if path and not PathManager.exists(path):
+        is_one = PathManager.isfile if field == "json_file" else PathManager.isdir
+        if path and not is_one(path):
+            problem = f"is no {what.split()[-1]}" if PathManager.exists(path) else "is missing"
             raise FileNotFoundError(
-                f"{key}: the {what} of {metadata.name} is missing: {os.path.abspath(path)}. "
+                f"{key}: the {what} of {metadata.name} {problem}: {os.path.abspath(path)}. "
                 "The paths of Detectron2's own sets start at $DETECTRON2_DATASETS or ./datasets."
             )
 

@@ -69,6 +69,8 @@ def look_at(json_file: str, key: str) -> CocoSummary:
     path = PathManager.get_local_path(json_file)
     try:
         return _summarise(path, os.path.getmtime(path))
+    except OSError as error:  # a folder, or a file that nobody may read
+        raise type(error)(f"{key}: {json_file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(_not_coco(json_file, key, str(error))) from error
 

@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..cli.common import command_parser
 from ..config import load_config
-from ..utils.command_line import add_overrides, parse_command_line
+from ..utils.command_line import add_overrides, count, parse_command_line, picture
 from ..utils.user_mistakes import run_command
 from .shapes import make_shapes
 
@@ -82,11 +82,11 @@ def contact_sheet(folder: str, rows: int, columns: int, zoom: int) -> np.ndarray
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = command_parser("python -m d2kd.data.preview", __doc__, "")
-    parser.add_argument("output", help="image file to write, such as preview.png")
+    parser.add_argument("output", type=picture, help="image file to write, such as preview.png")
     parser.add_argument("--split", choices=("train", "val"), default="val")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--columns", type=int, default=7)
-    parser.add_argument("--zoom", type=int, default=2, help="screen pixels per image pixel")
+    parser.add_argument("--rows", type=count, default=4)
+    parser.add_argument("--columns", type=count, default=7)
+    parser.add_argument("--zoom", type=count, default=2, help="screen pixels per image pixel")
     add_overrides(parser, "config overrides, such as DATASETS.SHAPES.SEED 1")
     return parse_command_line(parser, argv)
 

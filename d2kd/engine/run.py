@@ -143,5 +143,7 @@ def _begin(cfg: CfgNode, point: Optional[ResumePoint]) -> None:
     with atomic_write(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
         file.write(cfg.dump())
     release_facts(cfg.OUTPUT_DIR)
-    if point is None:
-        forget_last_checkpoint(cfg.OUTPUT_DIR)
+    if point is None and forget_last_checkpoint(cfg.OUTPUT_DIR):
+        logger.warning(
+            f"OUTPUT_DIR: {cfg.OUTPUT_DIR!r} has an earlier run, which this one replaces."
+        )

@@ -7,6 +7,7 @@ import sys
 from typing import Optional, Sequence
 
 from ..cli.common import add_config_options, command_parser, read_config
+from ..utils.atomic_file import check_writable
 from ..utils.command_line import parse_command_line
 from ..utils.user_mistakes import run_command
 from .graph import FORMATS, export_graph
@@ -36,6 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_args(argv)
     cfg = read_config(args)
     weights = args.weights or find_weights(cfg)
+    check_writable(args.output, "--output")
     reason = why_no_yaml(cfg)
     if reason and not args.formats:
         raise ValueError(

@@ -76,13 +76,22 @@ def _observed_pairs(net: nn.Module) -> List[Tuple[nn.Conv2d, nn.Module]]:
             hooks.append(module.register_forward_hook(keep))
         elif _is_fixed(module):
             hooks.append(module.register_forward_pre_hook(pair))
-    first = next(x for x in net.parameters() if x.dim() == 4)
-    side = max(net.feature_info.reduction())
-    features = net(first.new_zeros(1, first.shape[1], side, side))
+    features = _features(net)
     for hook in hooks:
         hook.remove()
     asked_for = [made[id(x)][0] for x in features if id(x) in made]
     return [x for x in pairs if calls[x[0]] == calls[x[1]] == 1 and x[0] not in asked_for]
+
+
+def _features(net: nn.Module) -> List[Tensor]:
+    """Of an image of one cell, as a backbone reads them or, of a whole model, BackboneTeacher."""
+    first, info = next(x for x in net.parameters() if x.dim() == 4), net.feature_info
+    is_whole = isinstance(info, list)
+    side = max(x["reduction"] for x in info) if is_whole else max(info.reduction())
+    image = first.new_zeros(1, first.shape[1], side, side)
+    if is_whole:
+        return net.forward_intermediates(image, norm=True, intermediates_only=True)
+    return net(image)
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:

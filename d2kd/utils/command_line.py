@@ -5,6 +5,8 @@ import re
 import sys
 from typing import List, Optional, Sequence, Tuple
 
+import cv2
+
 from detectron2.config import get_cfg
 
 from .checks import nearest
@@ -12,6 +14,21 @@ from .checks import nearest
 # MODEL.WEIGHTS, DISTILL.ReviewKD.LOSS_WEIGHT, SEED
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)*")
 _NUMBER = re.compile(r"-\.?\d")
+
+
+def count(text: str) -> int:
+    """`type` of an option that counts something, of which there is one at least."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
+def picture(text: str) -> str:
+    """`type` of a picture to write, refused before hours of work rather than after them."""
+    if not cv2.haveImageWriter(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a picture, such as a.png")
+    return text
 
 
 def add_overrides(parser: argparse.ArgumentParser, text: str = "config overrides") -> None:

@@ -9,14 +9,16 @@ d2kd (int("x")), or from a training step keeps its traceback. New checks need no
 """
 
 import dis
+import os
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Callable, List, Optional, Sequence
 
 KINDS = (ValueError, OSError, ImportError)
-# First parts of module names; a script in tools/ is __main__.
-OURS = ("d2kd", "d2kd_cli", "__main__")
+OURS = ("d2kd", "d2kd_cli", "__main__")  # first parts of module names
+TOOLS = str(Path(__file__).parents[2] / "tools")  # modules of a checkout, of any name
 TRAINING_STEPS = "detectron2.engine.train_loop"
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
@@ -30,7 +32,8 @@ def is_users_mistake(error: BaseException) -> bool:
         return False
     origin = trace[-1]
     raised = origin.tb_frame.f_code.co_code[origin.tb_lasti] == _RAISE
-    return raised and _module(origin.tb_frame).split(".")[0] in OURS
+    of_tool = os.path.dirname(os.path.abspath(origin.tb_frame.f_code.co_filename)) == TOOLS
+    return raised and (of_tool or _module(origin.tb_frame).split(".")[0] in OURS)
 
 
 def run_command(

@@ -45,9 +45,17 @@ def read_last_checkpoint(folder: str) -> Tuple[str, Any]:
     raise ValueError(" ".join(reasons))
 
 
-def forget_last_checkpoint(folder: str) -> None:
-    """A run that begins in the folder of another one must not go on from that one's end."""
-    Path(folder, TAG).unlink(missing_ok=True)
+def forget_last_checkpoint(folder: str) -> bool:
+    """
+    For a run that begins in the folder of another one, and must not go on from that one's end.
+
+    Returns:
+        whether there was one
+    """
+    tag = Path(folder, TAG)
+    there = tag.is_file()
+    tag.unlink(missing_ok=True)
+    return there
 
 
 def last_whole_checkpoint(folder: str) -> str:
@@ -59,9 +67,9 @@ def _refuse_unnamed(folder: str) -> None:
     found = _by_age(folder)
     if found:
         raise ValueError(
-            f"OUTPUT_DIR: {folder!r} has {found[0].name}, but no file {TAG} that names it. It was "
-            "not copied with the checkpoints, or they are of an earlier run in this folder. Write "
-            f"{found[0].name} into that file, or begin anew without --resume."
+            f"OUTPUT_DIR: {folder!r} has {found[0].name}, but no file {TAG} that names it. It may "
+            "be of an earlier run in this folder: begin anew without --resume. Or that file was "
+            f"not copied with the checkpoints: write {found[0].name} into it."
         )
 
 

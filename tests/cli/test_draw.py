@@ -131,6 +131,13 @@ def test_as_many_images_count_as_asked_for(
     assert regions == [5, 10, 20]
 
 
+def test_nothing_to_draw_is_refused(
+    draw: Callable[..., None], words: List[str]
+) -> None:  # MGD weighs no levels
+    with pytest.raises(ValueError, match="--images 0: there is nothing to draw"):
+        draw([*words, "--images", "0"])
+
+
 def test_no_level_weights_without_images_for_them_or_without_such_a_head(
     draw: Callable[..., None], mixed: List[str], words: List[str], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Dict, List, Sequence
 
 import pytest
 
+from d2kd import load_config
 from d2kd.cli import quickstart
 from d2kd.cli.steps import METRICS, Steps
 
@@ -125,6 +126,26 @@ def test_a_finished_step_is_not_repeated(
         Steps(fresh=True).run(ALONE, opts)
     with pytest.raises(SystemExit, match="failed"):
         Steps().run(ALONE, [*opts, "SEED", "9"])
+
+
+def test_an_interrupted_step_is_gone_on_with_and_another_begins_anew(
+    scripted: Path, tmp_path: Path
+) -> None:
+    write(scripted, *(f"echo '{x}'" for x in FOUND), f'echo "$*" >> {tmp_path}/words')
+    run = tmp_path / "run"
+    run.mkdir()
+    opts = ["OUTPUT_DIR", str(run)]
+    (run / "config.yaml").write_text(load_config(ALONE, opts).dump())
+    for name, seed, resumes in (
+        ("nothing", "1", False),
+        ("last_checkpoint", "2", False),
+        ("last_checkpoint", "1", True),
+    ):
+        (run / name).write_text("model_0000001.pth")
+        Steps().run(ALONE, [*opts, "SEED", seed], plugins=["head.py"])
+        words = (tmp_path / "words").read_text().splitlines()[-1]
+        assert ("--resume" in words) is resumes and "--plugin head.py" in words
+        (run / "quickstart.json").unlink()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def test_base_is_read_beside_the_yaml(tmp_path: Path) -> None:
         ("DISTILL: {MGD: {mask_ratio: 0.5}}", r"ratio \(did you mean DISTILL.MGD.MASK_RATIO\?"),
         ("SOLVER: {BASE_LRR: 0.1}", r"SOLVER.BASE_LRR \(did you mean SOLVER.BASE_LR\?"),
         ("QQQQQQQQ: 1", r"  QQQQQQQQ$"),
+        ("INPUT: {MIN_SIZE_TRAIN: (96, 128)}", r"inside {} YAML has no tuples: write \[96, 128\]"),
     ],
 )
 def test_unknown_key_in_yaml_is_refused_with_the_nearest(

@@ -8,6 +8,7 @@ from torch import nn
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
+from d2kd.modeling.backbone_teacher import BackboneTeacher
 from d2kd.teacher.fold_norms import fold_norms
 
 NORMS = {"FrozenBN": FrozenBatchNorm2d, "BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
@@ -87,6 +88,25 @@ def test_norms_in_blocks_of_timm_are_folded_and_features_stay(name: str) -> None
     for feature, wanted in zip(net(x), before):
         torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
     assert fold_norms(net) == 0, "there is nothing left to fold"
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050", "resnet10t"])
+@torch.no_grad()
+def test_norms_of_a_backbone_that_is_a_teacher_are_folded(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model(name).eval()
+    for norm in net.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 2)
+    teacher = BackboneTeacher(net, [8, 16, 32]).eval()
+    x = torch.randn(1, 3, 64, 96)
+    before = teacher.backbone(x)
+    assert fold_norms(teacher) > 5
+    for level, found in teacher.backbone(x).items():
+        atol = 1e-5 * before[level].abs().max().item()
+        torch.testing.assert_close(found, before[level], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])

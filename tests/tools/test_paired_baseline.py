@@ -187,9 +187,33 @@ def test_masks_are_measured_as_pycocotools_measures_them(ap: ModuleType) -> None
 def test_run_without_a_test_set_is_refused_before_it_is_trained(
     paired: ModuleType, tmp_path: Path
 ) -> None:
-    (tmp_path / "run.yaml").write_text(run_config(tmp_path).dump())
+    cfg = run_config(tmp_path, write_teacher(tmp_path, "retinanet"))
+    (tmp_path / "run.yaml").write_text(cfg.dump())
     with pytest.raises(SystemExit, match="an interval needs a test set"):
         paired.main(["--config-file", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize(
+    "opts, told",
+    [
+        (["DISTILL.ENABLED", "False"], "nothing to compare it with"),
+        (["DISTILL.TEACHER.WEIGHTS", "gone.pth"], "DISTILL.TEACHER.WEIGHTS: .*'gone.pth'"),
+        (["DATASETS.TRAIN", "('gone',)"], "DATASETS.TRAIN: .*gone"),
+    ],
+)
+def test_what_would_stop_the_second_arm_stops_the_first(
+    opts: List[str],
+    told: str,
+    paired: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(paired.Steps, "run", lambda *_, **__: pytest.fail("it began to train"))
+    cfg = run_config(tmp_path, write_teacher(tmp_path, "retinanet"))
+    cfg.DATASETS.TEST = ("d2kd_shapes_val",)
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    with pytest.raises((ValueError, OSError), match=told):
+        paired.main(["--config-file", str(tmp_path / "run.yaml"), *opts])
 
 
 def test_detector_that_finds_nothing_has_0_on_any_images(ap: ModuleType) -> None:

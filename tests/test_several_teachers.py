@@ -295,7 +295,7 @@ def test_run_resumes_exactly_and_tells_of_each(
     assert all(x in text for x in ("loss_left_pkd", "loss_right_mld", "LOSS_WEIGHT of right"))
     expected = saved(cfg)
     assert set(expected["teacher"]) == {
-        f"{x}: {y}" for x in HALVES for y in ("config", "weights_sha256")
+        f"{x}: {y}" for x in HALVES for y in ("config", "weights_sha256", "classes")
     }
     cfg.OUTPUT_DIR = str(tmp_path / "again")
     interrupt(cfg, 2)

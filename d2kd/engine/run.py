@@ -58,6 +58,7 @@ def train(
         trainer.train()
         comm.synchronize()  # the next stage reads the checkpoint that the main process has written
         results = getattr(trainer, "_last_eval_results", None) or {}
+        del trainer
         point = ResumePoint(stage.final_checkpoint, stage.end, plan.seed)
     return results
 

@@ -23,8 +23,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     # "SGD": Detectron2's, or "ADAMW": PyTorch's with its default betas. Both use BASE_LR and the
     # WEIGHT_DECAY keys
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Metric of Detectron2's evaluator that selects model_best.pth, of several test sets on the first,
-    # unless it begins with a set's name, as in "my_val/bbox/AP"; "": none is saved
+    # Metric of Detectron2's evaluator that selects model_best.pth, on the first of several test
+    # sets unless it begins with a set's name ("my_val/bbox/AP"). "": none is saved
     cfg.TEST.BEST_METRIC = "bbox/AP"
 
     node = cfg.DISTILL = CfgNode()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
 Draw what tools/bench.py measured: AP against iterations, a line for each row of a table, its seeds
-as a band from the lowest to the highest.
+as a band from the lowest to the highest. Dotted where budgets of other rows were left out.
 
 Each point is the end of a run of its own, with a schedule of so many iterations.
 """
@@ -64,8 +64,14 @@ def draw(found: Dict[str, Curve], label: str, path: str) -> None:
         x = sorted(curve)
         low, mean, high = zip(*(curve[i] for i in x))
         last = f"{name}: {mean[-1]:.1f} after {x[-1]}"
-        (line,) = axes.plot(x, mean, marker="o", label=last)
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
+        reach = [[m - a for m, a in zip(mean, low)], [b - m for m, b in zip(mean, high)]]
+        color = axes.errorbar(x, mean, reach, fmt="o", capsize=3, label=last)[0].get_color()
+        for i in range(len(x) - 1):
+            # What lies between is known where no budget of another row does.
+            near, part = budgets.index(x[i + 1]) == budgets.index(x[i]) + 1, slice(i, i + 2)
+            axes.plot(x[part], mean[part], color=color, linestyle="-" if near else ":")
+            if near:
+                axes.fill_between(x[part], low[part], high[part], color=color, alpha=0.2)
     axes.set_xscale("log")
     axes.set_xticks(budgets, [str(x) for x in budgets])
     axes.minorticks_off()

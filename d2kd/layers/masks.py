@@ -66,9 +66,8 @@ class MaskRule:
             "most": lambda: attention,
             "least": lambda: -attention,
             "random": lambda: torch.rand_like(attention),
-            # The top k are a sample without replacement, by attention, which may underflow.
-            "sampled": lambda: attention.clamp(min=torch.finfo(attention.dtype).tiny)
-            / torch.empty_like(attention).exponential_(),
+            # The top k are a sample without replacement, weighted by attention.
+            "sampled": lambda: attention / torch.empty_like(attention).exponential_(),
         }
         return hide_top(scores[self.hide](), self.ratio, inside)
 

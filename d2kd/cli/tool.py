@@ -2,10 +2,9 @@
 
 import importlib
 import sys
-from pathlib import Path
 from typing import Optional, Sequence
 
-_FOLDER = Path(__file__).parents[2] / "tools"
+from ..utils.user_mistakes import TOOLS
 
 
 def run_tool(command: str, name: str, argv: Optional[Sequence[str]]) -> Optional[int]:
@@ -20,12 +19,12 @@ def run_tool(command: str, name: str, argv: Optional[Sequence[str]]) -> Optional
     Raises:
         FileNotFoundError: d2kd was installed from a wheel, which has no tools/
     """
-    path = _FOLDER / f"{name}.py"
+    path = TOOLS / f"{name}.py"
     if not path.is_file():
         raise FileNotFoundError(
             f"d2kd {command} is {path.name} in tools/ of d2kd's repository, and there is no file "
             f"{str(path)!r}. Run it from a checkout: pip install -e . there."
         )
-    if str(_FOLDER) not in sys.path:
-        sys.path.insert(0, str(_FOLDER))
+    if str(TOOLS) not in sys.path:
+        sys.path.insert(0, str(TOOLS))
     return importlib.import_module(name).main(argv)

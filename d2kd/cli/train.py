@@ -71,7 +71,7 @@ def work(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def prepare_output(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Write the config and begin the logs, now that the config is known to be sound."""
+    """Begin the logs, now that the config is known to be sound."""
     check_writable(cfg.OUTPUT_DIR)
     with _config_kept(cfg.OUTPUT_DIR):
         default_setup(cfg, args)

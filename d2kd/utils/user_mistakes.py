@@ -9,7 +9,6 @@ d2kd (int("x")), or from a training step keeps its traceback. New checks need no
 """
 
 import dis
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Callable, List, Optional, Sequence
 
 KINDS = (ValueError, OSError, ImportError)
 OURS = ("d2kd", "d2kd_cli", "__main__")  # first parts of module names
-TOOLS = str(Path(__file__).parents[2] / "tools")  # modules of a checkout, of any name
+TOOLS = Path(__file__).parents[2] / "tools"  # modules of a checkout, of any name
 TRAINING_STEPS = "detectron2.engine.train_loop"
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
@@ -32,7 +31,7 @@ def is_users_mistake(error: BaseException) -> bool:
         return False
     origin = trace[-1]
     raised = origin.tb_frame.f_code.co_code[origin.tb_lasti] == _RAISE
-    of_tool = os.path.dirname(os.path.abspath(origin.tb_frame.f_code.co_filename)) == TOOLS
+    of_tool = Path(origin.tb_frame.f_code.co_filename).absolute().parent == TOOLS
     return raised and (of_tool or _module(origin.tb_frame).split(".")[0] in OURS)
 
 

@@ -45,9 +45,9 @@ def check_same_detector(found: Mapping[str, Any], cfg: CfgNode, source: str) -> 
     Raises:
         ValueError: a key has another value, with which the weights fit and mean something else
     """
-    saved = found.get("trainer", {}).get("config")
     from ..config.unread import why_unread  # which knows the heads, which load weights
 
+    saved = found.get("trainer", {}).get("config")
     changed = changed_keys(saved, student_config(cfg).dump()) if saved else []
     lines = [
         f"  {key}: {old!r}, now {new!r}"

@@ -65,8 +65,10 @@ def pool_assigned(pooler: ROIPooler, maps: List[Tensor], boxes: List[Boxes]) -> 
         boxes: one Boxes per image, XYXY in input pixels, R in all
 
     Returns:
-        (R, C, S, S)
+        (R, C, S, S), float32 of bfloat16 maps
     """
+    # Detectron2 gives boxes the format of the maps; bfloat16 would round 1010 pixels to 1008.
+    maps = [x.float() if x.dtype == torch.bfloat16 else x for x in maps]
     if boxes[0].device.type == "cpu" or type(pooler) is not ROIPooler:
         return pooler(maps, boxes)
     level = assign_boxes_to_levels(

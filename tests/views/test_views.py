@@ -581,6 +581,20 @@ def test_a_box_of_224_pixels_belongs_to_stride_16() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_boxes_are_not_rounded_to_the_format_of_the_maps(name: str) -> None:
+    # bfloat16 knows no number between 1008 and 1012.
+    boxes = [Boxes(torch.tensor([[1010.0, 10.0, 1034.0, 30.0]]))]
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = batch(num_images=1, height=64, width=1088)
+        view = view_of_teacher(build_teacher(name), inputs)
+        found = view.roi_features(boxes)
+    maps = [view.features[k] for k in view.pooled_levels]
+    assert all(x.dtype == torch.bfloat16 for x in maps)
+    assert_same(found, view.pooler([x.float() for x in maps], boxes))
+
+
+@torch.no_grad()
 def test_mean_in_boxes_is_that_of_the_cells_they_cover() -> None:
     view = view_of_teacher(build_teacher("faster_rcnn"), batch(height=256, width=256))
     maps = {f"p{i}": torch.randn(2, 3, 256 >> i, 256 >> i) for i in range(2, 7)}

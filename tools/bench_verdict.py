@@ -65,7 +65,10 @@ def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int,
 
 
 def _ap(truth: COCO, table: Table, cell: Cell, masks: bool) -> ImageAP:
-    found = read_detections(_detections(table, cell))
+    path = _detections(table, cell)
+    found = read_detections(path)
+    if masks and any("segmentation" not in x for x in found):
+        raise ValueError(f"--masks: {cell.row} detects boxes alone, see {path}.")
     return ImageAP(truth, found, "segm" if masks else "bbox")
 
 

@@ -108,3 +108,10 @@ def test_unknown_row_is_refused_with_those_there_are(place: Path, tool: Callable
         tool("bench_verdict").main([write(place), "--rows", "best"])
     with pytest.raises(ValueError, match="--baseline: 'best' is no row"):
         tool("bench_verdict").main([write(place), "--baseline", "best"])
+
+
+def test_masks_of_detectors_without_any_are_refused(place: Path, tool: Callable) -> None:
+    path = write(place)
+    finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.2})
+    with pytest.raises(ValueError, match="--masks: alone detects boxes alone, see .*results.json"):
+        tool("bench_verdict").main([path, "--masks"])

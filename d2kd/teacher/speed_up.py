@@ -3,11 +3,14 @@
 import copy
 import logging
 from dataclasses import replace
-from typing import Callable, Dict
+from typing import Any, Callable, Dict, Tuple
 
 import torch
 from torch import nn
 
+from detectron2.modeling.poolers import ROIPooler
+
+from ..views.roi_align import float_for_boxes
 from .build import Teacher
 from .compiled import CompiledBackbone
 from .fold_norms import fold_norms
@@ -48,6 +51,13 @@ def _precision(teacher: Teacher) -> None:
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(teacher.dtype)
+        if isinstance(module, ROIPooler):  # of its own detections; views pool by themselves
+            module.register_forward_pre_hook(_exact_boxes)
+
+
+def _exact_boxes(pooler: nn.Module, inputs: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    maps, *boxes = inputs
+    return (float_for_boxes(maps), *boxes)
 
 
 def _compile(teacher: Teacher) -> None:

@@ -67,8 +67,7 @@ def pool_assigned(pooler: ROIPooler, maps: List[Tensor], boxes: List[Boxes]) -> 
     Returns:
         (R, C, S, S), float32 of bfloat16 maps
     """
-    # Detectron2 gives boxes the format of the maps; bfloat16 would round 1010 pixels to 1008.
-    maps = [x.float() if x.dtype == torch.bfloat16 else x for x in maps]
+    maps = float_for_boxes(maps)
     if boxes[0].device.type == "cpu" or type(pooler) is not ROIPooler:
         return pooler(maps, boxes)
     level = assign_boxes_to_levels(
@@ -83,6 +82,14 @@ def pool_assigned(pooler: ROIPooler, maps: List[Tensor], boxes: List[Boxes]) -> 
         own = pool(x, torch.where(level == i, rois, 0.0))
         pooled = own if pooled is None else torch.where(level[..., None, None] == i, own, pooled)
     return pooled
+
+
+def float_for_boxes(maps: Sequence[Tensor]) -> List[Tensor]:
+    """
+    Maps as they are, but bfloat16 ones in float32: Detectron2's RoIAlign gives boxes the format of
+    its map, and bfloat16 would round 1010 pixels to 1008.
+    """
+    return [x.float() if x.dtype == torch.bfloat16 else x for x in maps]
 
 
 def mean_in_boxes(

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from detectron2.structures import Boxes
+
 from d2kd import Distiller
 from d2kd.conformance.case import PAIRS, Case, find_case
 from d2kd.conformance.cuda_autocast import cuda_autocast
@@ -54,6 +56,17 @@ def test_head_learns_the_same(name: str, pair: object, options: str) -> None:
     assert relative_error(expected, found) <= bound
     teacher = distiller.teacher.model
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+
+def test_own_detections_are_of_the_boxes_and_not_of_rounded_ones() -> None:
+    # bfloat16 knows no number between 1008 and 1012.
+    boxes = [Boxes(torch.tensor([[1010.0, 10.0, 1034.0, 30.0]]))]
+    plain = find_case("DKD", RCNNS).fresh().teacher
+    teacher = with_options(plain, TeacherOptions(precision="bfloat16"))
+    pooler = teacher.model.roi_heads.box_pooler
+    maps = [torch.rand(1, 2, 64, 300).bfloat16() for _ in pooler.level_poolers]
+    with teacher.autocast():
+        assert torch.equal(pooler(maps, boxes), pooler([x.float() for x in maps], boxes))
 
 
 def test_teacher_of_the_copy_is_another() -> None:

@@ -7,6 +7,8 @@ from typing import Any, FrozenSet, List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from detectron2.structures import Instances
+
 from .anchor_labels import AnchorLabels
 from .anchors import cell_anchors
 from .base import DetectorView
@@ -60,6 +62,15 @@ class DenseView(DetectorView):
     @property
     def pooled_levels(self) -> Sequence[str]:
         return list(self.detector.head_in_features)
+
+    def detections(self) -> List[Instances]:
+        # Detectron2's FCOS decodes boxes in the format of the deltas: bfloat16 would round 1010
+        # pixels to 1008.
+        handle = self.detector.head.register_forward_hook(_in_float32)
+        try:
+            return super().detections()
+        finally:
+            handle.remove()
 
     def regions(self, sampler: RegionSampler = RegionSampler()) -> Regions:
         return self._once(sampler, lambda: sample_regions(self, sampler))
@@ -152,6 +163,10 @@ class DenseView(DetectorView):
     @property
     def _has_centerness(self) -> bool:
         return hasattr(self.detector, "compute_ctrness_targets")
+
+
+def _in_float32(head: nn.Module, inputs: Any, output: Sequence[List[Tensor]]) -> List[Any]:
+    return [[x.float() for x in levels] for levels in output]
 
 
 def _depths(requires: FrozenSet[str]) -> List[int]:

@@ -240,6 +240,23 @@ def test_boxes_are_float32_under_autocast_and_carry_a_gradient(name: str) -> Non
     assert all(x.grad.abs().sum() > 0 for x in deltas)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", DENSE)
+def test_detections_in_half_precision_are_not_rounded(name: str) -> None:
+    # bfloat16 knows no number between 1008 and 1012.
+    detector, limits = build_teacher(name), torch.tensor([1088.0, 64.0]).repeat(2)
+    detector.test_score_thresh, detector.test_nms_thresh = 0.0, 1.0
+    inputs = batch(num_images=1, height=64, width=1088)
+    view = find_view(detector, "teacher")(detector, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        detections = view.detections()[0].pred_boxes.tensor
+        boxes = view.boxes(view.dense().deltas)
+    boxes = torch.cat([rows_of_map(x, 4)[0] for x in boxes]).clamp(min=0).minimum(limits)
+    assert len(detections) > 20 and detections[:, 0].max() > 512
+    assert torch.cdist(detections, boxes, compute_mode=EXACT).min(dim=1).values.max() < 1e-3
+    assert not detector.head._forward_hooks, "the detector is left as it was"
+
+
 # Towers ------------------------------------------------------------------------------------------
 
 

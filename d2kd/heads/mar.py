@@ -58,8 +58,8 @@ class MARHead(nn.Module):
             relation: whose pixels are related. "dense": those of the tower on which classes are
                 predicted (of a two-stage detector the RPN's); "regions": those within each region's
                 RoI feature
-            max_cells: cells a side to which a tower is averaged first: memory grows with the fourth
-                power
+            max_cells: cells a side to which a tower, padded as the batch is, is averaged first:
+                memory grows with the fourth power
             feature_weight: gamma_f: 6 for dense students, 3 for two-stage ones
             relation_weight: gamma_r
         """

@@ -37,7 +37,7 @@ def pair_levels(
     adapt_equal: bool = False,
 ) -> Tuple[LevelPair, ...]:
     """
-    Pair levels of equal stride, or those listed in `named`.
+    Pair levels of equal stride, or those listed in `named`; finest first.
 
     Levels of equal stride represent objects of equal size; levels of equal name need not (p3 of one
     detector may have the stride of another's p2).
@@ -65,7 +65,9 @@ def pair_levels(
             f"  student: {_describe(student)}\n  teacher: {_describe(teacher)}\n"
             "Choose backbones whose output levels share a stride."
         )
-    return tuple(make_pair(s, t, student, teacher, adapt_equal) for s, t in chosen)
+    pairs = [make_pair(s, t, student, teacher, adapt_equal) for s, t in chosen]
+    # Heads that use the first NUM_LEVELS count on the order.
+    return tuple(sorted(pairs, key=lambda x: x.student_stride))
 
 
 def make_pair(

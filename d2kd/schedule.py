@@ -11,9 +11,11 @@ from fvcore.common.param_scheduler import (
 
 from detectron2.config import CfgNode
 
+from .heads.registry import head_names
 from .utils.checks import check_choice, check_range
 
 DECAYS = ("none", "linear", "cosine")
+ITERATION_KEYS = ("WARMUP_ITERS", "DECAY_FROM", "STOP_ITER")
 
 
 def add_schedule_config(node: CfgNode) -> None:
@@ -21,6 +23,7 @@ def add_schedule_config(node: CfgNode) -> None:
     Add the keys of a head's weight schedule, DISTILL.<NAME>.SCHEDULE.
 
     Iterations count from the start of the run, or of its stage where DISTILL.STAGES has several.
+    SOLVER.REFERENCE_WORLD_SIZE changes them as it does SOLVER.MAX_ITER.
     """
     node.SCHEDULE = CfgNode()
     # iterations of linear warm-up from 0 to LOSS_WEIGHT; 0: none
@@ -92,6 +95,30 @@ class WeightSchedule:
         span = max(self.stop_iter - self.decay_from, 1)
         where = min(max(iteration - self.decay_from, 0) / span, 1.0)
         return self.weight * warmup * self.decay(where)
+
+
+def scale_schedules(cfg: CfgNode, factor: float) -> None:
+    """
+    Multiply the iterations of all schedules, those in the OPTS of DISTILL.TEACHERS too, in place.
+
+    Args:
+        cfg: not frozen
+        factor: by which SOLVER.MAX_ITER was multiplied
+    """
+    for name in head_names():
+        schedule = cfg.DISTILL[name].SCHEDULE
+        schedule.update({k: _scaled(schedule[k], factor) for k in ITERATION_KEYS})
+    ends = tuple(f".SCHEDULE.{k}" for k in ITERATION_KEYS)
+    for entry in cfg.DISTILL.TEACHERS:
+        opts = entry["OPTS"] = list(entry.get("OPTS", []))
+        for i, key in enumerate(opts[0::2]):
+            if str(key).endswith(ends):
+                opts[2 * i + 1] = _scaled(int(opts[2 * i + 1]), factor)
+
+
+def _scaled(iterations: int, factor: float) -> int:
+    # 0 and -1 mean none and never, at any length.
+    return max(round(iterations * factor), 1) if iterations > 0 else iterations
 
 
 def _check(key: str, node: CfgNode, max_iter: int) -> None:

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import Callable, Optional, Tuple
 
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 
 from .preflight.check_config import check_config
 from .resume_point import ResumePoint
-from .stages import Stage, whole_run
+from .stages import Stage, scaled_to_processes, whole_run
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class RunPlan:
         if on_checked:
             on_checked()
         point = ResumePoint.find_together(cfg.OUTPUT_DIR) if resume else None
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scaled_to_processes(cfg)
         if stages[0].is_whole_run:  # several stages refuse a config that would have to be scaled
             stages = [whole_run(cfg)]
         return cls(cfg, _seed(cfg, point), tuple(stages), point)

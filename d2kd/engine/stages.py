@@ -8,9 +8,10 @@ from typing import ContextManager, List, Tuple
 from torch.optim.lr_scheduler import LRScheduler
 
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 
+from ..schedule import scale_schedules
 from ..utils.distils import distils
 from .stage_config import read_stage, stage_config, stage_in_errors
 
@@ -80,6 +81,21 @@ class LogStage(HookBase):
 def whole_run(cfg: CfgNode) -> Stage:
     """The single stage of a run without DISTILL.STAGES."""
     return Stage(1, 1, 0, cfg.SOLVER.MAX_ITER, cfg, cfg)
+
+
+def scaled_to_processes(cfg: CfgNode) -> CfgNode:
+    """
+    A run's config for this number of processes, if SOLVER.REFERENCE_WORLD_SIZE is of another one:
+    what Detectron2 scales, and the schedules of heads, which would else end elsewhere in the run.
+    """
+    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    if scaled is not cfg:
+        is_frozen = scaled.is_frozen()
+        scaled.defrost()
+        scale_schedules(scaled, cfg.SOLVER.REFERENCE_WORLD_SIZE / comm.get_world_size())
+        if is_frozen:
+            scaled.freeze()
+    return scaled
 
 
 def plan_stages(cfg: CfgNode) -> List[Stage]:

@@ -34,7 +34,7 @@ from .preflight.summary import summary, summary_facts
 from .preflight.teacher_options import apply_options
 from .resume import RunRecord
 from .resume_point import ResumePoint
-from .stages import LogStage, Stage, move_to, only_stage
+from .stages import LogStage, Stage, move_to, only_stage, scaled_to_processes
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Trainer(DefaultTrainer):
         # Instead of DefaultTrainer's, which wraps models for CUDA only and checkpoints the wrapper.
         TrainerBase.__init__(self)
         if stage is None:
-            stage = only_stage(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
+            stage = only_stage(scaled_to_processes(cfg))
         self.stage = stage
         self.cfg = cfg = stage.cfg
         if seed is None:

@@ -16,6 +16,7 @@ import d2kd.engine.plan
 import d2kd.engine.preflight.check_config
 import d2kd.engine.resume_point
 from d2kd.cli.train import main as train_main
+from d2kd.config.lessons import lesson_configs
 from d2kd.engine import Trainer, train
 from d2kd.engine.plan import RunPlan
 from d2kd.engine.resume_point import ResumePoint
@@ -103,6 +104,29 @@ def test_config_is_scaled_to_the_number_of_processes_once_for_plan_and_trainer(
     (stage,) = plan.stages
     assert stage.is_whole_run and stage.cfg is plan.cfg
     assert (plan.cfg.SOLVER.IMS_PER_BATCH, stage.end) == (2 * cfg.SOLVER.IMS_PER_BATCH, 4)
+
+
+@pytest.mark.parametrize("processes", [2, 8])
+def test_schedules_keep_their_place_in_a_run_that_is_scaled(
+    processes: int, folder: Path, teacher: List[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver = {"REFERENCE_WORLD_SIZE": 4, "IMS_PER_BATCH": 4, "MAX_ITER": 8}
+    cfg = run_config(folder, teacher, ["PKD"], **{f"SOLVER__{k}": v for k, v in solver.items()})
+    keys = {"WARMUP_ITERS": 2, "DECAY": "linear", "DECAY_FROM": 4, "STOP_ITER": 6}
+    cfg.DISTILL.PKD.SCHEDULE.update(keys)
+    cfg.DISTILL.CWD.SCHEDULE.STOP_ITER = -1  # never, at any length
+    opts = [x for k, v in keys.items() for x in (f"DISTILL.PKD.SCHEDULE.{k}", v)]
+    cfg.DISTILL.TEACHERS = [{"OPTS": opts}]
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    scaled = RunPlan.resolve(cfg).cfg
+    # Twice as many processes take half as many iterations.
+    wanted = {k: v if k == "DECAY" else v * 4 // processes for k, v in keys.items()}
+    (lesson,) = lesson_configs(scaled)
+    for schedule in (scaled.DISTILL.PKD.SCHEDULE, lesson.cfg.DISTILL.PKD.SCHEDULE):
+        assert {k: schedule[k] for k in wanted} == wanted
+    assert scaled.SOLVER.MAX_ITER == 32 // processes
+    assert scaled.DISTILL.CWD.SCHEDULE.STOP_ITER == -1
+    assert cfg.DISTILL.PKD.SCHEDULE.STOP_ITER == cfg.DISTILL.TEACHERS[0]["OPTS"][-1] == 6
 
 
 def test_nothing_is_written_before_the_config_is_checked(staged: CfgNode) -> None:

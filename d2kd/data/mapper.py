@@ -19,6 +19,7 @@ class CheckedMapper(DatasetMapper):
         """Arguments are Detectron2's, or a config."""
         super().__init__(*args, **kwargs)
         self._modes_checked: Set[str] = set()
+        self._crops_masks = self.recompute_boxes
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
         """
@@ -30,6 +31,9 @@ class CheckedMapper(DatasetMapper):
         """
         with image_in_errors(dataset_dict):
             self._check_mode_once(dataset_dict["file_name"])
+            # With INPUT.CROP and masks Detectron2 asks the masks for the boxes, also of an image
+            # without objects, which has no masks.
+            self.recompute_boxes = self._crops_masks and _has_object(dataset_dict)
             return super().__call__(dataset_dict)
 
     def _check_mode_once(self, path: str) -> None:
@@ -39,6 +43,11 @@ class CheckedMapper(DatasetMapper):
             mode = image.mode
         check_mode(path, mode)
         self._modes_checked.add(path)
+
+
+def _has_object(dataset_dict: Dict[str, Any]) -> bool:
+    """Whether there is an annotation that is no crowd, which training leaves out."""
+    return any(not x.get("iscrowd", 0) for x in dataset_dict.get("annotations", ()))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 import numpy as np
+import pycocotools.mask
 import pytest
 from PIL import Image
 
@@ -86,6 +87,25 @@ def test_error_names_the_image(fault: Any, is_train: bool, record: Any, tmp_path
         mapper(record)
     assert record["file_name"] in str(error.value)
     assert error.match(words) or str(error.value).count(record["file_name"]) == 1
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_image_without_objects_is_cropped_where_masks_are_learnt(
+    mask_format: str, record: Any, tmp_path: Path
+) -> None:
+    cfg = config_of(tmp_path, [], [])
+    cfg.MODEL.MASK_ON, cfg.INPUT.CROP.ENABLED, cfg.INPUT.MASK_FORMAT = True, True, mask_format
+    mapper = CheckedMapper(cfg, is_train=True)
+    crowd, everywhere = dict(record["annotations"][0]), np.ones((48, 64), np.uint8, order="F")
+    crowd.update(iscrowd=1, segmentation=pycocotools.mask.encode(everywhere))
+    for annotations in ([], [crowd]):
+        assert len(mapper({**record, "annotations": annotations})["instances"]) == 0
+    if mask_format == "polygon":
+        return
+    # An object that fills the image fills what is left of it, by its mask and not by its box.
+    sample = mapper({**record, "annotations": [{**crowd, "iscrowd": 0, "bbox": [0, 0, 9, 9]}]})
+    height, width = sample["image"].shape[1:]
+    assert sample["instances"].gt_boxes.tensor.tolist() == [[0, 0, width, height]]
 
 
 def test_the_header_of_an_image_is_read_once(

@@ -25,6 +25,7 @@ class AnnotationFacts:
     no_mask: Optional[int] = None  # crowd or not
     object_without_mask: Optional[int] = None
     object_with_rle: Optional[int] = None
+    object_with_polygon: Optional[int] = None
     other_size: Optional[int] = None  # an RLE whose size is not its image's
     broken: List[int] = field(default_factory=list)  # no polygon has three points or more
     odd_area: List[int] = field(default_factory=list)
@@ -145,6 +146,8 @@ def _check_mask(annotation: Dict[str, Any], size: Tuple[int, int], facts: Annota
         )
     elif not any(map(is_polygon, mask)):
         facts.broken.append(name)
+    elif is_object and facts.object_with_polygon is None:
+        facts.object_with_polygon = name
 
 
 def is_polygon(values: List[float]) -> bool:

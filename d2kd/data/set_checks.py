@@ -1,5 +1,6 @@
 """Check a data set's summary for its use in a run: training or evaluation."""
 
+import importlib.util
 import logging
 from typing import List
 
@@ -36,6 +37,7 @@ def check_role(
         )
     if cfg.MODEL.MASK_ON and (part == "TRAIN" or meta_architecture not in DENSE_DETECTORS):
         _check_masks(summary, part, cfg.INPUT.MASK_FORMAT, blame)
+        _check_crop(summary, part, cfg, blame)
     if cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(summary, part, cfg, blame)
     if part == "TRAIN":
@@ -90,6 +92,18 @@ def _check_masks(summary: CocoSummary, part: str, mask_format: str, blame: str) 
         raise ValueError(
             f"{blame}: annotation {facts.object_with_rle} has its mask as RLE, but "
             "INPUT.MASK_FORMAT is 'polygon'. Set it to 'bitmask'."
+        )
+
+
+def _check_crop(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) -> None:
+    number = summary.facts.object_with_polygon
+    if part == "TEST" or not cfg.INPUT.CROP.ENABLED or number is None:
+        return
+    if importlib.util.find_spec("shapely") is None:
+        raise ValueError(
+            f"{blame}: annotation {number} has its mask as polygons, which Detectron2 crops "
+            "(INPUT.CROP.ENABLED True) by the package shapely, which is not installed: pip install "
+            "shapely. Masks as RLE do not need it."
         )
 
 

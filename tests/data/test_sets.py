@@ -194,6 +194,35 @@ def test_lvis_asks_for_its_package(
         register_datasets(with_registered(tmp_path, "odd", ["a"]))
 
 
+CROP = {"INPUT__CROP__ENABLED": True}
+all_rle = every("annotations", lambda x: x.update(segmentation=RLE))
+
+
+def test_cropped_polygons_ask_for_the_package_that_crops_them(
+    tmp_path: Path, forget_sets: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="annotation 1 has its mask as polygons.*pip install sha"):
+        check(tmp_path / "a", "TRAIN", **MASKS, **CROP)
+
+
+@pytest.mark.parametrize(
+    "part, change, values",
+    [("TRAIN", all_rle, {**BITS, **CROP}), ("TEST", all_rle, MASKS), ("TRAIN", good, CROP)],
+    ids=["RLE", "not cropped", "boxes alone"],
+)
+def test_what_shapely_does_not_crop_does_not_ask_for_it(
+    part: str,
+    change: Callable,
+    values: Any,
+    tmp_path: Path,
+    forget_sets: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check(tmp_path, part, change, **values)
+
+
 def test_set_that_a_plugin_registers_is_looked_at_too(tmp_path: Path, forget_sets: None) -> None:
     write_set(tmp_path, "a")
     path = write_set(tmp_path, "mine", second("annotations", bbox=None))

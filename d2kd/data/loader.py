@@ -105,6 +105,8 @@ class ResumableLoader:
                 f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} is a {type(dataset_dicts).__name__}: "
                 "only data sets that are lists of dicts can be resumed"
             )
+        if mapper is None:
+            _check_labelled(dataset_dicts)
         return {
             "dataset_dicts": dataset_dicts,
             "mapper": mapper or CheckedMapper(cfg, is_train=True),
@@ -134,6 +136,18 @@ class ResumableLoader:
             pin_memory=self.pin_memory,
             # Without its own generator, the DataLoader would draw from the global one.
             generator=torch.Generator(),
+        )
+
+
+def _check_labelled(dataset_dicts: Sequence[Dict[str, Any]]) -> None:
+    # Detectron2's mapper would leave them without "instances", as images of DISTILL.UNLABELLED are:
+    # the student's own losses would never see them.
+    without = [x for x in dataset_dicts if "annotations" not in x]
+    if without:
+        raise ValueError(
+            f"DATASETS.TRAIN: {len(without)} of {len(dataset_dicts)} images, such as "
+            f'{without[0].get("file_name")}, have no "annotations"; of an image without objects '
+            "they are []. Images without labels belong into DISTILL.UNLABELLED.SETS."
         )
 
 

@@ -77,6 +77,22 @@ class TestLoader(unittest.TestCase):
             cfg.DATALOADER.NUM_WORKERS = 2
             self.assertEqual(whole[6:], _batches(cfg, 6, 9))
 
+    def test_images_that_nobody_labelled_are_no_labelled_ones(self):
+        for count in (1, NUM_IMAGES):
+            images = _dataset_dicts()
+            for image in images[-count:]:
+                image.update(file_name="a.png")
+                del image["annotations"]
+            DatasetCatalog.register("half_labelled", lambda images=images: images)
+            self.addCleanup(MetadataCatalog.pop, "half_labelled", None)
+            cfg = self._cfg(FILTER_EMPTY_ANNOTATIONS=False)
+            cfg.DATASETS.TRAIN = ("half_labelled",)
+            message = f'{count} of 10 images, such as a.png, have no "annotations"'
+            with self.assertRaisesRegex(ValueError, message):
+                build_train_loader(cfg, 3)
+            build_train_loader(cfg, 3, mapper=Recorder())  # which may know labels from elsewhere
+            DatasetCatalog.remove("half_labelled")
+
     def test_iterations_and_seeds_differ(self):
         first, second = _batches(self._cfg(), 0, 2)
         self.assertEqual(len({d for sample in first + second for d in sample["draws"]}), 24)

@@ -44,6 +44,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             f"This student has no stock YAML: {reason}. Add a graph that runs without one, with "
             "--formats torchscript, onnx or both."
         )
+    if cfg.MODEL.LOAD_PROPOSALS and args.formats:
+        raise ValueError(
+            "--formats: a graph is given an image alone, but MODEL.LOAD_PROPOSALS is True: this "
+            "student needs proposals with it. Leave --formats out."
+        )
     report = {"config_file": args.config_file, "weights": weights}
     export_student(cfg, weights, args.output)
     report.update({"no_yaml": reason} if reason else verify(cfg, weights, args.output))

@@ -9,6 +9,7 @@ from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from detectron2.structures import Boxes, Instances
 
 from ..checkpoint import load_whole_detector
 from ..config import student_config
@@ -125,7 +126,10 @@ def find_weights(cfg: CfgNode) -> str:
 
 
 def fixed_images(cfg: CfgNode, count: int = 2) -> List[Dict[str, Any]]:
-    """Detectron2's inference input: fixed images of smooth noise at test size."""
+    """
+    Detectron2's inference input: fixed images of smooth noise at test size, and boxes in them as
+    proposals, where MODEL.LOAD_PROPOSALS wants some.
+    """
     height = cfg.INPUT.MIN_SIZE_TEST or 320
     generator, inputs = torch.Generator().manual_seed(0), []
     for i in range(count):
@@ -135,4 +139,12 @@ def fixed_images(cfg: CfgNode, count: int = 2) -> List[Dict[str, Any]]:
         smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
         image = (255 * (0.7 * smooth + 0.3 * fine))[0].round()
         inputs.append({"image": image, "height": height, "width": width})
+        if cfg.MODEL.LOAD_PROPOSALS:
+            corner = torch.rand(50, 2, generator=generator) * torch.tensor([width, height]) / 2
+            size = (0.1 + 0.4 * torch.rand(50, 2, generator=generator)) * height
+            inputs[-1]["proposals"] = Instances(
+                (height, width),
+                proposal_boxes=Boxes(torch.cat([corner, corner + size], dim=1)),
+                objectness_logits=torch.zeros(50),
+            )
     return inputs

@@ -158,6 +158,33 @@ def test_torchscript_detects_what_a_student_of_two_stages_does(saved: Any, tmp_p
     assert os.path.isfile(found["file"]) and found["detections"] > 0
 
 
+PROPOSALS = {
+    "MODEL__LOAD_PROPOSALS": True,
+    "MODEL__PROPOSAL_GENERATOR__NAME": "PrecomputedProposals",
+    **stock_backbone("faster_rcnn"),
+}
+
+
+@pytest.mark.usefixtures("cheap_process")
+def test_student_that_is_given_proposals_is_verified_with_some(saved: Any, tmp_path: Path) -> None:
+    cfg, weights = saved("faster_rcnn", **PROPOSALS)
+    folder = str(tmp_path / "exported")
+    export_student(cfg, weights, folder)
+    report = verify(cfg, weights, folder)
+    # The cheap process has imported d2kd, as said above.
+    assert {k for k, v in report.items() if v} <= {"imported_d2kd", "detections"}, report
+    assert report["detections"] > 0
+
+
+def test_graph_that_would_want_proposals_is_refused(saved: Any, tmp_path: Path) -> None:
+    cfg, weights = saved("faster_rcnn", **PROPOSALS)
+    path = tmp_path / "run.yaml"
+    path.write_text(cfg.dump())
+    words = ["--config-file", str(path), "--weights", weights, "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="--formats: .* MODEL.LOAD_PROPOSALS is True"):
+        main([*words, "--formats", "onnx"])
+
+
 TIMM = {
     "MODEL__BACKBONE__NAME": "build_retinanet_timm_fpn_backbone",
     "MODEL__TIMM__NAME": "test_efficientnet",

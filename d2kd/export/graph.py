@@ -2,13 +2,16 @@
 
 import inspect
 import os
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, List, Sequence
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode
+from detectron2.modeling.roi_heads import cascade_rcnn
 from detectron2.structures import Instances
 
 from .onnx_operators import opset_of
@@ -81,7 +84,22 @@ def _detect(student: nn.Module, inputs: List[Dict[str, Tensor]]) -> List[Dict[st
 
 
 def _to_torchscript(adapter: nn.Module, image: Tensor, path: str) -> None:
-    torch.jit.save(torch.jit.trace(adapter, (image,)), path)
+    with _without_scaled_gradients():
+        torch.jit.save(torch.jit.trace(adapter, (image,)), path)
+
+
+@contextmanager
+def _without_scaled_gradients() -> Iterator[None]:
+    """
+    Detectron2 0.5 scales a cascade's gradients in eval mode too, by a Function that gives back its
+    input and that TorchScript cannot save.
+    """
+    scale = cascade_rcnn._ScaleGradient
+    cascade_rcnn._ScaleGradient = SimpleNamespace(apply=lambda x, factor: x)
+    try:
+        yield
+    finally:
+        cascade_rcnn._ScaleGradient = scale
 
 
 def _to_onnx(adapter: nn.Module, image: Tensor, path: str) -> None:

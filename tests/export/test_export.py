@@ -151,8 +151,11 @@ def test_command_exports_and_verifies_the_last_checkpoint_without_the_teacher(
     assert report["torchscript"].get("verified"), report
 
 
-def test_torchscript_detects_what_a_student_of_two_stages_does(saved: Any, tmp_path: Path) -> None:
-    cfg, weights = saved("faster_rcnn")
+@pytest.mark.parametrize("name", ["faster_rcnn", "cascade_rcnn"])
+def test_torchscript_detects_what_a_student_of_two_stages_does(
+    name: str, saved: Any, tmp_path: Path
+) -> None:
+    cfg, weights = saved(name)
     found = export_graph(cfg, weights, "torchscript", str(tmp_path))
     assert found.get("verified"), found
     assert os.path.isfile(found["file"]) and found["detections"] > 0

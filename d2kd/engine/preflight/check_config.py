@@ -76,6 +76,13 @@ def _check_run(cfg: CfgNode) -> None:
     check_range("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1, 10**9)
     for key in ("IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
         check_range(f"SOLVER.{key}", cfg.SOLVER[key], 1, math.inf)
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference < 0 or (reference and cfg.SOLVER.IMS_PER_BATCH % reference):
+        raise ValueError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, the number of processes that SOLVER is "
+            f"meant for: SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of it. "
+            "0 scales nothing."
+        )
     check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, OPTIMIZERS)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED:

@@ -130,6 +130,16 @@ def test_amp_without_a_gpu_is_refused(no_gpu: CfgNode) -> None:
         check_config(no_gpu)
 
 
+@pytest.mark.parametrize("size", [-1, 3])
+def test_batch_that_the_reference_does_not_share_evenly_is_refused(size: int) -> None:
+    cfg = detector_config("retinanet", SOLVER__IMS_PER_BATCH=8, SOLVER__REFERENCE_WORLD_SIZE=size)
+    message = f"REFERENCE_WORLD_SIZE is {size}, .*IMS_PER_BATCH 8 must be a multiple"
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 4
+    check_config(cfg)
+
+
 class Attack:
     """Unpickled by a trusting reader, it leaves a file."""
 

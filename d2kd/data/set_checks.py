@@ -30,6 +30,7 @@ def check_role(
     facts = summary.facts
     for note in facts.notes:
         logger.warning(f"{blame}: {note}.")
+    _check_resized(summary, part, cfg, blame)
     if part == "TEST" and not facts.objects:
         raise ValueError(
             f'{blame} has no object in "annotations", so that AP is undefined. Annotate it, or '
@@ -56,6 +57,20 @@ def check_role(
             "an area that is 0 or larger than the box; evaluation uses it to separate small, "
             "medium and large objects. If left out, it is computed from the mask or box",
         )
+
+
+def _check_resized(summary: CocoSummary, part: str, cfg: CfgNode, blame: str) -> None:
+    """Detectron2 would find out when it reads the image, of a test set after the training."""
+    key = f"MAX_SIZE_{part}"
+    if cfg.INPUT[f"MIN_SIZE_{part}"] in (0, (0,)):  # images stay as they are
+        return
+    for name, width, height in summary.images:
+        if min(width, height) * cfg.INPUT[key] / max(width, height) < 0.5:
+            raise ValueError(
+                f"{blame}: INPUT.{key} {cfg.INPUT[key]} would make the image {name} of "
+                f"{width}x{height} pixels (width x height) less than a pixel wide or high. Set a "
+                "larger one, or leave the image out."
+            )
 
 
 def _report(blame: str, ids: List[int], count: int, what: str) -> None:

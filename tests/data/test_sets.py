@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
+import numpy as np
 import pytest
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.transforms import ResizeShortestEdge
 
 from d2kd.data import checks, register_datasets
+from d2kd.data.coco_json import CocoSummary
+from d2kd.data.coco_parts import ImageEntry
+from d2kd.data.set_checks import check_role
 from tests.helpers.toy_sets import Content, config_of, every, second, write_set
 
 RLE = {"counts": [0, 3072], "size": [48, 64]}
@@ -192,6 +197,24 @@ def test_lvis_asks_for_its_package(
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'odd' is evaluated by the package lvis.*pip install"):
         register_datasets(with_registered(tmp_path, "odd", ["a"]))
+
+
+@pytest.mark.parametrize("part", ["TRAIN", "TEST"])
+@pytest.mark.parametrize("size", [(1, 2666), (2667, 1), (9000, 3), (3, 7000), (1, 1), (1333, 800)])
+def test_image_of_which_resizing_leaves_nothing_is_refused(part: str, size: Any) -> None:
+    cfg, (width, height) = config_of(Path(), [], []), size
+    summary = CocoSummary(("a",), images=(ImageEntry("a.png", *size),))
+    summary.facts.objects = 1
+    # Smallest side 800, largest 1333: Detectron2's own rule, rounding included.
+    resized = ResizeShortestEdge(800, 1333).get_transform(np.zeros((height, width)))
+    if resized.new_h and resized.new_w:
+        check_role(summary, part, cfg, "RetinaNet", "a.json")
+        return
+    message = f"a.json: INPUT.MAX_SIZE_{part} 1333 would make the image a.png of {width}x{height} p"
+    with pytest.raises(ValueError, match=message):
+        check_role(summary, part, cfg, "RetinaNet", "a.json")
+    cfg.INPUT[f"MIN_SIZE_{part}"] = 0 if part == "TEST" else (0,)
+    check_role(summary, part, cfg, "RetinaNet", "a.json")
 
 
 CROP = {"INPUT__CROP__ENABLED": True}

@@ -50,6 +50,12 @@ def draw_detections(
         path: picture to write
     """
     configs = [student_config(load_config(file, opts)) for _, file, _ in panels]
+    for (title, _, _), cfg in zip(panels, configs):
+        if cfg.MODEL.LOAD_PROPOSALS:
+            raise ValueError(
+                f"--detector {title}: MODEL.LOAD_PROPOSALS is True: it needs proposals with each "
+                "image, and is given images alone."
+            )
     register_datasets(configs[0], configs[0].MODEL.META_ARCHITECTURE, parts=("TEST",))
     name = configs[0].DATASETS.TEST[0]
     images = get_detection_dataset_dicts([name])

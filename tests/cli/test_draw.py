@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from d2kd.cli import draw as draw_module
+from d2kd.cli import draw_detections
 from tests.helpers.runs import SHAPES_CLASSES, run, run_config
-from tests.helpers.toys import write_teacher
+from tests.helpers.toys import detector_config, write_teacher
 
 
 @pytest.fixture
@@ -176,3 +177,11 @@ def test_help_teaches_an_example(
         "How to read",
     ):
         assert word in text, word
+
+
+def test_a_detector_that_wants_proposals_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "detector.yaml"
+    path.write_text(detector_config("faster_rcnn", MODEL__LOAD_PROPOSALS=True).dump())
+    words = [str(tmp_path / "a.png"), "--detector", "given", str(path), "weights.pth"]
+    with pytest.raises(ValueError, match="--detector given: MODEL.LOAD_PROPOSALS is True"):
+        draw_detections.main(words)

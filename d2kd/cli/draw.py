@@ -109,12 +109,15 @@ def draw_distillation(distiller: Distiller, cfg: CfgNode, args: argparse.Namespa
     if count < 1:
         raise ValueError(f"--images {args.images}: there is nothing to draw. Ask for 1 or more.")
     chosen = islice(samples(cfg), count)
-    names = class_names(cfg)
+    names, written = class_names(cfg), set()
     for i, sample in enumerate(chosen):
         with EventStorage():  # of iteration 0: heads that STOP_ITER has ended are drawn too
             distiller([sample])
         if i < args.images:
             path = output / f"{Path(sample['file_name']).stem}.png"
+            if path in written:  # one name in two folders
+                path = path.with_name(f"{path.stem}_{sample['image_id']}.png")
+            written.add(path)
             write(path, panel.draw_panel(distiller, class_names=names))
         if i < args.level_images:
             panel.add_level_weights(tables, distiller)
@@ -135,7 +138,13 @@ def samples(cfg: CfgNode) -> Iterator[Dict[str, Any]]:
     """The test set with its ground truth, at test size."""
     augmentations = build_augmentation(cfg, is_train=False)
     mapper = CheckedMapper(cfg, is_train=True, augmentations=augmentations)
-    return map(mapper, get_detection_dataset_dicts(cfg.DATASETS.TEST[:1], filter_empty=False))
+    files = cfg.DATASETS.PROPOSAL_FILES_TEST[:1] if cfg.MODEL.LOAD_PROPOSALS else None
+    return map(
+        mapper,
+        get_detection_dataset_dicts(
+            cfg.DATASETS.TEST[:1], filter_empty=False, proposal_files=files
+        ),
+    )
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

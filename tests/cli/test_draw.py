@@ -1,15 +1,23 @@
 """Pictures of a checkpoint."""
 
+import json
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any, Callable, List
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
+from detectron2.data import get_detection_dataset_dicts
+
 from d2kd.cli import draw as draw_module
 from d2kd.cli import draw_detections
+from d2kd.data.outlines import CLASSES
 from tests.helpers.runs import SHAPES_CLASSES, run, run_config
+from tests.helpers.toy_sets import write_set
 from tests.helpers.toys import detector_config, write_teacher
 
 
@@ -48,6 +56,38 @@ def test_each_image_gets_a_picture_of_its_name(
     pictures = [cv2.imread(str(x)) for x in files]
     assert len({x.shape for x in pictures}) == 1
     assert not (pictures[0] == pictures[1]).all()
+
+
+def test_images_of_one_name_in_two_folders_get_a_picture_each(
+    draw: Callable[..., None], words: List[str], tmp_path: Path, forget_sets: None
+) -> None:
+    write_set(tmp_path, "two")
+    said = json.loads((tmp_path / "two.json").read_text())
+    for entry, name in zip(said["images"], ("a/1.png", "b/1.png")):
+        path = tmp_path / "two" / name
+        path.parent.mkdir()
+        shutil.copy(tmp_path / "two" / entry["file_name"], path)
+        entry["file_name"] = name
+    said["categories"] = [{"id": i, "name": x} for i, x in enumerate(CLASSES, 1)]
+    (tmp_path / "two.json").write_text(json.dumps(said))
+    entry = {"NAME": "two", "JSON": str(tmp_path / "two.json"), "IMAGES": str(tmp_path / "two")}
+    sets = ["DATASETS.COCO_FORMAT", str([entry]), "DATASETS.TRAIN", "('two',)"]
+    draw([*words, *sets, "DATASETS.TEST", "('two',)", "--images", "3"])
+    files = sorted(x.name for x in (tmp_path / "pictures").iterdir())
+    assert files == ["1.png", "1_2.png", "3.png"]
+
+
+def test_proposals_are_read_where_the_student_wants_some(folder: Path, finished: Path) -> None:
+    cfg = run_config(folder, MODEL__LOAD_PROPOSALS=True, DATASETS__TEST=("d2kd_shapes_val",))
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (str(folder / "proposals.pkl"),)
+    images = get_detection_dataset_dicts(["d2kd_shapes_val"])
+    boxes = [np.array([[1, 2, 30, 40], [5, 5, 20, 60]], np.float32) for _ in images]
+    content = {"ids": [x["image_id"] for x in images], "boxes": boxes, "bbox_mode": 0}
+    content["objectness_logits"] = [np.array([2, 1], np.float32) for _ in images]
+    (folder / "proposals.pkl").write_bytes(pickle.dumps(content))
+    for sample in draw_module.samples(cfg):
+        # An image of 64 pixels is shown as it is.
+        assert torch.equal(sample["proposals"].proposal_boxes.tensor, torch.tensor(boxes[0]))
 
 
 def test_a_second_call_draws_the_same(

@@ -139,12 +139,8 @@ def samples(cfg: CfgNode) -> Iterator[Dict[str, Any]]:
     augmentations = build_augmentation(cfg, is_train=False)
     mapper = CheckedMapper(cfg, is_train=True, augmentations=augmentations)
     files = cfg.DATASETS.PROPOSAL_FILES_TEST[:1] if cfg.MODEL.LOAD_PROPOSALS else None
-    return map(
-        mapper,
-        get_detection_dataset_dicts(
-            cfg.DATASETS.TEST[:1], filter_empty=False, proposal_files=files
-        ),
-    )
+    names = cfg.DATASETS.TEST[:1]
+    return map(mapper, get_detection_dataset_dicts(names, filter_empty=False, proposal_files=files))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 from .config import add_distill_config, load_config, student_config
 from .distiller import Distiller
 from .heads import DISTILL_HEAD_REGISTRY
+from .layers import build_adapters
 from .pairing.levels import match_levels
 from .teacher import Teacher, build_teacher
 from .views import DETECTOR_VIEW_REGISTRY, DetectorView
@@ -28,6 +29,7 @@ __all__ = [
     "Distiller",
     "Teacher",
     "add_distill_config",
+    "build_adapters",
     "build_teacher",
     "load_config",
     "match_levels",

@@ -28,6 +28,19 @@ def check_gradients(case: Case) -> None:
     _check_teacher(case, teacher, before)
 
 
+def check_other_channels(case: Case) -> None:
+    """As check_gradients, with a teacher whose pyramid has other channels than the student's."""
+    try:
+        check_gradients(case)
+    except RuntimeError as error:
+        level = case.distiller.pair.levels[0]
+        raise AssertionError(
+            f"{case}: {error}. The student's pyramid has {level.student_channels} channels here, "
+            f"the teacher's {level.teacher_channels}. d2kd.build_adapters(levels) makes them as "
+            "many as the teacher's; or refuse the pair in from_config."
+        ) from error
+
+
 def backward(case: Case, distiller: Distiller, inputs: Any = (), what: str = "") -> Dict:
     """
     Backpropagate the head's losses alone, and check that losses and gradients are finite.

@@ -7,7 +7,7 @@ import torch
 
 from ..heads.registry import head_class
 from .case import Case, Pair, check_refusal, find_case, pairs_of
-from .gradients import check_gradients, check_without_boxes
+from .gradients import check_gradients, check_other_channels, check_without_boxes
 from .half_precision import check_mixed_precision, runs_in_float16
 from .numerics import check_extreme_logits, check_image_sizes
 from .saving import check_checkpoint
@@ -149,7 +149,7 @@ class HeadSuite:
         if case.refusal:
             check_refusal(case)
         else:
-            check_gradients(case)
+            check_other_channels(case)
 
 
 def _on_features(case: Case) -> bool:

@@ -14,7 +14,11 @@ from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.conformance import conformance
 from d2kd.conformance.__main__ import main
 from d2kd.conformance.case import PAIRS, Case, Pair, check_refusal, find_case
-from d2kd.conformance.gradients import check_gradients, check_without_boxes
+from d2kd.conformance.gradients import (
+    check_gradients,
+    check_other_channels,
+    check_without_boxes,
+)
 from d2kd.conformance.half_precision import check_mixed_precision, runs_in_float16
 from d2kd.conformance.numerics import check_extreme_logits
 from d2kd.conformance.saving import check_checkpoint
@@ -198,9 +202,9 @@ DEFECTS = [
 def build() -> Iterator[Callable[[Type[nn.Module]], Case]]:
     """A Case of a class that is registered as "Defective"; forgotten after the test."""
 
-    def build_case(cls: Type[nn.Module]) -> Case:
+    def build_case(cls: Type[nn.Module], pair: Pair = RETINANET) -> Case:
         DISTILL_HEAD_REGISTRY._obj_map["DefectiveHead"] = cls
-        return Case("Defective", RETINANET)
+        return Case("Defective", pair)
 
     yield build_case
     DISTILL_HEAD_REGISTRY._obj_map.pop("DefectiveHead", None)
@@ -229,6 +233,12 @@ def test_curt_refusal_is_caught(build: Callable) -> None:
     case = build(RefusesCurtly)
     with pytest.raises(AssertionError, match="refuses the pair with the message 'does not fit'"):
         check_refusal(case)
+
+
+def test_head_without_adapters_is_told_of_the_channels(build: Callable) -> None:
+    wider = build(SoundHead, RETINANET._replace(teacher_channels=64))
+    with pytest.raises(AssertionError, match="32 channels here, the teacher's 64. .*adapters"):
+        check_other_channels(wider)
 
 
 def test_unknown_head_is_refused_when_the_suite_is_made() -> None:

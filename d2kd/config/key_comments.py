@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import detectron2.config.defaults
 
 from ..data.data_keys import add_data_config
+from ..data.unlabelled import add_unlabelled_config
 from ..modeling.model_keys import add_model_config
 from ..schedule import add_schedule_config
 from ..views import RegionSampler
@@ -25,6 +26,7 @@ def meanings() -> Dict[str, str]:
     texts.update(_field_comments())
     for add in (add_distill_config, add_data_config, add_model_config):
         texts.update(_function_comments(add, ""))
+    texts.update(_function_comments(add_unlabelled_config, "DISTILL."))
     texts.update(_function_comments(add_schedule_config, "DISTILL.<HEAD>."))
     return texts
 
@@ -74,7 +76,7 @@ def _assignment_comments(
         names = [x.id for x in statement.targets if isinstance(x, ast.Name)]
         nodes.update(dict.fromkeys(names, f"{key}."))
         yield key, beside or shared
-        if ast.unparse(statement.value) in ("CfgNode()", "CN()"):
+        if beside or ast.unparse(statement.value) in ("CfgNode()", "CN()"):
             shared = ""
 
 

@@ -38,7 +38,7 @@ def add_model_config(cfg: CfgNode) -> None:
     node.SMOOTH_L1_LOSS_BETA = 0.11  # of POINT_SCALE strides, below which the loss is quadratic
     node.INIT_LOSS_WEIGHT = 0.5  # of the boxes of the initial points
     node.REFINE_LOSS_WEIGHT = 1.0  # of the boxes of the refined points
-    node.SCORE_THRESH_TEST = 0.05
+    node.SCORE_THRESH_TEST = 0.05  # of the class score
     node.TOPK_CANDIDATES_TEST = 1000  # predictions kept on each level before NMS
     node.NMS_THRESH_TEST = 0.5  # IoU
 
@@ -63,7 +63,6 @@ def add_model_config(cfg: CfgNode) -> None:
     # What its BatchNorms do: "BN" train, "SyncBN" with statistics of all processes, "EvalBN" train
     # weight and bias only, "FrozenBN" stay as they are
     node.NORM = "BN"
-    node.FREEZE_TO_STRIDE = (
-        0  # all that the features of this stride depend on stays frozen; 0: none
-    )
+    # All that the features of this stride depend on stays frozen; 0: none
+    node.FREEZE_TO_STRIDE = 0
     node.DROP_PATH_RATE = 0.0  # of stochastic depth, in the last block; less before

@@ -1,11 +1,15 @@
 """
-The command `d2kd`, outside the package: importing that imports PyTorch, which --help must not need.
+The command `d2kd`, outside the package: importing that imports PyTorch and Detectron2, which --help
+and --version must not need.
 """
 
 import difflib
 import importlib
+import importlib.util
+import re
 import sys
 import warnings
+from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 
@@ -98,9 +102,8 @@ def _run(name: str, words: List[str]) -> int:
 
 
 def _print_version() -> int:
-    from d2kd import __version__
-
-    print(f"d2kd {__version__}")
+    source = Path(importlib.util.find_spec("d2kd").origin).read_text(encoding="utf-8")
+    print("d2kd", re.search(r'^__version__ = "(.+)"', source, re.MULTILINE)[1])
     return 0
 
 

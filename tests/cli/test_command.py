@@ -9,6 +9,7 @@ from typing import Any, List
 
 import pytest
 
+import d2kd
 import d2kd_cli
 from d2kd.cli import train
 from tests.helpers.forks import cheap_processes
@@ -24,10 +25,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.process
-def test_help_lists_all_commands_and_imports_no_torch() -> None:
+def test_help_and_version_import_no_torch_and_no_detectron2() -> None:
     code = (
         "import sys, d2kd_cli\n"
-        "assert d2kd_cli.main(['--help']) == 0\n"
+        "assert d2kd_cli.main(['--help']) == d2kd_cli.main(['--version']) == 0\n"
         "assert not {'torch', 'detectron2', 'd2kd'} & set(sys.modules)"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -37,6 +38,7 @@ def test_help_lists_all_commands_and_imports_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     for name, command in d2kd_cli.COMMANDS.items():
         assert f"  {name} " in done.stdout and command.summary in done.stdout
+    assert done.stdout.splitlines()[-1] == f"d2kd {d2kd.__version__}"
 
 
 def test_bash_completes_what_the_help_tells_it_to() -> None:

@@ -18,6 +18,7 @@ from ..heads.registry import head_names
 from ..utils.plugin import import_file
 from ..utils.user_mistakes import run_command
 from . import gradients, half_precision, numerics, saving, terms, two_processes
+from .case import find_case, pairs_of
 
 SUITE = """
 from d2kd.conformance import conformance
@@ -32,7 +33,7 @@ The same tests in your own test file:
     import my_head
     from d2kd.conformance import conformance
 
-    TestMyHead = conformance("MyHead", opts=["DISTILL.MyHead.EPS", 1e-3])
+    TestCosine = conformance("Cosine", opts=["DISTILL.Cosine.EPS", 1e-3])
 
 Examples:
   d2kd check my_head.py
@@ -57,6 +58,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     Returns:
         pytest's exit code: 0 if all heads of the file pass
+
+    Raises:
+        Exception: what a head's constructor raises
     """
     args = parse_args(argv)
     before = set(head_names())
@@ -67,6 +71,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             f"{args.file} registers no head. A head is a class named <Name>Head under "
             "@DISTILL_HEAD_REGISTRY.register(); see d2kd.DISTILL_HEAD_REGISTRY.__doc__."
         )
+    for name in names:  # else what a constructor raises is told by each test of each of them
+        find_case(name, pairs_of(name)[0])
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "test_heads.py")
         with open(path, "w") as file:

@@ -46,8 +46,8 @@ It may leave maps of its latest batch in `self.maps`, {name: {level: (N, 1, Hi, 
 detached}}: they are drawn in the picture of the run (VIS_PERIOD).
 
 `zero_at_equal = True` promises a loss of 0, when the head is new, between two detectors that are
-the same. `TestMyHead = d2kd.conformance.conformance("MyHead")` in a test file holds a head to all
-of this.
+the same. `TestCosine = d2kd.conformance.conformance("Cosine")` in a test file holds CosineHead to
+all of this.
 
 The head's own parameters (adapters, generators) are trained with the student, saved under
 "distill_heads" and dropped from the product. Those that it names in `no_weight_decay` are not

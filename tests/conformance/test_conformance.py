@@ -210,6 +210,13 @@ def build() -> Iterator[Callable[[Type[nn.Module]], Case]]:
     DISTILL_HEAD_REGISTRY._obj_map.pop("DefectiveHead", None)
 
 
+@pytest.fixture
+def clean_registry() -> Iterator[None]:
+    heads = dict(DISTILL_HEAD_REGISTRY._obj_map)
+    yield
+    DISTILL_HEAD_REGISTRY._obj_map = heads
+
+
 @pytest.mark.parametrize("cls, check, message", DEFECTS)
 def test_defect_is_caught_by_its_name(
     build: Callable, cls: Type[nn.Module], check: Callable, message: str
@@ -280,6 +287,19 @@ def test_command_teaches_and_refuses_a_file_without_heads(
     (tmp_path / "empty.py").write_text("")
     assert run_command("d2kd check", main, [str(tmp_path / "empty.py")]) == 2
     assert "registers no head" in capsys.readouterr().err
+
+
+def test_head_that_cannot_be_built_is_told_once(tmp_path: Path, clean_registry: None) -> None:
+    (tmp_path / "old.py").write_text(
+        "from torch import nn\n"
+        "from d2kd import DISTILL_HEAD_REGISTRY\n"
+        "@DISTILL_HEAD_REGISTRY.register()\n"
+        "class OldStyleHead(nn.Module):\n"
+        "    def __init__(self, cfg):\n"
+        "        super().__init__()\n"
+    )
+    with pytest.raises(TypeError, match="OldStyleHead.*'cfg'"):
+        main([str(tmp_path / "old.py")])
 
 
 # What a head makes the teacher do -----------------------------------------------------------------

@@ -34,8 +34,8 @@ def check_checkpoint(case: Case) -> None:
         assert torch.equal(x, found[key]), (
             f"{case}: in the step after a resume {key} is {found[key].item():.9g}, without the "
             f"interruption {x.item():.9g}. State between steps, and random values drawn when the "
-            "head is built, belong in its state_dict: nn.Parameter, register_buffer, or "
-            "get_extra_state and set_extra_state."
+            "head is built, belong in its state_dict: nn.Parameter, register_buffer, modules in an "
+            "nn.ModuleList or nn.ModuleDict, or get_extra_state and set_extra_state."
         )
 
 

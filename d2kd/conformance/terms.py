@@ -74,14 +74,23 @@ def _check_scalar(case: Case, label: str, x: Any) -> None:
 
 
 def check_weight(case: Case) -> None:
-    """LOSS_WEIGHT is applied once, by the Distiller: doubling it doubles every loss."""
+    """
+    LOSS_WEIGHT is applied once, by the Distiller: doubling it doubles every loss. The same step
+    with the same seeds has the same losses.
+    """
     cfg = case.cfg.clone()
     cfg.defrost()
     cfg.DISTILL[case.name].LOSS_WEIGHT *= 2
-    once = case.terms(case.with_new_head(case.cfg, seed=1))
-    twice = case.terms(case.with_new_head(cfg, seed=1))
+    once, again, twice = (
+        case.terms(case.with_new_head(x, seed=1)) for x in (case.cfg, case.cfg, cfg)
+    )
     for key in once:
-        a, b = once[key].item(), twice[key].item()
+        a, b = once[key].item(), again[key].item()
+        assert abs(b - a) <= 1e-4 * abs(a), (
+            f"{case}: {key} is {a:.6g}, and {b:.6g} in the same step with the same seeds: a run "
+            "could not be resumed exactly. Draw with torch, numpy or random, which are seeded."
+        )
+        b = twice[key].item()
         assert abs(b - 2 * a) <= 1e-4 * abs(2 * a), (
             f"{case}: {key} is {a:.6g}, and {b:.6g} with DISTILL.{case.name}.LOSS_WEIGHT doubled, "
             f"{b / a if a else float('nan'):.4g} times as much. The Distiller multiplies by "

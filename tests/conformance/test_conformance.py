@@ -1,5 +1,6 @@
 """All heads pass the conformance kit, and the kit catches heads with defects."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Type
@@ -89,6 +90,13 @@ class WeighsItself(SoundHead):
         return {"loss_defective": self.loss_weight * self.error(student, teacher)}
 
 
+class IsNeverTheSame(SoundHead):
+    calls = itertools.count(1)
+
+    def forward(self, student, teacher):
+        return {"loss_defective": next(self.calls) * self.error(student, teacher)}
+
+
 class TrainsTheTeacher(SoundHead):
     def forward(self, student, teacher):
         head = teacher.detector.head.requires_grad_(True)
@@ -147,6 +155,16 @@ class ForgetsItsMemory(SoundHead):
         return {"loss_defective": self.error(student, teacher) * self.steps}
 
 
+class HasAListOfModules(SoundHead):
+    def __init__(self, cfg, pair):
+        super().__init__(cfg, pair)
+        self.more = [nn.Conv2d(32, 32, 1)]
+
+    def forward(self, student, teacher):
+        x = self.more[0](student.features["p3"]).float()
+        return {"loss_defective": self.error(student, teacher) + x.square().mean()}
+
+
 class MultipliesInHalfPrecision(SoundHead):
     def forward(self, student, teacher):
         x = student.features["p3"].float().flatten(1)
@@ -182,6 +200,7 @@ DEFECTS = [
     (ReadsWhatItDoesNotRequire, check_names, r"reads `dense`, but `requires` is \['features'\]"),
     (DetachesTheStudent, check_gradients, "all gradients of the student .* are missing or 0"),
     (WeighsItself, check_weight, "LOSS_WEIGHT doubled, 4 times as much"),
+    (IsNeverTheSame, check_weight, "in the same step with the same seeds"),
     (TrainsTheTeacher, check_gradients, "gradient for head.* of the teacher. Detach"),
     (MovesTheTeacher, check_gradients, "changes backbone.*running_.* of the teacher.*eval mode"),
     (HasAnUnusedParameter, check_gradients, "forgotten.weight, forgotten.bias of the head got no"),
@@ -191,6 +210,7 @@ DEFECTS = [
     (NeedsBoxes, check_processes, "process 1 has no boxes in step 2"),
     (DividesByBoxes, check_without_boxes, "loss_defective is inf when no image has a box"),
     (ForgetsItsMemory, check_checkpoint, "after a resume loss_defective is .*register_buffer"),
+    (HasAListOfModules, check_checkpoint, "after a resume loss_defective is .*nn.ModuleList"),
     (MultipliesInHalfPrecision, check_mixed_precision, "float16 under torch.autocast.*enabled"),
     (CancelsInHalfPrecision, check_mixed_precision, "in float32 and .* in float16. Compute"),
     (OverflowsInTheBackward, check_mixed_precision, "gradient of .* has a relative error of inf"),

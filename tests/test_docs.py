@@ -12,7 +12,7 @@ import pytest
 from detectron2.config import get_cfg
 
 from d2kd.config.distill_keys import add_distill_config
-from d2kd.config.load import leaves
+from d2kd.config.load import leaves, load_config
 from tests.helpers.toys import ROOT
 
 README = Path(ROOT, "README.md")
@@ -67,6 +67,19 @@ def test_every_page_is_reached_from_the_readme() -> None:
 def test_readme_is_short() -> None:
     lines = README.read_text().splitlines()
     assert len(lines) <= 150 and max(map(len, lines)) <= 132
+
+
+def test_teacher_that_own_data_trains_is_the_one_of_the_readmes_student(tmp_path: Path) -> None:
+    configs = []
+    for document in (Path(ROOT, "docs", "own_data.md"), README):
+        block = re.search(r"```yaml\n(.*?)```", document.read_text(), re.DOTALL)[1]
+        (tmp_path / "run.yaml").write_text(block)
+        configs.append(load_config(str(tmp_path / "run.yaml")))
+    teacher, student = configs
+    assert teacher.MODEL.META_ARCHITECTURE == student.DISTILL.STUDENT_META_ARCHITECTURE
+    assert f"{teacher.OUTPUT_DIR}/config.yaml" == student.DISTILL.TEACHER.CONFIG_FILE
+    assert teacher.DATASETS == student.DATASETS
+    assert teacher.MODEL.RETINANET.NUM_CLASSES == student.MODEL.RETINANET.NUM_CLASSES
 
 
 def test_generated_parts_are_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+from contextlib import ExitStack
 from typing import Any, Callable, Dict, Optional
 
 from detectron2.config import CfgNode
@@ -16,6 +17,7 @@ from ..data import register_datasets
 from ..utils.atomic_file import atomic_write
 from ..weights.run_checkpoints import forget_last_checkpoint, last_whole_checkpoint
 from .facts import release_facts
+from .folder_lock import hold_folder
 from .plan import RunPlan
 from .preflight.check_config import check_config
 from .preflight.teacher_check import check_teachers
@@ -49,17 +51,19 @@ def train(
     for stage in later:
         preflight_stage(stage)
     point, results = plan.resume_point, {}
-    for stage in (first, *later):
-        if later:  # trainers hold themselves: two teachers would be in memory at a time
-            gc.collect()
-        trainer = _ready(stage, plan.seed, point, teacher_is_checked=stage is not first)
-        if stage is first:
-            _begin(cfg, point)
-        trainer.train()
-        comm.synchronize()  # the next stage reads the checkpoint that the main process has written
-        results = getattr(trainer, "_last_eval_results", None) or {}
-        del trainer
-        point = ResumePoint(stage.final_checkpoint, stage.end, plan.seed)
+    with ExitStack() as held:
+        for stage in (first, *later):
+            if later:  # trainers hold themselves: two teachers would be in memory at a time
+                gc.collect()
+            trainer = _ready(stage, plan.seed, point, teacher_is_checked=stage is not first)
+            if stage is first:
+                held.enter_context(hold_folder(cfg.OUTPUT_DIR))
+                _begin(cfg, point)
+            trainer.train()
+            comm.synchronize()  # the next stage reads the checkpoint that the main process writes
+            results = getattr(trainer, "_last_eval_results", None) or {}
+            del trainer
+            point = ResumePoint(stage.final_checkpoint, stage.end, plan.seed)
     return results
 
 

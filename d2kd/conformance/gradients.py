@@ -1,11 +1,12 @@
 """Checks of gradients: a head's loss trains student and head, never the teacher."""
 
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..distiller import Distiller
+from ..utils.checks import shown
 from .batches import batch
 from .case import Case
 
@@ -69,7 +70,7 @@ def check_head_gradients(case: Case, distiller: Distiller, what: str = "") -> No
     head = distiller.heads[case.name]
     idle = [k for k, p in head.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, (
-        f"{case}: {_listed(idle)} of the head got no gradient{what}. DistributedDataParallel would "
+        f"{case}: {shown(idle)} of the head got no gradient{what}. DistributedDataParallel would "
         "hang. Remove unused parameters; a loss without samples must be a zero that is connected "
         "to every parameter."
     )
@@ -78,19 +79,19 @@ def check_head_gradients(case: Case, distiller: Distiller, what: str = "") -> No
 def _check_teacher(case: Case, teacher: nn.Module, before: Dict[str, Tensor]) -> None:
     trained = [k for k, p in teacher.named_parameters() if p.grad is not None]
     assert not trained, (
-        f"{case}: the loss has a gradient for {_listed(trained)} of the teacher. Detach everything "
+        f"{case}: the loss has a gradient for {shown(trained)} of the teacher. Detach everything "
         "that the head reads from the teacher, and do not change its requires_grad."
     )
     thawed = [k for k, p in teacher.named_parameters() if p.requires_grad]
-    assert not thawed, f"{case}: the head unfreezes {_listed(thawed)} of the teacher."
+    assert not thawed, f"{case}: the head unfreezes {shown(thawed)} of the teacher."
     after = teacher.state_dict()
     moved = [k for k in after if k not in before or not torch.equal(after[k], before[k])]
     assert not moved and len(after) == len(before), (
-        f"{case}: the head changes {_listed(moved) or 'the modules'} of the teacher. BatchNorm "
+        f"{case}: the head changes {shown(moved) or 'the modules'} of the teacher. BatchNorm "
         "statistics change in training mode: keep the teacher in eval mode."
     )
     training = [k for k, m in teacher.named_modules() if m.training]
-    assert not training, f"{case}: the head leaves the teacher's {_listed(training)} in train mode."
+    assert not training, f"{case}: the head leaves the teacher's {shown(training)} in train mode."
 
 
 def check_without_boxes(case: Case) -> None:
@@ -108,8 +109,3 @@ def _gradients(distiller: Distiller) -> Iterator[Tuple[str, Tensor]]:
     for name, p in distiller.named_parameters():
         if p.grad is not None:
             yield name, p.grad
-
-
-def _listed(names: List[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

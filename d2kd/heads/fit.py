@@ -7,6 +7,7 @@ from torch import nn
 from detectron2.config import CfgNode
 
 from ..pairing.pair import ANY_PAIR, DENSE, TWO_STAGE, DistillPair
+from ..utils.checks import shown
 from ..views import DetectorInfo, anchor_order
 from .registry import compares_logits, head_class
 
@@ -129,8 +130,7 @@ def _predicts(detector: DetectorInfo) -> str:
 
 
 def _boxes(anchors: Sequence[Sequence[float]]) -> str:
-    shown = ["(" + ", ".join(f"{x:g}" for x in anchor) + ")" for anchor in sorted(anchors)]
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+    return shown(["(" + ", ".join(f"{x:g}" for x in anchor) + ")" for anchor in sorted(anchors)])
 
 
 def requires_of(head: Type[nn.Module], cfg: CfgNode, pair: DistillPair) -> FrozenSet[str]:

@@ -26,6 +26,12 @@ def _plain(name: object) -> str:
     return str(name).casefold().replace("_", " ")
 
 
+def shown(names: Sequence[str], count: int = 3) -> str:
+    """For a message, such as "a, b, c and 2 more"."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     """
     Raises:

@@ -11,6 +11,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 
 from ..modeling.backbone_teacher import ResampledBackbone
 from ..modeling.timm_fpn import Images, TimmBackbone, import_timm
+from ..utils.checks import shown
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +108,10 @@ def _check_covers(wanted: Mapping[str, Any], found: Mapping[str, Any], path: str
         if x.shape != wanted[k].shape
     ]
     if wrong:
-        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(
             f"{path!r} is not of the model that MODEL.TIMM.NAME (of a teacher, "
             "DISTILL.TEACHER.BACKBONE) says. Missing or of another shape: "
-            f"{', '.join(wrong[:20])}{more}."
+            f"{shown(wrong, 20)}."
         )
 
 

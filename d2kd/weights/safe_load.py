@@ -10,6 +10,7 @@ import torch
 
 from detectron2.utils.file_io import PathManager
 
+from ..utils.checks import shown
 from .file_kinds import is_pickle_of_arrays, is_safetensors, objects_in, why_no_checkpoint
 from .names import WANTED, with_model
 
@@ -184,9 +185,8 @@ def why_not_tensors(path: str, said: str) -> str:
     if objects:
         whole = any(x.startswith("torch.nn.modules") for x in objects)
         kind = "a whole model, not its" if whole else "more than"
-        more = f" and {len(objects) - 4} more" if len(objects) > 4 else ""
         return (
-            f"it holds {kind} named weights: {', '.join(objects[:4])}{more}. To read such "
+            f"it holds {kind} named weights: {shown(objects, 4)}. To read such "
             "objects is to run code, so d2kd does not. Where the file was made, save its weights "
             'alone: torch.save({"model": model.state_dict()}, "weights.pth").'
         )

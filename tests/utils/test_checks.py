@@ -4,7 +4,7 @@ from typing import List
 
 import pytest
 
-from d2kd.utils.checks import nearest
+from d2kd.utils.checks import nearest, shown
 
 HEADS = ["CKD", "CrossKD", "MGD", "PKD"]
 
@@ -35,3 +35,13 @@ def test_as_many_are_listed_as_asked_for_and_as_alike() -> None:
         "coco_val",
     ]
     assert nearest("coco_trian", ["coco_val"], cutoff=0.9) == []
+
+
+@pytest.mark.parametrize("names, text", [("", ""), ("a", "a"), ("abc", "a, b, c")])
+def test_a_few_names_are_all_shown(names: str, text: str) -> None:
+    assert shown(list(names)) == text
+
+
+def test_of_many_names_the_first_are_shown_and_the_others_counted() -> None:
+    assert shown(list("abcde")) == "a, b, c and 2 more"
+    assert shown(list("abcde"), 4) == "a, b, c, d and 1 more"

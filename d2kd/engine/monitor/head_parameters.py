@@ -5,6 +5,8 @@ from typing import Dict, List, Set
 import torch
 from torch import nn
 
+from ...utils.checks import shown
+
 
 class HeadParameters:
     """
@@ -49,8 +51,8 @@ class HeadParameters:
             return [f"none of the {len(mine)} parameters of {name} has a gradient"]
         unused = [k for k in mine if k not in self.in_graph]
         stuck = self.stuck(name)
-        found = [f"no loss depends on {_listed(unused)}"] if unused else []
-        return found + ([f"{_listed(stuck)} has a gradient but is not moved"] if stuck else [])
+        found = [f"no loss depends on {shown(unused)}"] if unused else []
+        return found + ([f"{shown(stuck)} has a gradient but is not moved"] if stuck else [])
 
     def stuck(self, name: str) -> List[str]:
         """Parameters that a step would have changed, but that did not move."""
@@ -83,7 +85,7 @@ class HeadParameters:
         missing = [k for k, p in trained.items() if id(p) not in held]
         if missing:
             raise ValueError(
-                f"The optimizer does not have {_listed(missing)} of the heads: they would never "
+                f"The optimizer does not have {shown(missing)} of the heads: they would never "
                 "train."
             )
         moving = {id(p) for x in groups if x.get("initial_lr", x["lr"]) for p in x["params"]}
@@ -94,11 +96,6 @@ class HeadParameters:
             # Where some move, or the student's do not either, SOLVER says so.
             if moving and not any(id(trained[k]) in moving for k in keys):
                 raise ValueError(
-                    f"The optimizer has {_listed(keys)} of {name} with a learning rate of 0: they "
+                    f"The optimizer has {shown(keys)} of {name} with a learning rate of 0: they "
                     "would never train."
                 )
-
-
-def _listed(names: List[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

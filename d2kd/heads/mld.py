@@ -1,11 +1,11 @@
-from typing import Any, Dict, FrozenSet, Optional, Sequence
+from typing import Any, Dict, FrozenSet, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detectron2.config import CfgNode
 
-from ..layers import class_divergence, zero_outside
+from ..layers import class_divergence, largest_probability, zero_outside
 from ..pairing.levels import LevelPair, match_level
 from ..pairing.pair import SAME_KIND, DistillPair
 from ..utils.checks import check_choice, check_temperature
@@ -115,7 +115,8 @@ class MLDHead(nn.Module):
             target, inside = target.detach(), student.inside_image(level, like=x)
             weight = self.guide.of_cells(pair, student, teacher)  # (N, 1, Hi, Wi)
             losses[level] = binary_divergence(x, target, weight)
-            positives = positives + _soft_positives(target, student.num_anchors, inside)
+            confidence = largest_probability(target, student.num_anchors)  # (N, A, Hi, Wi)
+            positives = positives + zero_outside(confidence, inside).sum()
             self.maps["weight"][level] = weight
         positives = mean_over_processes(positives).clamp(min=1)
         return {level: loss / positives for level, loss in losses.items()}
@@ -145,10 +146,3 @@ def binary_divergence(logits: Tensor, target_logits: Tensor, weight: Tensor) -> 
         for x in (logits, target_logits)
     )
     return cross_entropy - entropy
-
-
-def _soft_positives(logits: Tensor, num_anchors: int, inside: Optional[Tensor]) -> Tensor:
-    """Sum over the anchors inside the images of the largest class probability."""
-    images, _, height, width = logits.shape
-    best = logits.view(images, num_anchors, -1, height, width).amax(dim=2).sigmoid()
-    return zero_outside(best, inside).sum()

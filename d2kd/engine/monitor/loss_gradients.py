@@ -181,9 +181,8 @@ def _summary(
     loss: Any, ours: Dict[str, Tensor], task: Dict[str, Tensor], terms: Dict[str, float]
 ) -> LossGradient:
     levels = {k: float(g.norm()) for k, g in ours.items()}
-    norm, whole = math.hypot(*levels.values()), math.hypot(
-        *(float(g.norm()) for g in task.values())
-    )
+    norm = math.hypot(*levels.values())
+    whole = math.hypot(*(float(g.norm()) for g in task.values()))
     dot = sum(float((ours[k] * task[k]).sum()) for k in ours)
     cosine = dot / (norm * whole) if norm and whole else 0.0
     return LossGradient(_number(loss), levels, norm, cosine, terms)

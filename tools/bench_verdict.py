@@ -15,9 +15,10 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 from pycocotools.coco import COCO
 
 from bench_cells import Cell, Table, named_rows, read_table
+from d2kd.utils.silent import silent
 from d2kd.utils.user_mistakes import run_command
 from paired_ap import ImageAP, image_error, read_detections
-from paired_baseline import silent, truth_of
+from paired_baseline import truth_of
 from paired_verdict import Verdict, decide
 
 

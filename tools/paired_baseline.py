@@ -5,13 +5,11 @@ seed, same batches in the same order, same schedule. Over several seeds, on the 
 """
 
 import argparse
-import contextlib
 import csv
-import io
 import math
 import os
 import sys
-from typing import ContextManager, Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -27,6 +25,7 @@ from d2kd.engine.evaluator import complete_truth
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.utils.command_line import parse_command_line
 from d2kd.utils.distils import distils
+from d2kd.utils.silent import silent
 from d2kd.utils.user_mistakes import run_command
 from paired_ap import ImageAP, image_error, read_detections
 from paired_verdict import Verdict, decide
@@ -89,11 +88,6 @@ def main(argv: Sequence[str] = None) -> None:
     write_csv(results, os.path.join(args.output, "results.csv"))
     draw(results, verdict, os.path.join(args.output, "gain.png"))
     print(f"\nIn {args.output}: table.md, results.csv, gain.png and the runs.")
-
-
-def silent() -> ContextManager:
-    """pycocotools talks."""
-    return contextlib.redirect_stdout(io.StringIO())
 
 
 def opts_of(arm: str, seed: int, args: argparse.Namespace) -> List[str]:

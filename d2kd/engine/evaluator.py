@@ -1,5 +1,3 @@
-import contextlib
-import io
 import os
 from typing import Any, Dict, Optional
 
@@ -19,6 +17,7 @@ from detectron2.evaluation import (
 
 from ..data.annotations import is_polygon
 from ..data.checks import check_evaluator
+from ..utils.silent import silent
 
 
 def build_evaluator(
@@ -93,7 +92,7 @@ def complete_truth(truth: COCO) -> None:
             annotation["area"] = _area(truth, annotation)
         # Where Detectron2's own sets have an id twice, pycocotools keeps one annotation of it.
         annotation["id"] = numbers.setdefault(annotation["id"], len(numbers) + 1)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+    with silent():
         truth.createIndex()
 
 

@@ -1,7 +1,5 @@
 """The labelled set, on which the thresholds are chosen."""
 
-import contextlib
-import io
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 from pycocotools.coco import COCO
@@ -13,6 +11,7 @@ from detectron2.utils.file_io import PathManager
 from ..config import student_config
 from ..data import register_datasets
 from ..engine.evaluator import complete_truth
+from ..utils.silent import silent
 
 
 class LabelledSet(NamedTuple):
@@ -54,7 +53,7 @@ def read_labelled_set(cfg: CfgNode) -> LabelledSet:
             f"DATASETS.TEST: {name!r} is not in COCO's format, so that no threshold can be chosen "
             "on it."
         )
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+    with silent():
         truth = COCO(PathManager.get_local_path(metadata.json_file))
     complete_truth(truth)
     categories = truth.loadCats(sorted(truth.getCatIds()))

@@ -1,12 +1,12 @@
 """Match detections with the ground truth, as COCO's evaluation does."""
 
-import contextlib
-import io
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from ..utils.silent import silent
 
 IOU = 0.5
 ALL_AREAS = [0, 1e10]  # square pixels
@@ -61,7 +61,7 @@ def match(truth: COCO, detections: Sequence[Dict[str, Any]]) -> Dict[int, ClassM
         # Ids from 1, because pycocotools takes a match with the id 0 for none.
         "annotations": [{**x, "id": i} for i, x in enumerate(detections, 1)],
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+    with silent():
         found.createIndex()
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.iouThrs = np.array([IOU])

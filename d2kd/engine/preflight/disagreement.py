@@ -1,7 +1,5 @@
 """Where a teacher and the labels disagree, by class and by image."""
 
-import contextlib
-import io
 import json
 import logging
 import os
@@ -16,6 +14,7 @@ from ...labelling.sheet import draw_sheet
 from ...labelling.thresholds import Gate, choose_gate
 from ...labelling.worst import list_worst, worst_images
 from ...utils.atomic_file import atomic_write
+from ...utils.silent import silent
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def _of_images(truth: COCO, ids: Any, categories: Sequence[int]) -> COCO:
             if x["image_id"] in ids and x["category_id"] in categories
         ],
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+    with silent():
         part.createIndex()
     return part
 

@@ -10,7 +10,7 @@ from typing import IO, Any, Dict, List, Optional, Set
 from bench_cells import Cell, Table
 from bench_progress import training_seconds
 from bench_results import Row, provenance
-from d2kd.utils.atomic_file import atomic_write
+from d2kd.utils.atomic_file import write_json
 from quickstart import ROOT, evaluation
 
 TRAIN_NET = os.path.join(ROOT, "train_net.py")
@@ -103,7 +103,7 @@ def _begin(folder: str, cell: Cell, table: Table) -> Row:
         how["commit"] = f"{before['commit']} {how['commit']}"
     if before["dirty"] != "no":
         how["dirty"] = before["dirty"]
-    _save(path, how)
+    write_json(path, how)
     return how
 
 
@@ -124,7 +124,7 @@ def _step(
         if code or not any("copypaste: Task: bbox" in x for x in lines):
             end = "All that it said" if code else "There is no evaluation of boxes in what it said"
             raise StepFailed("\n".join([*lines[-15:], f"{end}: {said}"]))
-        _save(done, evaluation(lines))
+        write_json(done, evaluation(lines))
     return _load(done)
 
 
@@ -134,8 +134,3 @@ def _load(path: str) -> Optional[Any]:
         return None
     with open(path) as file:
         return json.load(file)
-
-
-def _save(path: str, content: Any) -> None:
-    with atomic_write(path, "w") as file:
-        json.dump(content, file)

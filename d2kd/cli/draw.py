@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence
 
-import cv2
 import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,6 +32,7 @@ from ..data.mapper import CheckedMapper
 from ..distiller import Distiller
 from ..engine.hooks import seed_everything
 from ..engine.preflight.check_config import check_config
+from ..panel.tiles import write_picture
 from ..utils.atomic_file import check_writable
 from ..utils.command_line import parse_command_line
 from ..utils.packaged import find_file
@@ -128,9 +128,7 @@ def draw_distillation(distiller: Distiller, cfg: CfgNode, args: argparse.Namespa
 
 
 def write(path: Path, picture: np.ndarray) -> None:
-    """A picture, (H, W, 3) uint8 in RGB, as a file."""
-    if not cv2.imwrite(str(path), picture[..., ::-1]):
-        raise OSError(f"Cannot write {path}")
+    write_picture(path, picture)
     logger.info(f"Wrote {path}")
 
 

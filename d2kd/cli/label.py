@@ -7,7 +7,6 @@ of 0.5. A class that does not reach it gets no labels.
 """
 
 import argparse
-import json
 import logging
 import os
 from collections import Counter
@@ -17,11 +16,10 @@ from detectron2.utils.logger import setup_logger
 
 from .. import labelling
 from ..data.find_images import find_images
-from ..labelling import Gate, LabelledSet
-from ..utils.atomic_file import atomic_write, check_writable
+from ..labelling import LabelledSet
+from ..utils.atomic_file import check_writable, write_json
 from ..utils.command_line import parse_command_line
 from .common import add_config_options, command_parser, read_config
-from .draw import write as write_picture
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     teacher = {"config_file": args.config_file, **detector.manifest}
     info = labelling.describe_labels(gates, labelled, args.precision, teacher)
     write_labels(args, info, labelled, images, labels)
-    write_worst(args, gates, labelled)
+    worst = worst_path(args.output)
+    if labelling.write_worst(gates, labelled.images, args.worst, worst):
+        logger.info(f"Wrote {worst}.json and {worst}.png")
 
     counts = Counter(x["category_id"] for x in labels)
     logger.info(f"By class, on {labelled.name}:\n{labelling.gate_table(gates, counts)}")
@@ -88,10 +88,16 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--worst must be 0 or more, got {args.worst}.")
     if args.teacher and "MODEL.WEIGHTS" in args.opts[0::2]:
         raise ValueError("MODEL.WEIGHTS has no effect with --teacher; set DISTILL.TEACHER.WEIGHTS.")
-    for path in (args.output, *(worst_files(args.output) if args.worst else ())):
+    worst = [f"{worst_path(args.output)}.{x}" for x in ("json", "png")] if args.worst else []
+    for path in (args.output, *worst):
         if os.path.exists(path):
             raise FileExistsError(f"--output: {path!r} exists. Remove it, or name another file.")
     check_writable(os.path.dirname(args.output) or ".", "--output")
+
+
+def worst_path(output: str) -> str:
+    """Of the list and the picture of --worst, without extension."""
+    return f"{os.path.splitext(output)[0]}_worst"
 
 
 def write_labels(
@@ -110,29 +116,6 @@ def write_labels(
         f"Wrote {args.output}: {len(labels)} labels in {len(with_labels)} of {len(images)} images. "
         f"Images without a label are {what}."
     )
-
-
-def write_worst(args: argparse.Namespace, gates: List[Gate], labelled: LabelledSet) -> None:
-    """The list and the picture of --worst."""
-    worst = labelling.worst_images(gates, args.worst)
-    if not worst:
-        return
-    files = {x["image_id"]: x["file_name"] for x in labelled.images}
-    names = {x.category_id: x.name for x in gates}
-    json_file, picture = worst_files(args.output)
-    write_json(json_file, labelling.list_worst(worst, files, names))
-    logger.info(f"Wrote {json_file}")
-    write_picture(picture, labelling.draw_sheet(worst, files, names))
-
-
-def worst_files(output: str) -> List[str]:
-    stem = os.path.splitext(output)[0]
-    return [f"{stem}_worst.json", f"{stem}_worst.png"]
-
-
-def write_json(path: str, content: Any) -> None:
-    with atomic_write(path, "w") as file:
-        json.dump(content, file)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -7,10 +7,9 @@ from .detector import category_ids, load_detector
 from .inference import detect
 from .labelled_set import LabelledSet, read_labelled_set
 from .matches import ClassMatches, match
-from .sheet import draw_sheet
+from .sheet import write_worst
 from .table import gate_table, gate_warnings
 from .thresholds import Gate, choose_gate, choose_gates
-from .worst import list_worst, worst_images
 from .write import describe_labels, label_json, training_yaml
 
 __all__ = [
@@ -22,14 +21,12 @@ __all__ = [
     "choose_gates",
     "describe_labels",
     "detect",
-    "draw_sheet",
     "gate_table",
     "gate_warnings",
     "label_json",
-    "list_worst",
     "load_detector",
     "match",
     "read_labelled_set",
     "training_yaml",
-    "worst_images",
+    "write_worst",
 ]

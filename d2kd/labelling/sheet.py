@@ -1,20 +1,45 @@
-"""A contact sheet of the images on which detector and labels disagree most."""
+"""The images on which detector and labels disagree most, as a list and a contact sheet."""
 
 import os
-from typing import List, Mapping, Optional, Tuple
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import Visualizer
 
-from ..panel.tiles import GAP, join, resize, text_line
+from ..panel.tiles import GAP, join, resize, text_line, write_picture
+from ..utils.atomic_file import write_json
 from .inference import Annotation
-from .worst import ImageErrors
+from .thresholds import Gate
+from .worst import ImageErrors, list_worst, worst_images
 
 SIDE, COLUMNS = 320, 4  # longer side of an image, pixels; images in a row
 # RGB, 0..255, of three kinds that the colour-blind can tell apart
 FOUND, MISS, FALSE_ALARM = (86, 180, 233), (240, 228, 66), (213, 94, 0)
+
+
+def write_worst(
+    gates: Sequence[Gate], images: Sequence[Mapping[str, Any]], most: int, path: str
+) -> bool:
+    """
+    Write PATH.json and PATH.png.
+
+    Args:
+        images: in Detectron2's format
+        most: number of images
+        path: without extension
+
+    Returns:
+        False: there are none, and nothing is written
+    """
+    worst = worst_images(gates, most)
+    if worst:
+        files = {x["image_id"]: x["file_name"] for x in images}
+        names = {x.category_id: x.name for x in gates}
+        write_json(f"{path}.json", list_worst(worst, files, names))
+        write_picture(f"{path}.png", draw_sheet(worst, files, names))
+    return bool(worst)
 
 
 def draw_sheet(

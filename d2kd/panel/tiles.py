@@ -1,7 +1,8 @@
 """Drawing of maps: coloured cells, boxes and text. All pictures are RGB, uint8."""
 
 import math
-from typing import Sequence, Tuple
+from pathlib import Path
+from typing import Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -81,6 +82,15 @@ def outline(picture: np.ndarray, boxes: np.ndarray, scale: float) -> np.ndarray:
         cv2.rectangle(picture, (x0 - 1, y0 - 1), (x1, y1), BLACK)
         cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), WHITE)
     return picture
+
+
+def write_picture(path: Union[str, Path], picture: np.ndarray) -> None:
+    """
+    Raises:
+        OSError: it cannot be written
+    """
+    if not cv2.imwrite(str(path), picture[..., ::-1]):
+        raise OSError(f"Cannot write {path}")
 
 
 def blank(height: int, width: int) -> np.ndarray:

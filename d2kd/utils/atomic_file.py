@@ -1,6 +1,7 @@
 """Write files atomically: complete or not at all, even if the process is killed."""
 
 import errno
+import json
 import os
 from contextlib import contextmanager, suppress
 from tempfile import TemporaryFile
@@ -38,6 +39,12 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     finally:
         with suppress(OSError):  # on a read-only disk; must not hide the first error
             os.remove(unfinished)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Errors are those of :func:`atomic_write`."""
+    with atomic_write(path, "w") as file:
+        json.dump(content, file)
 
 
 def check_writable(folder: str, key: str = "OUTPUT_DIR") -> None:

@@ -6,7 +6,9 @@ from typing import Any, Dict, List, Optional
 import cv2
 import numpy as np
 
-from d2kd.labelling import ClassMatches, Gate, draw_sheet, list_worst, worst_images
+from d2kd.labelling import ClassMatches, Gate
+from d2kd.labelling.sheet import draw_sheet
+from d2kd.labelling.worst import list_worst, worst_images
 
 NAMES = {1: "cat", 2: "dog"}
 

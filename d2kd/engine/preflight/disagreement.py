@@ -1,19 +1,15 @@
 """Where a teacher and the labels disagree, by class and by image."""
 
-import json
 import logging
 import os
 from typing import Any, Dict, List, Sequence
 
-import cv2
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from ...labelling.matches import match
-from ...labelling.sheet import draw_sheet
+from ...labelling.sheet import write_worst
 from ...labelling.thresholds import Gate, choose_gate
-from ...labelling.worst import list_worst, worst_images
-from ...utils.atomic_file import atomic_write
 from ...utils.silent import silent
 
 logger = logging.getLogger(__name__)
@@ -55,7 +51,12 @@ def tell_disagreement(
     shown = rows[:MOST_CLASSES] + ([[f"{more} more classes", *[""] * 4]] if more > 0 else [])
     table = tabulate([*shown, total], HEADERS, disable_numparse=True, colalign=ALIGNED)
     logger.info(f"Teacher and labels, at an IoU of 0.5:\n{table}")
-    _write_worst(gates, images, path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if write_worst(gates, images, MOST_IMAGES, path):
+        logger.info(
+            f"Where they disagree most: {path}.png and .json. Is the teacher wrong there, or are "
+            "the labels?"
+        )
     return rows
 
 
@@ -81,19 +82,3 @@ def _row(gate: Gate) -> List[Any]:
         return [gate.name, len(gate.matches.truth), "-", len(gate.matches.truth), 0]
     errors = len(gate.misses), len(gate.false_alarms)
     return [gate.name, len(gate.matches.truth), f"{gate.threshold:.2f}", *errors]
-
-
-def _write_worst(gates: List[Gate], images: Sequence[Dict[str, Any]], path: str) -> None:
-    worst = worst_images(gates, MOST_IMAGES)
-    if not worst:
-        return
-    files = {x["image_id"]: x["file_name"] for x in images}
-    names = {x.category_id: x.name for x in gates}
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with atomic_write(f"{path}.json", "w") as file:
-        json.dump(list_worst(worst, files, names), file)
-    cv2.imwrite(f"{path}.png", draw_sheet(worst, files, names)[..., ::-1])
-    logger.info(
-        f"Where they disagree most: {path}.png and .json. Is the teacher wrong there, or are the "
-        "labels?"
-    )

@@ -72,3 +72,13 @@ def test_perfect_teacher_has_no_worst_image(images: List[Dict[str, Any]], tmp_pa
     rows = tell_disagreement(truth, images, found, [1, 5, 7], str(tmp_path / "x"))
     assert rows == [["cat", 1, "0.90", 0, 0]]
     assert not list(tmp_path.glob("x*"))
+
+
+def test_picture_that_cannot_be_written_is_not_told_as_written(
+    images: List[Dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.png").mkdir()
+    truth, found = truth_of(annotation(0, 1, BOX)), [annotation(1, 1, BOX, score=0.9)]
+    with pytest.raises(OSError, match="Cannot write .*x.png"):
+        tell_disagreement(truth, images, found, [1], str(tmp_path / "x"))
+    assert "Where they disagree most" not in caplog.text

@@ -13,6 +13,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from bench_cells import named_rows, read_table
 from bench_results import Row, read_results
 from bench_tables import groups
+from d2kd.cli.common import command_parser
 from d2kd.utils.user_mistakes import run_command
 
 EPILOG = """
@@ -84,9 +85,7 @@ def draw(found: Dict[str, Curve], label: str, path: str) -> None:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench_curves.py", __doc__, EPILOG)
     parser.add_argument("table", help="YAML of the table, such as configs/bench/heads.yaml")
     parser.add_argument("path", help="picture to write, such as curves.png")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="default: all")

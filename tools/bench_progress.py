@@ -1,20 +1,14 @@
 """How far a run is, by what Detectron2 logs of it."""
 
-import json
 import os
 import time
-from contextlib import suppress
-from typing import Any, Dict, Iterator, Mapping
+from typing import Any, Dict, List, Mapping
+
+from d2kd.engine.facts import read_lines
 
 
-def metrics_of(folder: str) -> Iterator[Dict[str, Any]]:
-    """Lines of metrics.json, of which one that is being written may be cut off."""
-    path = os.path.join(folder, "metrics.json")
-    if os.path.isfile(path):
-        with open(path) as file:
-            for line in file:
-                with suppress(json.JSONDecodeError):
-                    yield json.loads(line)
+def metrics_of(folder: str) -> List[Dict[str, Any]]:
+    return read_lines(os.path.join(folder, "metrics.json"))
 
 
 def iterations_done(folder: str) -> int:

@@ -17,7 +17,9 @@ from tabulate import tabulate
 
 from bench_cells import Table, read_table
 from bench_results import Row, read_results
+from d2kd.cli.common import command_parser
 from d2kd.utils.atomic_file import atomic_write
+from d2kd.utils.user_mistakes import run_command
 from quickstart import ROOT
 from student_t import t_interval
 
@@ -180,10 +182,8 @@ def groups(results: Sequence[Row]) -> Dict[Tuple[str, int], Group]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Example: python tools/bench_tables.py --check",
+    parser = command_parser(
+        "bench_tables.py", __doc__, "Example: python tools/bench_tables.py --check"
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail where one differs"
@@ -193,4 +193,4 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench_tables.py", main))

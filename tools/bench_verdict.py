@@ -2,9 +2,6 @@
 """
 Say of each row of a bench whether it is better than the baseline: GAIN, NO GAIN or INCONCLUSIVE, by
 the rule of paired_baseline.py, over the seeds that both have finished. Needs the runs' folders.
-
-example:
-  python tools/bench_verdict.py configs/bench/heads.yaml --rows PKD CanKD
 """
 
 import argparse
@@ -15,11 +12,17 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 from pycocotools.coco import COCO
 
 from bench_cells import Cell, Table, named_rows, read_table
+from d2kd.cli.common import command_parser
 from d2kd.utils.silent import silent
 from d2kd.utils.user_mistakes import run_command
 from paired_ap import ImageAP, image_error, read_detections
 from paired_baseline import truth_of
 from paired_verdict import Verdict, decide
+
+EPILOG = """
+Example:
+  python tools/bench_verdict.py configs/bench/heads.yaml --rows PKD CanKD
+"""
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -83,9 +86,7 @@ def _detections(table: Table, cell: Cell) -> str:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench_verdict.py", __doc__, EPILOG)
     add = parser.add_argument
     add("table", help="YAML of the bench")
     add("--rows", nargs="+", default=[], metavar="ROW", help="default: all")

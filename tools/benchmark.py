@@ -25,7 +25,9 @@ from detectron2.utils.events import EventStorage
 
 from benchmark_costs import head_costs
 from benchmark_parts import PAIRS, Step, build_arms, build_config, options_in
+from d2kd.cli.common import command_parser
 from d2kd.utils.command_line import add_overrides, parse_command_line
+from d2kd.utils.user_mistakes import run_command
 
 Seconds = Dict[str, List[float]]
 Spread = List[float]  # [median, min, max] over rounds
@@ -240,10 +242,8 @@ def _text(spread: Spread, digits: int = 3) -> str:
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*spread, d=digits)
 
 
-def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=GUIDE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = command_parser("benchmark.py", __doc__, GUIDE)
     add = parser.add_argument
     add("--pair", choices=sorted(PAIRS), default="retinanet_R_101-R_50", help="teacher-student")
     add("--config-file", help="any distillation YAML, in place of --pair")
@@ -290,7 +290,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def main(argv: Sequence[str] = None) -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     # Before anything is built here: a child's peak would start from what this process holds.
     memory = memory_of(args) if args.memory else {}
@@ -315,4 +315,4 @@ def main(argv: Sequence[str] = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmark.py", main))

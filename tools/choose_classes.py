@@ -11,6 +11,7 @@ import os
 import sys
 from typing import Any, Dict, Optional, Sequence
 
+from d2kd.cli.common import command_parser
 from d2kd.utils.checks import nearest
 from d2kd.utils.user_mistakes import run_command
 
@@ -36,7 +37,7 @@ def choose(data: Dict[str, Any], classes: Sequence[str]) -> Dict[str, Any]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser("choose_classes.py", __doc__, "")
     parser.add_argument("source", help="JSON in COCO's format")
     parser.add_argument("target", help="JSON to write")
     parser.add_argument("--classes", nargs="+", required=True, metavar="NAME", help="that stay")

@@ -22,6 +22,7 @@ from typing import Dict, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
+from d2kd.cli.common import command_parser
 from d2kd.utils.atomic_file import atomic_write
 from d2kd.utils.user_mistakes import run_command
 
@@ -79,9 +80,7 @@ def convert(size: int) -> Dict[str, Tensor]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("efficientnet_lite.py", __doc__, "")
     parser.add_argument("size", type=int, choices=SIZES, help="the number after Lite")
     parser.add_argument("output", help="the file to write")
     return parser.parse_args(argv)

@@ -18,6 +18,7 @@ import torch
 
 import detectron2
 
+from d2kd.cli.common import command_parser
 from d2kd.report.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,9 +212,7 @@ def hardware() -> Dict[str, Any]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=GUIDE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("gpu_check.py", __doc__, GUIDE)
     add = parser.add_argument
     add("--minutes", type=float, default=12.0, help="for all parts together; default %(default)s")
     add("--output", type=Path, default=Path("output/gpu_check"), help="default %(default)s")

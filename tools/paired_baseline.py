@@ -51,7 +51,7 @@ examples:
 Results = Dict[str, Dict[int, Dict[str, float]]]
 
 
-def main(argv: Sequence[str] = None) -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     cfg = read_config(args)
     if not distils(cfg):
@@ -197,7 +197,7 @@ def draw(results: Results, verdict: Verdict, path: str) -> None:
     pyplot.close(figure)
 
 
-def parse_args(argv: Sequence[str] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = command_parser("d2kd compare", __doc__, EPILOG)
     add_config_options(parser, overrides="overrides for both arms")
     add = parser.add_argument

@@ -14,6 +14,7 @@ from typing import Optional, Sequence
 import torch
 
 from d2kd.checkpoint import check_is_file
+from d2kd.cli.common import command_parser
 from d2kd.utils.user_mistakes import run_command
 from d2kd.weights.safe_load import read_weights_file
 
@@ -42,7 +43,7 @@ def shrink(source: str, target: str) -> str:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser("shrink_checkpoint.py", __doc__, "")
     parser.add_argument("source", help="checkpoint, such as output/run/model_final.pth")
     parser.add_argument("target", help="file to write")
     return parser.parse_args(argv)

@@ -30,10 +30,10 @@ class BCKDHead(nn.Module):
     Shapes: N images; A anchors, K classes; Hi, Wi height and width of level i.
     """
 
+    loss_weight = 1.0
     pairs = DENSE
     requires = frozenset({"dense", "anchor_labels"})
     requires_logits = True
-    loss_weight = 1.0
     zero_at_equal = True
 
     def __init__(self, *, levels: Sequence[LevelPair], num_anchors: int, box_weight: float = 4.0):

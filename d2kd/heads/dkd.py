@@ -21,11 +21,11 @@ class DKDHead(nn.Module):
     Shapes: R proposals; K classes, to which background is added.
     """
 
+    loss_weight = 1.0
     pairs = TWO_STAGE
     requires = frozenset({"regions", "roi_predictions"})
     requires_logits = True
     zero_at_equal = True
-    loss_weight = 1.0
 
     def __init__(
         self,

@@ -30,8 +30,8 @@ class FGDHead(nn.Module):
     """
 
     loss_weight = 1.0
-    zero_at_equal = True
     requires = frozenset({"features", "gt_instances"})
+    zero_at_equal = True
 
     def __init__(
         self,

@@ -19,12 +19,12 @@ class RoIClsHead(nn.Module):
     Shapes: R proposals; K classes.
     """
 
+    loss_weight = 1.0
     pairs = TWO_STAGE
     requires = frozenset({"regions", "roi_predictions"})
     requires_logits = True
     class_activations = frozenset({"softmax", "sigmoid"})
     zero_at_equal = True
-    loss_weight = 1.0
 
     def __init__(self, *, temperature: float = 1.0):
         """

@@ -21,11 +21,11 @@ class RoILocHead(nn.Module):
     Shapes: R proposals; K classes.
     """
 
+    loss_weight = 1.0
     pairs = TWO_STAGE
     requires = frozenset({"regions", "roi_predictions"})
     requires_logits = True
     class_activations = frozenset({"softmax", "sigmoid"})
-    loss_weight = 1.0
     zero_at_equal = True
 
     @classmethod

@@ -20,11 +20,11 @@ class RoIMaskHead(nn.Module):
     Shapes: R proposals of objects; K classes; M x M cells of the student's masks.
     """
 
+    loss_weight = 1.0
     pairs = TWO_STAGE
     requires = frozenset({"mask_logits"})
     requires_logits = True
     zero_at_equal = True
-    loss_weight = 1.0
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         """

@@ -3,7 +3,7 @@
 import logging
 import os
 import weakref
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import PlainCheckpointer, unwrap
 from ..data import ResumableLoader, build_train_loader, class_names
+from ..data.loader import MixedLoader
 from ..data.mapper import CheckedMapper
 from ..data.unlabelled import batch_sizes
 from ..distiller import Distiller
@@ -117,7 +118,7 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
-    def build_train_loader(self, cfg: CfgNode) -> ResumableLoader:
+    def build_train_loader(self, cfg: CfgNode) -> Union[ResumableLoader, MixedLoader]:
         return build_train_loader(cfg, self.seed)
 
     def build_hooks(self) -> List[Optional[Any]]:
@@ -202,7 +203,7 @@ class Trainer(DefaultTrainer):
         # Detectron2 0.5 leaves the inner trainer, and with it the optimizer, out of its state.
         state = TrainerBase.state_dict(self)
         state["_trainer"] = self._trainer.state_dict()
-        state["seed"] = self.seed  # read by d2kd.engine.train where SEED is left to chance
+        state["seed"] = self.seed  # which ResumePoint reads, where SEED is left to chance
         state["heads"] = self._head_names
         state["stage_start"] = self.stage.start
         state["parameters"] = parameter_names(self.optimizer, self._module)

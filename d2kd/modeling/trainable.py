@@ -1,11 +1,12 @@
 """Refuse a detector that d2kd's data and losses cannot train, before it fails in its first step."""
 
-from typing import Any, List
+from typing import List
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN, SemanticSegmentor
 
+from ..config.readers import value_of
 from ..data.set_checks import DENSE_DETECTORS
 
 UPRIGHT = "d2kd reads, trains and evaluates upright boxes only"
@@ -56,7 +57,7 @@ def check_upright(cfg: CfgNode, source: str) -> None:
     """
     for key, (rotated, upright) in _ROTATED.items():
         regions_only = key != "MODEL.ANCHOR_GENERATOR.NAME"
-        if _value(cfg, key) == rotated and (_has_regions(cfg) or not regions_only):
+        if value_of(cfg, key) == rotated and (_has_regions(cfg) or not regions_only):
             raise ValueError(f"{source}: {key} is {rotated!r}. {UPRIGHT}: take {upright!r}.")
 
 
@@ -127,9 +128,3 @@ def _check_proposals(cfg: CfgNode) -> None:
 def _has_regions(cfg: CfgNode) -> bool:
     """Whether the detector reads the keys of proposals and RoI heads."""
     return cfg.MODEL.META_ARCHITECTURE not in (*DENSE_DETECTORS, "SemanticSegmentor")
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg

@@ -14,6 +14,8 @@ from torch import nn
 from detectron2.config import CfgNode, LazyConfig, instantiate
 
 from ..checkpoint import check_is_file, load_whole_detector
+from ..config import load_config, merge_opts
+from ..config.unread import refuse_unread_by_teacher
 from ..data.class_names import class_names, coco_json_files, names_in_sets
 from ..modeling.backbone_teacher import build_backbone_teacher
 from ..modeling.build import build_detector
@@ -173,9 +175,6 @@ def _from_timm(cfg: CfgNode, device: str) -> Built:
 
 
 def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
-    from ..config import load_config, merge_opts
-    from ..config.unread import refuse_unread_by_teacher
-
     cfg = load_config(path)
     merge_opts(cfg, opts, "DISTILL.TEACHER.OPTS")
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":

@@ -31,7 +31,7 @@ Every key that d2kd adds to Detectron2's config, with its default.
 [Detectron2's own](https://detectron2.readthedocs.io/en/latest/modules/config.html) remain. Those of
 one head, also of one of yours (`--plugin`), are printed by
 
-    python -m d2kd.heads MGD
+    d2kd heads MGD
 
 """
 
@@ -144,7 +144,7 @@ def groups_of_keys() -> Dict[str, Dict[str, Any]]:
 
 
 def head_texts() -> Dict[str, str]:
-    """Key of a head to what `python -m d2kd.heads` says of it."""
+    """Key of a head to what `d2kd heads` says of it."""
     described = "\n".join(map(describe_keys, head_names()))
     found = re.findall(r"^(DISTILL\S+): .*\n?((?:    .*\n?)*)", described, re.MULTILINE)
     return {key: " ".join(text.split()) for key, text in found}

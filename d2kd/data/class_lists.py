@@ -29,7 +29,7 @@ def num_classes(cfg: CfgNode, meta_architecture: str) -> Optional[int]:
 
 
 def check_num_classes(
-    cfg: CfgNode, meta_architecture: str, name: str, classes: Sequence[str], is_test: bool = False
+    cfg: CfgNode, meta_architecture: str, name: str, classes: Sequence[str], is_test: bool
 ) -> None:
     """
     Check a set's number of classes against the model's, where the key of the latter is known.

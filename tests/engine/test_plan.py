@@ -187,6 +187,6 @@ def test_refused_run_leaves_the_folder_as_it_was(staged: CfgNode, resume: bool) 
     files = [Path(staged.OUTPUT_DIR, x) for x in names]
     kept = [x.read_bytes() for x in files]
     command += ["--resume"] if resume else []
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="MODEL.RETINANET.NUM_CLASSES is 9"):
         train_main([*command, "MODEL.RETINANET.NUM_CLASSES", "9"])
     assert [x.read_bytes() for x in files] == kept

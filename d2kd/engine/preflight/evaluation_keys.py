@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 TASKS = ("bbox", "segm", "keypoints")
 
 
-def check_evaluation(cfg: CfgNode, training: bool = True) -> None:
+def check_evaluation(cfg: CfgNode, training: bool) -> None:
     """
     Args:
         training: whether the evaluation follows a training

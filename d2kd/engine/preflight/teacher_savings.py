@@ -39,7 +39,7 @@ def teacher_savings(
     plain: Teacher,
     inputs: List[Dict[str, Any]],
     step_seconds: float,
-    amp: bool = False,
+    amp: bool,
 ) -> str:
     """
     Args:

@@ -146,8 +146,15 @@ class Distiller(nn.Module):
 
     @property
     def levels_of_heads(self) -> Dict[str, Sequence[LevelPair]]:
-        """The paired levels of the teacher that a head compares with."""
-        return {name: lesson.pair.levels for lesson in self.lessons for name in lesson.heads}
+        """
+        The paired levels of DISTILL.LEVELS that a head compares on; none of a head that compares
+        regions, which that key does not keep from any level.
+        """
+        return {
+            name: lesson.pair.levels if _level_pairs(self.heads[name]) else ()
+            for lesson in self.lessons
+            for name in lesson.heads
+        }
 
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Union[Dict[str, Tensor], List[Any]]:
         """
@@ -233,9 +240,8 @@ class Distiller(nn.Module):
 
     def read_levels(self, lesson: Lesson) -> List[str]:
         """The teacher's levels of which heads say that they compare features."""
-        heads = [self.heads[name] for name in lesson.heads]
-        read = [pair for head in heads for pair in getattr(head, "levels", ())]
-        return list(dict.fromkeys(x.teacher for x in read if isinstance(x, LevelPair)))
+        read = [pair for name in lesson.heads for pair in _level_pairs(self.heads[name])]
+        return list(dict.fromkeys(x.teacher for x in read))
 
     def view_of_teacher(
         self,
@@ -291,6 +297,10 @@ class Distiller(nn.Module):
             if lesson.inherit_parts:
                 same_classes = lesson.pair.same_classes
                 inherit(self.student, lesson.teacher.model, lesson.inherit_parts, same_classes)
+
+
+def _level_pairs(head: nn.Module) -> List[LevelPair]:
+    return [x for x in getattr(head, "levels", ()) if isinstance(x, LevelPair)]
 
 
 def _to_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:

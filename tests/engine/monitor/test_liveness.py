@@ -34,7 +34,7 @@ from tests.helpers.runs import (
     scalars,
     snapshot,
 )
-from tests.helpers.toys import detector_config, level_pairs, write_teacher
+from tests.helpers.toys import detector_config, distill_config, level_pairs, write_teacher
 
 # What is measured ---------------------------------------------------------------------------------
 
@@ -113,6 +113,19 @@ def test_head_on_levels_that_the_student_does_not_learn_is_named() -> None:
     assert "DISTILL.LEVELS" not in text  # nothing would be left
     found.losses[TASK].levels["p4"] = 0.1
     assert not misled(found, levels)
+
+
+def test_head_that_does_not_read_the_pairs_of_levels_is_not_told_to_leave_some_out(
+    tmp_path: Path,
+) -> None:
+    # CKD compares regions, whatever DISTILL.LEVELS says; B has 12 of its 13 at p4, the task 0.
+    values = {"DISTILL__CKD__QUEUE_SIZE": 0}
+    teacher = write_teacher(tmp_path, "retinanet")
+    distiller = build_model(distill_config("retinanet", teacher, ["PKD", "CKD"], **values))
+    levels = distiller.levels_of_heads
+    assert levels["PKD"] == distiller.pair.levels and not levels["CKD"]
+    (text,) = misled(LossGradients.measure(**two_levels()), {"A": (), "B": levels["CKD"]})
+    assert text.startswith("B has 92% of its gradient at p4") and "DISTILL.LEVELS" not in text
 
 
 def test_table_has_every_loss_and_level_and_scalars_are_not_printed_as_losses() -> None:

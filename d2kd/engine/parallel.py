@@ -14,6 +14,8 @@ from detectron2.utils import comm
 from ..utils.compat import create_local_process_group
 from ..utils.user_mistakes import is_users_mistake
 
+PATIENCE = 10  # seconds that a process has to end by itself after Ctrl-C
+
 
 def launch(
     main_func: Callable[..., Any],
@@ -61,6 +63,13 @@ def launch(
         if mistakes.empty():
             raise
         raise mistakes.get() from error
+    except KeyboardInterrupt:
+        # Ctrl-C reaches all processes. A signal to this one alone would leave the others training,
+        # and this one waiting for them.
+        for process in mp.active_children():
+            process.join(PATIENCE)
+            process.terminate()
+        raise
 
 
 def _worker(

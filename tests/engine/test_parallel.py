@@ -1,5 +1,10 @@
 """Two processes on the CPU: the same step as one process, equal weights, resume, errors."""
 
+import multiprocessing
+import os
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List
 from unittest import mock
@@ -21,7 +26,7 @@ from d2kd.engine.parallel import data_parallel
 from d2kd.engine.preflight.teacher_check import check_teacher
 from d2kd.heads import DistillPair
 from d2kd.views import DetectorView
-from tests.helpers.forks import launch_two
+from tests.helpers.forks import in_clean_process, launch_two
 from tests.helpers.runs import (
     SHAPES_CLASSES,
     assert_same_tensors,
@@ -256,6 +261,39 @@ def test_checkpoint_of_two_processes_is_that_of_the_plain_student(
 def test_error_in_one_process_ends_the_others(folder: Path) -> None:
     with pytest.raises(Exception, match="loss_mgd is not finite"):
         launch(fails_on_the_second, 2, device="cpu", args=(folder,))
+
+
+def wait_for_ever(folder: Path) -> None:
+    (folder / f"{os.getpid()}.pid").touch()
+    time.sleep(3600)
+
+
+def interrupt_the_first(folder: Path) -> None:
+    """The one that has begun the other two, which alone gets the signal."""
+    with mock.patch("d2kd.engine.parallel.PATIENCE", 0):
+        first = multiprocessing.get_context("fork").Process(
+            target=launch_two, args=(wait_for_ever, folder), kwargs={"start_method": "fork"}
+        )
+        first.start()
+    others: List[int] = []
+    try:
+        while len(others) < 2:
+            others = [int(x.stem) for x in folder.glob("*.pid")]
+        os.kill(first.pid, signal.SIGINT)
+        first.join(120)
+        assert first.exitcode == 1, "it waits for the others"
+        for pid in others:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+    finally:
+        first.kill()
+        for pid in others:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_interrupted_run_leaves_no_process_that_trains_on(tmp_path: Path) -> None:
+    in_clean_process(interrupt_the_first, tmp_path)
 
 
 def test_one_process_runs_in_place() -> None:

@@ -16,10 +16,13 @@ class Curve(NamedTuple):
     iterations: List[int]
     values: List[float]
 
-    def add(self, iteration: int, value: float) -> None:
-        """A run that is resumed, or begins anew, takes the place of what was logged beyond it."""
+    def forget_from(self, iteration: int) -> None:
         while self.iterations and self.iterations[-1] >= iteration:
             self.iterations.pop(), self.values.pop()
+
+    def add(self, iteration: int, value: float) -> None:
+        """A run that is resumed, or begins anew, takes the place of what was logged beyond it."""
+        self.forget_from(iteration)
         self.iterations.append(iteration)
         self.values.append(value)
 
@@ -32,11 +35,17 @@ class Metrics:
         Args:
             folder: OUTPUT_DIR
         """
-        self._curves: Dict[str, Curve] = {}
-        # Lines that were written together are in no order, but those of one scalar are.
+        curves: Dict[str, Curve] = {}
+        # Lines that were written together are in no order, but those of one scalar are. The one
+        # with the total loss is of the latest iteration: whatever is beyond it was lost, also of
+        # scalars that this run has not logged yet, such as the AP, or never does.
         for line in read_lines(os.path.join(folder, "metrics.json")):
+            if "total_loss" in line:
+                for curve in curves.values():
+                    curve.forget_from(line["iteration"])
             for name, value in line.items():
-                self._curves.setdefault(name, Curve([], [])).add(line["iteration"], value)
+                curves.setdefault(name, Curve([], [])).add(line["iteration"], value)
+        self._curves = {name: curve for name, curve in curves.items() if curve.iterations}
 
     @property
     def done(self) -> int:

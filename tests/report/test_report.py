@@ -186,3 +186,21 @@ def test_resumed_iterations_take_the_place_of_those_that_were_lost(tmp_path: Pat
     lines.insert(1, json.dumps({"iteration": 2, "gradient_share/cwd": 0.5}))  # in no order
     (tmp_path / "metrics.json").write_text("\n".join(lines))
     assert Metrics(str(tmp_path)).curve("total_loss") == ([19, 39, 59], [4.0, 3.5, 2.5])
+
+
+def test_begun_run_has_nothing_of_the_one_whose_folder_it_took(tmp_path: Path) -> None:
+    old = [{"iteration": i, "total_loss": 2.0, "loss_mgd": 1.0} for i in range(19, 100, 20)]
+    new = [{"iteration": 2, "gradient_share/pkd": 0.5}, {"iteration": 19, "total_loss": 3.0}]
+    lines = [*old, {"iteration": 100, "bbox/AP": 40.0}, *new]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    metrics = Metrics(str(tmp_path))
+    assert metrics.losses() == ["total_loss"] and not metrics.evaluations()
+    assert metrics.done == 20 and metrics.curve("gradient_share/pkd") == ([2], [0.5])
+
+
+def test_resumed_run_keeps_what_was_evaluated_before_and_not_what_was_lost(tmp_path: Path) -> None:
+    lines = [{"iteration": i, "total_loss": 2.0, "bbox/AP": i / 10} for i in (19, 39, 59)]
+    (tmp_path / "metrics.json").write_text(
+        "\n".join(map(json.dumps, [*lines, {"iteration": 39, "total_loss": 1.0}]))
+    )
+    assert Metrics(str(tmp_path)).curve("bbox/AP") == ([19], [1.9])

@@ -1,7 +1,6 @@
 from typing import Any, Dict, FrozenSet, Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from detectron2.config import CfgNode
 
@@ -111,11 +110,11 @@ class MLDHead(nn.Module):
         losses, positives = {}, 0.0
         for pair in self.levels:
             level = pair.student
-            x, target = (v.float() for v in match_level(pair, logits, targets))
-            target, inside = target.detach(), student.inside_image(level, like=x)
+            x, target = match_level(pair, logits, targets)
             weight = self.guide.of_cells(pair, student, teacher)  # (N, 1, Hi, Wi)
-            losses[level] = binary_divergence(x, target, weight)
+            losses[level] = (weight * class_divergence(x, target, "sigmoid")).sum()
             confidence = largest_probability(target, student.num_anchors)  # (N, A, Hi, Wi)
+            inside = student.inside_image(level, like=x)
             positives = positives + zero_outside(confidence, inside).sum()
             self.maps["weight"][level] = weight
         positives = mean_over_processes(positives).clamp(min=1)
@@ -131,18 +130,3 @@ class MLDHead(nn.Module):
         ).sum(dim=1)
         weight, self.maps["weight"] = self.guide.of_regions(student, teacher, regions)
         return self.temperature**2 * (weight * divergence).sum() / regions.mean_count
-
-
-def binary_divergence(logits: Tensor, target_logits: Tensor, weight: Tensor) -> Tensor:
-    """
-    Weighted sum of KL(sigmoid(target_logits) || sigmoid(logits)), finite at any finite logits.
-
-    Its gradient is that of the binary cross entropy with soft targets; what is taken off is the
-    smallest value of that, the entropy of the targets.
-    """
-    target = target_logits.sigmoid()
-    cross_entropy, entropy = (
-        F.binary_cross_entropy_with_logits(x, target, weight, reduction="sum")
-        for x in (logits, target_logits)
-    )
-    return cross_entropy - entropy

@@ -29,10 +29,10 @@ def difference_weighted(logits: Tensor, target_logits: Tensor) -> Tuple[Tensor, 
 
 def class_divergence(logits: Tensor, target_logits: Tensor, activation: str) -> Tensor:
     """
-    Per-class summands of KL(target || student) between the class probabilities of a region.
+    Per-class summands of KL(target || student) between class probabilities.
 
     Args:
-        logits, target_logits: (R, K+1), or (R, K); the target gets no gradient
+        logits, target_logits: (R, K+1), or of sigmoids any shape; the target gets no gradient
         activation: "softmax": one distribution over all classes; "sigmoid": a Bernoulli per class
 
     Returns:

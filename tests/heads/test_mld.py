@@ -203,6 +203,20 @@ def test_equal_logits_give_exactly_zero(guide: str) -> None:
     assert all((x.grad == 0).all() for x in student.logits.values())
 
 
+def test_nearly_equal_logits_have_the_loss_that_they_have_in_float64() -> None:
+    # Cross entropy and entropy, each summed over all cells, are 10^7 times what they differ by.
+    features = {"p3": noise(2, 4, 64, 64).float()}  # equal ones: every cell weighs 1
+    target = 2 * noise(2, 6, 64, 64, seed=1).float() - 4
+    logits = target + 1e-3 * noise(2, 6, 64, 64, seed=2).float()
+    student, teacher = (CellView(features, {"p3": x}) for x in (logits, target))
+    loss = cell_head(["p3"])(student, teacher)["loss_mld"]["p3"]
+    x, target = logits.double(), target.double()
+    p, positives = target.sigmoid(), target.unflatten(1, (ANCHORS, -1)).amax(dim=2).sigmoid().sum()
+    divergence = p * (F.logsigmoid(target) - F.logsigmoid(x))
+    divergence += (1 - p) * (F.logsigmoid(-target) - F.logsigmoid(-x))
+    assert loss.item() == pytest.approx((divergence.sum() / positives).item(), rel=0.05)
+
+
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("z, target", [(120, -120), (-120, 120), (120, 120), (-120, -120)])
 def test_extreme_logits_are_finite_on_a_level_of_one_cell(

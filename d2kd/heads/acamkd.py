@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..layers import build_adapters, mean_inside, zero_outside
 from ..pairing.levels import LevelPair, match_inside
-from ..utils.checks import check_range
+from ..utils.checks import check_range, check_weight
 from ..views import DetectorView
 from .registry import DISTILL_HEAD_REGISTRY
 
@@ -38,7 +38,7 @@ class ACAMKDHead(nn.Module):
         """
         super().__init__()
         check_range("num_masks", num_masks, 1, 64, "each is as large as the map")
-        check_range("diversity_weight", diversity_weight, 0, float("inf"))
+        check_weight("diversity_weight", diversity_weight)
         self.levels = levels
         self.diversity_weight = diversity_weight
         self.adapter = build_adapters(levels)

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from ..layers import build_adapters, standardise
 from ..pairing.levels import LevelPair, match_levels
-from ..utils.checks import check_range
+from ..utils.checks import check_range, check_weight
 from ..views import DetectorView
 from .registry import DISTILL_HEAD_REGISTRY
 
@@ -38,7 +38,7 @@ class DCSFKDHead(nn.Module):
         """
         super().__init__()
         check_range("num_levels", num_levels, 0, float("inf"), "0 is all")
-        check_range("spread", spread, 0, float("inf"), "9 is published")
+        check_weight("spread", spread)
         self.levels = levels[: num_levels or None]
         self.spread = spread
         # Not in the published method, which needs equal channels; identity where they are equal.

@@ -1,5 +1,6 @@
 """ACAMKDHead beside its equations in loops, and its limits."""
 
+import math
 from typing import List, Optional, Tuple
 
 import pytest
@@ -105,6 +106,12 @@ def test_overlap_of_equal_masks_is_1_and_of_disjoint_ones_0() -> None:
     assert _overlap(torch.stack([mask, 1 - mask])[None]) == 0
     # Pairs: equal, disjoint, disjoint.
     assert _overlap(torch.stack([mask, mask, 1 - mask])[None]) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_weight_that_is_negative_or_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=f"^diversity_weight must be 0 or above, got {value};"):
+        new_head(diversity_weight=value)
 
 
 @pytest.mark.parametrize("values", [{"num_masks": 1}, {"diversity_weight": 0.0}])

@@ -38,6 +38,12 @@ def test_loss_is_that_of_the_equations(spread: float) -> None:
     assert loss_of(student, teacher, spread=spread).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_spread_that_is_negative_or_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=f"^spread must be 0 or above, got {value};"):
+        DCSFKDHead(levels=LEVELS, spread=value)
+
+
 def test_without_spread_it_is_twice_pkd() -> None:
     student, teacher = (feature_view({"p3": noise(2, 4, 4, 5, seed=s)}) for s in (1, 2))
     pkd = PKDHead(levels=LEVELS)(student, teacher)["loss_pkd"]["p3"]

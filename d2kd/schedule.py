@@ -131,11 +131,8 @@ def _check(key: str, node: CfgNode, max_iter: int) -> None:
     why = "0 means as published, else a number of pixels, such as 1075200 for 800x1344"
     check_range(f"{key}.REFERENCE_PIXELS", node.get("REFERENCE_PIXELS", 0), 0, 10**9, why)
     check_choice(f"{key}.SCHEDULE.DECAY", schedule.DECAY, DECAYS)
-    if not 0 <= schedule.END_FACTOR <= 1:
-        raise ValueError(
-            f"{key}.SCHEDULE.END_FACTOR must be in [0, 1], got {schedule.END_FACTOR}: it is the "
-            "fraction of LOSS_WEIGHT at the end of the decay."
-        )
+    why = "it is the fraction of LOSS_WEIGHT at the end of the decay"
+    check_range(f"{key}.SCHEDULE.END_FACTOR", schedule.END_FACTOR, 0, 1, why)
     for name in ("WARMUP_ITERS", "DECAY_FROM"):
         if not 0 <= schedule[name] <= max_iter:
             raise ValueError(

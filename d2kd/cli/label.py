@@ -8,6 +8,7 @@ of 0.5. A class that does not reach it gets no labels.
 
 import argparse
 import logging
+import math
 import os
 from collections import Counter
 from typing import Any, Dict, List, Optional, Sequence
@@ -18,6 +19,7 @@ from .. import labelling
 from ..data.find_images import find_images
 from ..labelling import LabelledSet
 from ..utils.atomic_file import check_writable, write_json
+from ..utils.checks import check_range
 from ..utils.command_line import parse_command_line
 from .common import add_config_options, command_parser, read_config
 
@@ -84,8 +86,7 @@ def check_args(args: argparse.Namespace) -> None:
     """
     if not 0 < args.precision <= 1:
         raise ValueError(f"--precision must be above 0 and at most 1, got {args.precision}.")
-    if args.worst < 0:
-        raise ValueError(f"--worst must be 0 or more, got {args.worst}.")
+    check_range("--worst", args.worst, 0, math.inf)
     if args.teacher and "MODEL.WEIGHTS" in args.opts[0::2]:
         raise ValueError("MODEL.WEIGHTS has no effect with --teacher; set DISTILL.TEACHER.WEIGHTS.")
     worst = [f"{worst_path(args.output)}.{x}" for x in ("json", "png")] if args.worst else []

@@ -1,5 +1,6 @@
 """One entry of DISTILL.STAGES: how it is read, and the config of the run during that stage."""
 
+import math
 from typing import ContextManager, Tuple
 
 from detectron2.config import CfgNode
@@ -7,6 +8,7 @@ from detectron2.config import CfgNode
 from ..config import merge_opts
 from ..config.lessons import is_of_heads, prefixed, read_entry, with_entry
 from ..config.unread import refuse_unread
+from ..utils.checks import check_range
 
 # Keys of SOLVER that a stage may change: the learning rate. Others would move the run's iterations
 # or the order of its data.
@@ -43,8 +45,7 @@ def read_stage(cfg: CfgNode, index: int) -> CfgNode:
     """
     entry = cfg.DISTILL.STAGES[index - 1]
     node = read_entry(cfg, entry, {"ITERATIONS": 0}, is_first=index == 1)
-    if node.ITERATIONS < 1:
-        raise ValueError(f"ITERATIONS must be 1 or more, got {node.ITERATIONS}.")
+    check_range("ITERATIONS", node.ITERATIONS, 1, math.inf)
     return node
 
 

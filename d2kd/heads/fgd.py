@@ -9,10 +9,10 @@ from detectron2.config import CfgNode
 from ..layers import Axes, build_adapters, mean_one_softmax, paint_maps
 from ..pairing.levels import LevelPair, match_levels
 from ..pairing.pair import DistillPair
-from ..utils.checks import check_temperature, check_weight
+from ..utils.checks import check_choice, check_temperature, check_weight
 from ..views import DetectorView, Regions
 from .keys import head_arguments
-from .object_cells import check_masks_are_read, check_objects, object_cells
+from .object_cells import OBJECTS, check_masks_are_read, object_cells
 from .registry import DISTILL_HEAD_REGISTRY
 
 
@@ -69,7 +69,7 @@ class FGDHead(nn.Module):
         for term, weight in self.weights.items():
             check_weight(f"{term}_weight", weight)
         check_temperature("temperature", temperature)
-        check_objects(objects)
+        check_choice("objects", objects, OBJECTS)
         if legacy_scale and objects == "masks":
             raise ValueError(
                 "legacy_scale is True, but masks have no box to stretch: set it False."

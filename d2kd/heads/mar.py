@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from ..layers import unit_vectors, zero_outside
 from ..pairing.levels import LevelPair, match_inside, match_levels
 from ..pairing.pair import DistillPair
-from ..utils.checks import check_choice, check_weight
+from ..utils.checks import check_choice, check_range, check_weight
 from ..utils.processes import mean_over_processes
 from ..views import DetectorView, RegionSampler
 from .keys import head_arguments
@@ -67,8 +67,7 @@ class MARHead(nn.Module):
         check_choice("relation", relation, RELATIONS)
         check_weight("feature_weight", feature_weight)
         check_weight("relation_weight", relation_weight)
-        if max_cells < 1:
-            raise ValueError(f"max_cells must be at least 1, got {max_cells}.")
+        check_range("max_cells", max_cells, 1, float("inf"))
         self.levels = levels
         self.dense_levels = dense_levels
         self.sampler = sampler

@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from ..layers import Axes, paint_maps
 from ..utils.checks import check_choice
 from ..views import Regions
-from .object_cells import check_objects, object_cells
+from .object_cells import OBJECTS, object_cells
 
 KINDS = ("values", "gaussian")
 
@@ -46,7 +46,7 @@ class ObjectMask:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
-        check_objects(self.objects)
+        check_choice("objects", self.objects, OBJECTS)
         if self.objects == "masks" and self.kind == "gaussian":
             raise ValueError("objects is 'masks', but KIND 'gaussian' is a bell over each box.")
         falling = math.inf > self.inside >= self.near >= self.far >= 0

@@ -9,17 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
 from ..layers import touched_cells
-from ..utils.checks import check_choice
 
 OBJECTS = ("boxes", "masks")
-
-
-def check_objects(objects: str) -> None:
-    """
-    Raises:
-        ValueError: none of OBJECTS
-    """
-    check_choice("objects", objects, OBJECTS)
 
 
 def check_masks_are_read(key: str, objects: str, cfg: CfgNode) -> None:

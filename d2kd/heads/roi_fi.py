@@ -6,10 +6,11 @@ from detectron2.config import CfgNode
 
 from ..layers import build_adapter
 from ..pairing.pair import DistillPair
+from ..utils.checks import check_choice
 from ..views import DetectorView, RegionSampler
 from .keys import head_arguments
 from .registry import DISTILL_HEAD_REGISTRY
-from .roi_source import cells_and_key, check_pooler, features_of, regions_of, required_words
+from .roi_source import POOLERS, cells_and_key, features_of, regions_of, required_words
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -41,7 +42,7 @@ class RoIFIHead(nn.Module):
                 the mask head's, of the student's proposals of objects
         """
         super().__init__()
-        check_pooler(pooler)
+        check_choice("pooler", pooler, POOLERS)
         self.sampler = sampler
         self.pooler = pooler
         self.adapter = build_adapter(student_channels, teacher_channels, always=True)

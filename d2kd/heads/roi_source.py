@@ -5,18 +5,9 @@ from typing import FrozenSet, Tuple
 from torch import Tensor
 
 from ..pairing.pair import DistillPair
-from ..utils.checks import check_choice
 from ..views import DetectorView, Regions, RegionSampler
 
 POOLERS = ("box", "mask")
-
-
-def check_pooler(pooler: str) -> None:
-    """
-    Raises:
-        ValueError: none of POOLERS
-    """
-    check_choice("pooler", pooler, POOLERS)
 
 
 def required_words(pooler: str) -> FrozenSet[str]:

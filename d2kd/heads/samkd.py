@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..layers import AttentionGuide, DualGenerator, MaskRule, build_adapters, squared_error
 from ..pairing.levels import LevelPair, match_inside
-from ..utils.checks import check_choice
+from ..utils.checks import check_choice, check_range
 from ..views import DetectorView
 from .registry import DISTILL_HEAD_REGISTRY
 from .samkd_scales import HIERARCHIES, Scale
@@ -68,8 +68,7 @@ class SAMKDHead(nn.Module):
                 "scales must be different whole numbers above 0 with 1 among them, such as "
                 f"[1, 2, 4], got {list(scales)}."
             )
-        if min_cells < 1:
-            raise ValueError(f"min_cells must be 1 or more, got {min_cells}.")
+        check_range("min_cells", min_cells, 1, math.inf)
         self.levels = levels
         self.hierarchy = HIERARCHIES[hierarchy]
         self.scales = sorted(scales)

@@ -11,11 +11,11 @@ from detectron2.structures import Boxes
 
 from ..layers import build_adapter
 from ..pairing.pair import DistillPair
-from ..utils.checks import check_range
+from ..utils.checks import check_choice, check_range
 from ..views import DetectorView, RegionSampler, roi_align_levels
 from .keys import head_arguments
 from .registry import DISTILL_HEAD_REGISTRY
-from .roi_source import cells_and_key, check_pooler, features_of, regions_of, required_words
+from .roi_source import POOLERS, cells_and_key, features_of, regions_of, required_words
 
 # A learned temperature below this would make the softmax a hard choice that nothing can undo.
 MIN_TEMPERATURE = 0.01
@@ -81,7 +81,7 @@ class SGFIHead(nn.Module):
             raise ValueError(f"negative_slope must be in [0, 1), got {negative_slope}.")
         check_range("sampling_ratio", sampling_ratio, 0, 8, "time and memory grow with its square")
         check_range("chunk_size", chunk_size, 0, 10**6, "0 is all at once")
-        check_pooler(pooler)
+        check_choice("pooler", pooler, POOLERS)
         self.student_levels = chosen
         self.pooler = pooler
         self.sampler = sampler

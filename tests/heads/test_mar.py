@@ -433,7 +433,7 @@ def test_keys_reach_the_head() -> None:
     "values, message",
     [
         ({"RELATION": "all"}, r"RELATION must be one of dense, regions, got 'all'"),
-        ({"MAX_CELLS": 0}, r"MAX_CELLS must be at least 1, got 0"),
+        ({"MAX_CELLS": 0}, r"MAX_CELLS must be 1 or more, got 0"),
         ({"MASK__KIND": "disc"}, r"MASK\.KIND must be one of values, gaussian, got 'disc'"),
         (
             {"MASK__NEAR": 1.5},

@@ -72,12 +72,12 @@ class ACAMKDHead(nn.Module):
             by_cells = _weighted_mean(error.mean(dim=1).flatten(1), cells)
             by_channels = _weighted_mean(mean_inside(error, inside).flatten(1), channels)
             losses[level] = by_cells + by_channels
-            diversity[level] = self.diversity_weight * (_overlap(cells) + _overlap(channels))
+            if self.diversity_weight and cells.shape[1] > 1:
+                diversity[level] = self.diversity_weight * (_overlap(cells) + _overlap(channels))
             attended = cells.detach().mean(dim=1, keepdim=True)
             self.maps["attended"][level] = attended.unflatten(2, x.shape[-2:])
-        if self.diversity_weight and cells.shape[1] > 1:
-            return {"loss_acamkd": losses, "loss_acamkd_diversity": diversity}
-        return {"loss_acamkd": losses}
+        terms = {"loss_acamkd": losses, "loss_acamkd_diversity": diversity}
+        return {k: v for k, v in terms.items() if v}
 
 
 class CooperativeMasks(nn.Module):

@@ -15,7 +15,7 @@ from detectron2.utils.events import get_event_storage
 from .config import student_config
 from .config.lessons import lesson_configs
 from .heads.build import build_head
-from .heads.registry import compares_logits
+from .heads.registry import compared_levels, compares_logits
 from .inherit import inherit
 from .lesson import Lesson, Views, check_claims
 from .modeling.build import build_detector
@@ -151,7 +151,7 @@ class Distiller(nn.Module):
         regions, which that key does not keep from any level.
         """
         return {
-            name: lesson.pair.levels if _level_pairs(self.heads[name]) else ()
+            name: lesson.pair.levels if compared_levels(self.heads[name]) else ()
             for lesson in self.lessons
             for name in lesson.heads
         }
@@ -240,7 +240,7 @@ class Distiller(nn.Module):
 
     def read_levels(self, lesson: Lesson) -> List[str]:
         """The teacher's levels of which heads say that they compare features."""
-        read = [pair for name in lesson.heads for pair in _level_pairs(self.heads[name])]
+        read = [pair for name in lesson.heads for pair in compared_levels(self.heads[name])]
         return list(dict.fromkeys(x.teacher for x in read))
 
     def view_of_teacher(
@@ -297,10 +297,6 @@ class Distiller(nn.Module):
             if lesson.inherit_parts:
                 same_classes = lesson.pair.same_classes
                 inherit(self.student, lesson.teacher.model, lesson.inherit_parts, same_classes)
-
-
-def _level_pairs(head: nn.Module) -> List[LevelPair]:
-    return [x for x in getattr(head, "levels", ()) if isinstance(x, LevelPair)]
 
 
 def _to_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any, List, Type
 from fvcore.common.registry import Registry
 from torch import nn
 
+from ..pairing.levels import LevelPair
 from ..utils.checks import nearest
 
 DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
@@ -76,6 +77,11 @@ def head_class(name: str) -> Type[nn.Module]:
             f"Known: {', '.join(head_names())}."
         )
     return DISTILL_HEAD_REGISTRY.get(f"{name}Head")
+
+
+def compared_levels(head: nn.Module) -> List[LevelPair]:
+    """The pairs of levels that a head says it compares; [] of one that compares regions."""
+    return [x for x in getattr(head, "levels", ()) if isinstance(x, LevelPair)]
 
 
 def compares_logits(head: Any) -> bool:

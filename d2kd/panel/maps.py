@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distiller import Distiller
+from ..heads.registry import compared_levels
 from ..layers import spatial_attention
 from ..pairing.levels import LevelPair, crop_to, pair_levels
 from ..views import DetectorView
@@ -64,8 +65,7 @@ def _level_pairs(distiller: Distiller, lesson: int) -> List[LevelPair]:
     """The level pairs of the heads, finest first; if none has any, pairs of equal stride."""
     taught = distiller.lessons[lesson]
     heads = (distiller.heads[name] for name in taught.heads)
-    levels = [p for head in heads for p in getattr(head, "levels", ())]
-    pairs = dict.fromkeys(p for p in levels if isinstance(p, LevelPair))
+    pairs = dict.fromkeys(p for head in heads for p in compared_levels(head))
     if not pairs:
         detectors = distiller.student, taught.teacher.model
         return list(pair_levels(*(x.backbone.output_shape() for x in detectors)))

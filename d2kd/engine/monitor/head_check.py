@@ -6,6 +6,7 @@ from typing import Dict, List
 
 from torch import nn
 
+from ...heads.registry import compared_levels
 from .head_parameters import HeadParameters
 from .loss_gradients import TASK, LossGradient, LossGradients
 
@@ -27,7 +28,7 @@ class HeadCheck:
         """
         self.name, self.parameters, self.steps = name, parameters, steps
         # A head without the pair's levels does not say which it should reach.
-        self.levels = {getattr(x, "student", None) for x in getattr(head, "levels", ())}
+        self.levels = {x.student for x in compared_levels(head)}
         self.measured: List[LossGradients] = []
 
     @property

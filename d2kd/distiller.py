@@ -280,8 +280,7 @@ class Distiller(nn.Module):
         total = sum(len(student.image_sizes) for student, _ in pairs)
         for student, teacher in pairs:
             share = len(student.image_sizes) / total
-            if self.reference_pixels.get(name):
-                share *= pixel_factor(self.reference_pixels[name], student.image_sizes)
+            share *= pixel_factor(self.reference_pixels.get(name, 0), student.image_sizes)
             for key, loss in head(student, teacher).items():
                 key, levels = lesson.loss_name(key), loss if isinstance(loss, dict) else {"": loss}
                 if share != 1:

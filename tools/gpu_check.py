@@ -20,6 +20,7 @@ import detectron2
 
 from d2kd.cli.common import command_parser
 from d2kd.report.metrics import Metrics
+from d2kd.utils.user_mistakes import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = """
@@ -225,10 +226,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     Returns:
         0 if all parts are done
+
+    Raises:
+        ValueError: there is no GPU
     """
     args = parse_args(argv)
     if not (args.rehearse or torch.cuda.is_available()):
-        sys.exit("PyTorch sees no GPU. --rehearse tries this script without one.")
+        raise ValueError("PyTorch sees no GPU. --rehearse tries this script without one.")
     output, end = args.output.absolute(), time.monotonic() + 60 * args.minutes
     output.mkdir(parents=True, exist_ok=True)
     parts = parts_of(output, args.rehearse)
@@ -246,4 +250,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("gpu_check.py", main))

@@ -97,12 +97,19 @@ def opts_of(arm: str, seed: int, args: argparse.Namespace) -> List[str]:
 
 
 def truth_of(cfg: CfgNode) -> COCO:
-    """The first test set, read before hours of training rather than after them."""
+    """
+    The first test set, read before hours of training rather than after them.
+
+    Raises:
+        ValueError: there is none in COCO's format
+    """
     register_datasets(cfg, "", parts=("TEST",))
     names = cfg.DATASETS.TEST
     path = MetadataCatalog.get(names[0]).get("json_file") if names else ""
     if not path:
-        sys.exit(f"DATASETS.TEST is {names}: an interval needs a test set in COCO's format.")
+        raise ValueError(
+            f"DATASETS.TEST is {names}: an interval needs a test set in COCO's format."
+        )
     with silent():
         truth = COCO(path)
     complete_truth(truth)

@@ -64,3 +64,14 @@ def test_words_of_the_benchmark_are_read_by_it(
     for x in words:
         args = benchmark.parse_args(x)
         assert args.heads and args.opts == []
+
+
+def test_a_machine_without_a_gpu_is_a_mistake_in_one_line(
+    tool: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    gpu_check = tool("gpu_check")
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
+    assert gpu_check.run_command("gpu_check.py", gpu_check.main, []) == 2
+    assert capsys.readouterr().err.startswith("gpu_check.py: error: PyTorch sees no GPU.")

@@ -189,7 +189,7 @@ def test_run_without_a_test_set_is_refused_before_it_is_trained(
 ) -> None:
     cfg = run_config(tmp_path, write_teacher(tmp_path, "retinanet"))
     (tmp_path / "run.yaml").write_text(cfg.dump())
-    with pytest.raises(SystemExit, match="an interval needs a test set"):
+    with pytest.raises(ValueError, match="an interval needs a test set"):
         paired.main(["--config-file", str(tmp_path / "run.yaml")])
 
 

@@ -26,16 +26,16 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
     return high
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> Tuple[float, float]:
+def t_interval(values: Sequence[float]) -> Tuple[float, float]:
     """
     Returns:
-        mean, and half of the width of its interval: infinite for a single value
+        mean, and half of the width of its 95 % interval: infinite for a single value
     """
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return mean, math.inf
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    return mean, t_quantile(count - 1, level) * error
+    return mean, t_quantile(count - 1) * error
 
 
 def _probability(t: float, degrees: int) -> float:

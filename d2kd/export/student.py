@@ -125,15 +125,14 @@ def find_weights(cfg: CfgNode) -> str:
     return path
 
 
-def fixed_images(cfg: CfgNode, count: int = 2) -> List[Dict[str, Any]]:
+def fixed_images(cfg: CfgNode) -> List[Dict[str, Any]]:
     """
-    Detectron2's inference input: fixed images of smooth noise at test size, and boxes in them as
-    proposals, where MODEL.LOAD_PROPOSALS wants some.
+    Detectron2's inference input: two fixed images of smooth noise at test size, and boxes in them
+    as proposals, where MODEL.LOAD_PROPOSALS wants some.
     """
     height = cfg.INPUT.MIN_SIZE_TEST or 320
     generator, inputs = torch.Generator().manual_seed(0), []
-    for i in range(count):
-        width = height + 32 * i
+    for width in (height, height + 32):
         coarse = torch.rand(1, 3, 8, 8, generator=generator)
         fine = torch.rand(1, 3, height, width, generator=generator)
         smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear")

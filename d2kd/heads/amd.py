@@ -91,9 +91,9 @@ class AMDHead(nn.Module):
 class ChannelGate(nn.Module):
     """Squeeze and excitation, https://arxiv.org/abs/1709.01507: a weight in (0, 1) per channel."""
 
-    def __init__(self, channels: int, reduction: int = 16):
+    def __init__(self, channels: int):
         super().__init__()
-        hidden = max(channels // reduction, 1)
+        hidden = max(channels // 16, 1)
         self.squeeze = nn.Linear(channels, hidden)
         self.excite = nn.Linear(hidden, channels)
         # Starts as plain masked generation: sigmoid(2) = 0.88 for every channel alike.

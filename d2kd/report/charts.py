@@ -10,20 +10,15 @@ from matplotlib.figure import Figure
 
 from .metrics import Curve
 
+SIZE = 4.2, 2.5  # width and height, inches
 POINTS = 250  # of a curve: more are not seen, and a long run has thousands
 STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}
 INK, GRID = "#1f4e8c", "#d8d8d8"
 
 
-def draw_curve(curve: Curve, size: Sequence[float] = (4.2, 2.5)) -> str:
-    """
-    Args:
-        size: (width, height) in inches
-
-    Returns:
-        a data URI of an SVG
-    """
-    figure = Figure(figsize=size, layout="constrained")
+def draw_curve(curve: Curve) -> str:
+    """A data URI of an SVG."""
+    figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     x, y = (_means(values) for values in curve)
     axes.plot(x, y, color=INK, linewidth=1.5, marker="o" if len(x) < 20 else "", markersize=4)

@@ -355,15 +355,15 @@ SIZES = [(24, 32), (9, 17)]
 ANCHORS, CLASSES = 2, 3
 
 
-def cell_view(seed: int, sizes: Any = (), dtype: torch.dtype = torch.float32) -> CellView:
+def cell_view(seed: int, sizes: Any = ()) -> CellView:
     """Two images, two levels; labels are -1 (ignored), a class, or 3, background."""
     logits, boxes, labels = {}, {}, {}
     for level, (height, width) in {"p3": (3, 4), "p4": (2, 2)}.items():
         seed += 10
-        logits[level] = (noise(2, ANCHORS * CLASSES, height, width, seed=seed) * 2).to(dtype)
+        logits[level] = (noise(2, ANCHORS * CLASSES, height, width, seed=seed) * 2).float()
         corner = noise(2, ANCHORS, 2, height, width, seed=seed + 1) * 6
         size = noise(2, ANCHORS, 2, height, width, seed=seed + 2).abs() * 20 + 4
-        boxes[level] = torch.cat([corner, corner + size], dim=2).flatten(1, 2).to(dtype)
+        boxes[level] = torch.cat([corner, corner + size], dim=2).flatten(1, 2).float()
         labels[level] = (
             (noise(2, ANCHORS, height, width, seed=seed + 3) * 2 + 1).long().clamp(-1, 3)
         )

@@ -17,12 +17,12 @@ MOST = MaskRule(hide="most")
 BOTH_MOST = {"cell_mask": MOST, "channel_mask": MaskRule(ratio=0.5, hide="most")}
 
 
-def parts(x: Tensor, image_sizes: Sequence[Tuple[int, int]] = (), stride: int = 8) -> List[Tensor]:
-    """(N, C, H, W) -> of each image the cells that hold at least one of its pixels."""
+def parts(x: Tensor, image_sizes: Sequence[Tuple[int, int]] = ()) -> List[Tensor]:
+    """(N, C, H, W) of stride 8 -> of each image the cells that hold at least one of its pixels."""
     if not image_sizes:
         return list(x)
     return [
-        image[:, : math.ceil(height / stride), : math.ceil(width / stride)]
+        image[:, : math.ceil(height / 8), : math.ceil(width / 8)]
         for image, (height, width) in zip(x, image_sizes)
     ]
 

@@ -81,14 +81,12 @@ def assigned_level(box: Sequence[float], strides: Sequence[int]) -> int:
     return levels.index(min(max(level, levels[0]), levels[-1]))
 
 
-def pool_assigned_level(
-    maps: Sequence[Tensor], strides: Sequence[int], rois: Tensor, size: int = 7
-) -> Tensor:
-    """Like pool_all_levels, but of each region the one level of its size, (R, C, size, size)."""
+def pool_assigned_level(maps: Sequence[Tensor], strides: Sequence[int], rois: Tensor) -> Tensor:
+    """Like pool_all_levels, but of each region the one level of its size, (R, C, 7, 7)."""
     regions = []
     for image, *box in rois.tolist():
         i = assigned_level(box, strides)
-        regions.append(roi_align(maps[i][int(image)], box, strides[i], size))
+        regions.append(roi_align(maps[i][int(image)], box, strides[i]))
     return torch.stack(regions)
 
 

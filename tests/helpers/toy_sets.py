@@ -16,13 +16,13 @@ Content = Dict[str, Any]
 NAMES = ("cat", "dog")
 
 
-def content(count: int = 8, boxes: int = 3) -> Content:
-    """Of images of 64 x 48 pixels with boxes of some size everywhere."""
+def content(count: int = 8) -> Content:
+    """Of images of 64 x 48 pixels with three boxes of some size each."""
     drawn = np.random.default_rng(0)
     images, annotations = [], []
     for i in range(1, count + 1):
         images.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 48})
-        for _ in range(boxes):
+        for _ in range(3):
             width, height = drawn.integers(6, 40, 2).tolist()
             x, y = int(drawn.integers(0, 64 - width)), int(drawn.integers(0, 48 - height))
             annotation = {"id": len(annotations) + 1, "image_id": i, "category_id": 1 + i % 2}

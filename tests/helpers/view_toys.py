@@ -1,6 +1,6 @@
 """Small detectors of every family, and views of them."""
 
-from typing import Any, Dict, FrozenSet, List, Tuple
+from typing import Any, Dict, FrozenSet, List
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def view_of_teacher(detector: nn.Module, inputs: List[Dict[str, Any]]) -> Detect
     return find_view(detector, "teacher")(detector, inputs)
 
 
-def some_boxes(sizes: Tuple[int, ...] = (6, 20, 60)) -> List[Boxes]:
+def some_boxes() -> List[Boxes]:
     """Boxes of two images, 3 and 2."""
-    boxes = Boxes(torch.tensor([[2.0, 3.0, 2.0 + s, 3.0 + s * 0.8] for s in sizes]))
+    boxes = Boxes(torch.tensor([[2.0, 3.0, 2.0 + s, 3.0 + s * 0.8] for s in (6, 20, 60)]))
     return [boxes, Boxes(boxes.tensor[:2] + 1)]

@@ -14,7 +14,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from tabulate import tabulate
@@ -40,10 +40,11 @@ from .engine.preflight.summary import summary
 from .engine.preflight.teacher_savings import plain_copy, teacher_savings
 from .heads.fit import misfit
 from .heads.registry import head_names
+from .pairing.pair import DistillPair
 from .teacher.speed_up import speed_up
 from .utils.command_line import count, parse_command_line
+from .utils.distils import distils
 from .utils.user_mistakes import run_command
-from .views import describe_detector
 
 STEPS = 3
 EPILOG = """
@@ -78,7 +79,7 @@ def diagnose(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     cfg = read_config(args)
     stages = check_config(cfg)
-    if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.ENABLED:
+    if not distils(cfg):
         print("A student alone: there is no distillation to look at.")
         return
     for stage in stages:
@@ -132,13 +133,12 @@ def examine(cfg: CfgNode, num_images: int) -> None:
         print("\n" + (f"{lesson.name}: {saved}" if lesson.name else saved))
 
 
-def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Any:
+def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Tuple[LossGradients, Cost]:
     """
     Returns:
-        LossGradients of the first step, and the Cost of the steps after it
+        gradients of the losses in the first step, and the cost of the steps after it
     """
-    device = torch.device(cfg.MODEL.DEVICE)
-    classes = describe_detector(distiller.student, "student").num_classes
+    device, classes = torch.device(cfg.MODEL.DEVICE), distiller.pair.student.num_classes
     height = cfg.INPUT.MIN_SIZE_TRAIN[0]
     size = height, min(4 * height // 3, cfg.INPUT.MAX_SIZE_TRAIN)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
@@ -205,7 +205,7 @@ def _peak_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _fits(cfg: CfgNode, pair: Any) -> str:
+def _fits(cfg: CfgNode, pair: DistillPair) -> str:
     rows = []
     for name in head_names():
         reason = misfit(name, cfg, pair)

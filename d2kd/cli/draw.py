@@ -35,6 +35,7 @@ from ..engine.preflight.check_config import check_config
 from ..panel.tiles import write_picture
 from ..utils.atomic_file import check_writable
 from ..utils.command_line import parse_command_line
+from ..utils.distils import distils
 from ..utils.packaged import find_file
 from .common import add_config_options, command_parser, read_config
 
@@ -57,7 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     setup_logger(name="d2kd")
     cfg = read_config(args)
-    if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.ENABLED:
+    if not distils(cfg):
         raise ValueError(f"{args.config_file} trains a student alone: there is no teacher to draw.")
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: it names the images to draw.")

@@ -55,10 +55,7 @@ def merge_mapping(cfg: CfgNode, mapping: Dict[str, Any], source: str) -> None:
     before = dict(leaves(cfg))
     try:
         cfg.merge_from_other_cfg(CfgNode(mapping))
-    except (
-        AssertionError,
-        ValueError,
-    ) as error:  # yacs: wrong type, a date, set or bytes
+    except (AssertionError, ValueError) as error:  # yacs: wrong type, a date, set or bytes
         raise ValueError(f"{source}: {error}") from None
     _refuse_none(cfg, before, source)
 

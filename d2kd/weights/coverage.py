@@ -7,9 +7,8 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# Fractions of a part's parameters: with less than LEAST of every part, the file is of another
-# detector.
-# A backbone of the right depth has at least USUAL; what Detectron2 adds to one is less.
+# Fractions of a part's parameters. With less than LEAST of every part, the file is of another
+# detector; a backbone of the right depth has USUAL or more, as Detectron2 adds less than the rest.
 LEAST, USUAL = 0.5, 0.75
 
 

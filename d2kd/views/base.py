@@ -15,7 +15,7 @@ from .predictions import DensePredictions, RoIPredictions
 from .recording import Recording
 from .region_sampler import RegionSampler
 from .regions import Regions
-from .roi_align import mean_in_boxes, multi_level_pooler, pool_assigned, roi_align_levels
+from .roi_align import mean_in_boxes, multi_level_pooler, pool_assigned
 from .towers import Towers
 
 
@@ -43,7 +43,7 @@ class DetectorView(Recording):
     "tower_<depth>"      towers(depth): per level (N, C, Hi, Wi), for classes and for boxes
                          predict_from(depth, towers): as dense()
     "anchor_labels"      anchor_labels(): per level (N, A, Hi, Wi), of a student
-    "roi_features"       roi_features(boxes): (R, C, S, S), or from all L levels (R, L, C, S, S)
+    "roi_features"       roi_features(boxes): (R, C, S, S)
     "roi_predictions"    roi_predictions(boxes): feature (R, D), logits (R, K+1), deltas (R, K*4)
                          sampled_proposals: Instances of each image, of a student
     either of these two  pooled_levels, pooler, mean_in_boxes(maps, boxes): (R, C)
@@ -206,23 +206,19 @@ class DetectorView(Recording):
 
     # Boxes ---------------------------------------------------------------------------------------
 
-    def roi_features(self, boxes: List[Boxes], levels: str = "assigned") -> Tensor:
+    def roi_features(self, boxes: List[Boxes]) -> Tensor:
         """
-        RoIAlign of given boxes.
+        RoIAlign of given boxes, each on the level that the usual size rule gives it: a box of 224
+        pixels belongs to stride 16.
 
         Args:
             boxes: one Boxes per image, XYXY in input pixels, R in all
-            levels: "assigned": each box on the level that the usual size rule gives it (a box of
-                224 pixels belongs to stride 16); "all": each box on every pooled level
 
         Returns:
-            (R, C, S, S), or (R, L, C, S, S) for "all"
+            (R, C, S, S)
         """
-        assert levels in ("assigned", "all"), f"levels must be 'assigned' or 'all', got {levels!r}"
         self._check("roi_features")
-        return self._of_boxes(
-            f"roi_features, {levels}", boxes, lambda: self._roi_features(boxes, levels)
-        )
+        return self._of_boxes("roi_features", boxes, lambda: self._roi_features(boxes))
 
     def mean_in_boxes(self, maps: Mapping[str, Tensor], boxes: List[Boxes]) -> Tensor:
         """
@@ -335,10 +331,5 @@ class DetectorView(Recording):
         """The anchor generator and the box2box_transform of `dense`."""
         raise self._missing("dense")
 
-    def _roi_features(self, boxes: List[Boxes], levels: str) -> Tensor:
-        names, pooler = self.pooled_levels, self.pooler
-        features = [self.features[k] for k in names]
-        if levels == "assigned":
-            return pool_assigned(pooler, features, boxes)
-        rois, strides = Regions(boxes).rois, [self.strides[k] for k in names]
-        return roi_align_levels(features, strides, rois, pooler.output_size)
+    def _roi_features(self, boxes: List[Boxes]) -> Tensor:
+        return pool_assigned(self.pooler, [self.features[k] for k in self.pooled_levels], boxes)

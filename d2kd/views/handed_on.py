@@ -76,9 +76,8 @@ class HandedOnView(WrappedView):
         given = Towers(self._given(towers.classes), self._given(towers.boxes))
         return self._ask(self._view.predict_from, depth, given)
 
-    def roi_features(self, boxes: List[Boxes], levels: str = "assigned") -> Tensor:
-        ask = partial(self._view.roi_features, levels=levels)
-        return self._ask_of_boxes(f"roi_features, {levels}", boxes, ask)
+    def roi_features(self, boxes: List[Boxes]) -> Tensor:
+        return self._ask_of_boxes("roi_features", boxes, self._view.roi_features)
 
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
         return self._ask_of_boxes("roi_predictions", boxes, self._view.roi_predictions)

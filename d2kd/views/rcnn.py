@@ -111,11 +111,11 @@ class RCNNView(DetectorView):
         predictions = self.roi_predictions(None if self._is_student else regions.boxes)
         return predictions.feature.flatten(1)  # without FC layers it is a map
 
-    def _roi_features(self, boxes: List[Boxes], levels: str) -> Tensor:
+    def _roi_features(self, boxes: List[Boxes]) -> Tensor:
         regions = self._recorded.get("regions")
-        if levels == "assigned" and regions is not None and boxes is regions.boxes:
+        if regions is not None and boxes is regions.boxes:
             return self._part("own_roi_features")  # the student's box head has pooled them
-        return super()._roi_features(boxes, levels)
+        return super()._roi_features(boxes)
 
     def _roi_predictions(self, boxes: List[Boxes]) -> RoIPredictions:
         feature = self._box_head(self.roi_features(boxes))

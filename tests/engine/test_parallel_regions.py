@@ -97,7 +97,7 @@ class TeacherView(FeatureView):
     def region_vectors(self, regions: Regions) -> Tensor:
         return self.step.teacher["vectors"]
 
-    def roi_features(self, boxes: List[Boxes], levels: str = "assigned") -> Tensor:
+    def roi_features(self, boxes: List[Boxes]) -> Tensor:
         assert boxes is self.step.regions.boxes
         return self.step.teacher["roi_features"]
 

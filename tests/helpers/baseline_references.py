@@ -67,8 +67,8 @@ class PartsView(BoxView):
     def regions(self, sampler: RegionSampler) -> Regions:
         return self._regions
 
-    def roi_features(self, boxes: List[Boxes], levels: str = "assigned") -> Tensor:
-        assert len(boxes) == len(self.gt_instances) and levels == "assigned"
+    def roi_features(self, boxes: List[Boxes]) -> Tensor:
+        assert len(boxes) == len(self.gt_instances)
         return self.rois
 
 

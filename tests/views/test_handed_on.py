@@ -19,7 +19,6 @@ ASKED = {
     "rest of the head": ("retinanet", lambda view: view.predict_from(1, view.towers(1))),
     "boxes": ("retinanet", lambda view: view.boxes(view.dense().deltas)),
     "RoI features": ("faster_rcnn", lambda view: view.roi_features(some_boxes())),
-    "of all levels": ("faster_rcnn", lambda view: view.roi_features(some_boxes(), "all")),
     "RoI predictions": ("faster_rcnn", lambda view: view.roi_predictions(some_boxes())),
     "vectors": ("faster_rcnn", lambda view: view.region_vectors(Regions(some_boxes()))),
 }

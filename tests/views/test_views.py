@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
 from d2kd import DetectorView
-from d2kd.views import RegionSampler, describe_detector, find_view
+from d2kd.views import Regions, RegionSampler, describe_detector, find_view, roi_align_levels
 from d2kd.views.layout import cells_inside
 from tests.helpers.toys import batch
 from tests.helpers.view_toys import (
@@ -462,8 +461,6 @@ def test_same_boxes_are_pooled_and_judged_once() -> None:
     predictions = view.roi_predictions(boxes)
     assert view.roi_predictions(boxes) is predictions
     assert view.roi_features(boxes) is features and calls == {"pooler": 1, "head": 1}
-    every = view.roi_features(boxes, levels="all")
-    assert view.roi_features(boxes, levels="all") is every and every.dim() == 5
     other = view.roi_predictions(some_boxes())
     assert other is not predictions and calls == {"pooler": 2, "head": 2}
     assert_same([other.feature, other.logits], [predictions.feature, predictions.logits])
@@ -515,7 +512,7 @@ def test_nothing_of_the_teacher_carries_a_gradient(name: str) -> None:
     view = view_of_teacher(build_teacher(name), batch())
     dense = view.dense()
     found = [*view.features.values(), *dense.logits, *dense.deltas, *dense.tower]
-    found += [view.roi_features(some_boxes()), view.roi_features(some_boxes(), "all")]
+    found += [view.roi_features(some_boxes())]
     if "roi_predictions" in view.provides:
         predictions = view.roi_predictions(some_boxes())
         found += [predictions.feature, predictions.logits, predictions.deltas]
@@ -558,26 +555,15 @@ def test_teacher_s_answer_for_boxes_is_that_of_its_box_head(name: str) -> None:
     assert deltas.shape == (5, 4 if name == "cascade_rcnn" else 12)
 
 
-@pytest.mark.parametrize("name, levels", [("retinanet", range(3, 8)), ("faster_rcnn", range(2, 6))])
-@torch.no_grad()
-def test_boxes_are_pooled_from_every_level(name: str, levels: range) -> None:
-    view, boxes = view_of_teacher(build_teacher(name), batch()), some_boxes()
-    pooled = view.roi_features(boxes, levels="all")
-    assert pooled.shape == (5, len(levels), 32, 7, 7)
-    for i, level in enumerate(levels):
-        alone = ROIPooler(7, (1 / 2**level,), sampling_ratio=0, pooler_type="ROIAlignV2")
-        expected = alone([view.features[f"p{level}"]], boxes)  # sums in another order
-        torch.testing.assert_close(pooled[:, i], expected, rtol=1e-4, atol=1e-5)
-
-
 @torch.no_grad()
 def test_a_box_of_224_pixels_belongs_to_stride_16() -> None:
     # Level 4 + log2(side / 224), rounded down: 112 to p3, 224 to p4, 448 to p5.
     inputs = batch(num_images=1, height=512, width=512)
     view = view_of_teacher(build_teacher("retinanet"), inputs)
     boxes = [Boxes(torch.tensor([[0.0, 0.0, side, side] for side in (112, 224, 448)]))]
-    assigned, every = view.roi_features(boxes), view.roi_features(boxes, levels="all")
-    assert_same(assigned, every[torch.arange(3), torch.tensor([0, 1, 2])])
+    maps, rois = [view.features[k] for k in ("p3", "p4", "p5")], Regions(boxes).rois
+    every = roi_align_levels(maps, [8, 16, 32], rois, (7, 7))
+    assert_same(view.roi_features(boxes), every[torch.arange(3), torch.tensor([0, 1, 2])])
 
 
 @torch.no_grad()
@@ -646,15 +632,8 @@ def test_no_boxes_at_all_give_no_rows() -> None:
     view = view_of_teacher(build_teacher("faster_rcnn"), batch())
     none = [Boxes(torch.zeros(0, 4)), Boxes(torch.zeros(0, 4))]
     assert view.roi_features(none).shape[0] == 0
-    assert view.roi_features(none, levels="all").shape[:2] == (0, 4)
     assert view.roi_predictions(none).logits.shape == (0, 4)
     assert view.mean_in_boxes({"p3": torch.ones(2, 5, 8, 8)}, none).shape == (0, 5)
-
-
-def test_unknown_choice_of_levels_is_refused() -> None:
-    view = view_of_teacher(build_teacher("retinanet"), batch())
-    with pytest.raises(AssertionError, match="'assigned' or 'all', got 'best'"):
-        view.roi_features(some_boxes(), levels="best")
 
 
 def test_student_pools_boxes_of_a_head_s_own_choice_without_recorded_regions() -> None:

@@ -40,6 +40,9 @@ class HandedOnView(WrappedView):
         super().__init__(view)
         self._device, self._dtype = device, dtype
         self._autocast = autocast
+        # Not a method: a level that nobody reads keeps what would compute it, and with this view in
+        # it that were a circle. All maps of the step would wait for Python's garbage collector.
+        self._ask = partial(_ask, autocast, device, dtype)
 
     @property
     def image_size(self) -> Tuple[int, int]:
@@ -106,25 +109,34 @@ class HandedOnView(WrappedView):
         own = once("given boxes", boxes, lambda: list(map(Boxes, self._given(_tensors(boxes)))))
         return once(f"{name} handed on", boxes, lambda: self._ask(ask, own))
 
-    def _ask(self, ask: Callable[..., Any], *args: Any) -> Any:
-        with self._autocast():
-            answer = ask(*args)
-        return self._handed_on(answer)
-
-    def _handed_on(self, x: Any) -> Any:
-        """All tensors of an answer, with gradient."""
-        if isinstance(x, Tensor):
-            return x.to(self._device, self._dtype).contiguous()
-        if isinstance(x, list):
-            return [self._handed_on(y) for y in x]
-        if isinstance(x, (DensePredictions, RoIPredictions, Towers)):
-            return replace(x, **{f.name: self._handed_on(getattr(x, f.name)) for f in fields(x)})
-        return x
-
     def _given(self, tensors: Sequence[Tensor]) -> List[Tensor]:
         """As the teacher takes them, with gradient; integers stay integers."""
         device = next(self._view.detector.parameters()).device
         return [x.to(device, self._dtype if x.is_floating_point() else None) for x in tensors]
+
+
+def _ask(
+    autocast: Callable[[], ContextManager],
+    device: torch.device,
+    dtype: Optional[torch.dtype],
+    ask: Callable[..., Any],
+    *args: Any,
+) -> Any:
+    with autocast():
+        answer = ask(*args)
+    return _handed_on(answer, device, dtype)
+
+
+def _handed_on(x: Any, device: torch.device, dtype: Optional[torch.dtype]) -> Any:
+    """All tensors of an answer, with gradient."""
+    if isinstance(x, Tensor):
+        return x.to(device, dtype).contiguous()
+    if isinstance(x, list):
+        return [_handed_on(y, device, dtype) for y in x]
+    if isinstance(x, (DensePredictions, RoIPredictions, Towers)):
+        parts = {f.name: _handed_on(getattr(x, f.name), device, dtype) for f in fields(x)}
+        return replace(x, **parts)
+    return x
 
 
 def _tensors(boxes: Sequence[Boxes]) -> List[Tensor]:

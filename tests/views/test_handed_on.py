@@ -1,5 +1,7 @@
 """What a teacher of another device or format says arrives as the student's own would be."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any, Callable, Iterator
@@ -73,6 +75,19 @@ def test_answers_are_given_once() -> None:
     assert view.dense() is view.dense()
     assert view.roi_predictions(boxes) is view.roi_predictions(boxes)
     assert view.roi_predictions(boxes) is not view.roi_predictions(some_boxes())
+
+
+def test_maps_are_freed_with_the_view_also_where_a_level_was_not_read() -> None:
+    # Not by the garbage collector, which would find them some steps later.
+    gc.disable()
+    try:
+        view = handed_on("retinanet")
+        read = weakref.ref(view.features["p3"])
+        assert read() is not None
+        del view
+        assert read() is None
+    finally:
+        gc.enable()
 
 
 def test_student_s_towers_get_a_gradient_through_the_teacher_s_head_and_it_gets_none() -> None:

@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from ..utils.compat import create_local_process_group
@@ -89,6 +90,8 @@ def _worker(
         init_method=dist_url,
         world_size=world_size,
         rank=machine_rank * num_processes + local_rank,
+        # PyTorch's own for GPUs is 10 minutes, which the main process may evaluate alone.
+        timeout=DEFAULT_TIMEOUT,
     )
     create_local_process_group(num_processes, machine_rank)
     if on_gpu:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
-from detectron2.engine import HookBase
+from detectron2.engine import DEFAULT_TIMEOUT, HookBase
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -22,7 +22,7 @@ from detectron2.utils.events import EventStorage
 from d2kd import DISTILL_HEAD_REGISTRY, build_teacher
 from d2kd.engine import Trainer, launch, train
 from d2kd.engine.monitor.liveness import Liveness
-from d2kd.engine.parallel import data_parallel
+from d2kd.engine.parallel import _worker, data_parallel
 from d2kd.engine.preflight.teacher_check import check_teacher
 from d2kd.heads import DistillPair
 from d2kd.views import DetectorView
@@ -295,6 +295,15 @@ def interrupt_the_first(folder: Path) -> None:
 
 def test_interrupted_run_leaves_no_process_that_trains_on(tmp_path: Path) -> None:
     in_clean_process(interrupt_the_first, tmp_path)
+
+
+def test_processes_wait_for_each_other_as_long_as_detectron2s() -> None:
+    # On GPUs, whose own limit is shorter: the main process computes the AP of a large set alone.
+    begin = mock.Mock(side_effect=InterruptedError)
+    with mock.patch("torch.distributed.init_process_group", begin):
+        with pytest.raises(InterruptedError):
+            _worker(0, None, print, 2, 2, 0, "tcp://127.0.0.1:1", "cuda", ())
+    assert begin.call_args.kwargs["timeout"] == DEFAULT_TIMEOUT
 
 
 def test_one_process_runs_in_place() -> None:

@@ -37,7 +37,9 @@ class BackboneTeacher(nn.Module):
         Args:
             batched_inputs: "image" (3, H, W), RGB, 0 to 255
         """
-        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        # Not towards the CPU (DISTILL.TEACHER.DEVICE), which would read what has not arrived yet.
+        later = self.device.type != "cpu"
+        images = [x["image"].to(self.device, non_blocking=later) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(images, max(self.backbone.levels.values()))
 

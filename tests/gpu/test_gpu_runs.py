@@ -16,6 +16,7 @@ from d2kd import doctor
 from d2kd.engine import launch, train
 from d2kd.engine.run import evaluate
 from d2kd.export import export_student
+from d2kd.modeling.backbone_teacher import BackboneTeacher
 from tests.helpers.pretended_cuda import PretendedCuda
 from tests.helpers.runs import build_trainer, interrupt, run, run_config, saved, scalars
 from tests.helpers.toys import distill_config
@@ -88,6 +89,15 @@ def test_save_looks_for_nan_in_one_wait(
     trainer.checkpointer.save("model")
     looks = [n for (what, _), n in pretended.waits.items() if what == "_local_scalar_dense"]
     assert sum(looks) <= 1, pretended.waits
+
+
+def test_teacher_of_features_on_the_cpu_has_the_images_of_the_gpu() -> None:
+    net = pytest.importorskip("timm").create_model("test_vit", num_classes=0)
+    teacher, image = BackboneTeacher(net.eval(), [16]), 255 * torch.rand(3, 160, 160)
+    found, expected = (
+        teacher.preprocess_image([{"image": x}]).tensor for x in (image.to("cuda"), image)
+    )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.process

@@ -64,7 +64,6 @@ def test_results_are_where_a_gpu_has_them(mix: Callable[[], Tensor]) -> None:
         (lambda x: x.nonzero(), 1),
         (lambda x: x.tolist(), 1),
         (lambda x: x.cpu() + 1, 1),
-        (lambda x: x.to("cpu", non_blocking=True), 0),
         (lambda x: torch.tensor([1.0], device="cuda"), 1),
         (lambda x: x.masked_fill(x > 1, 0.0), 0),
         (lambda x: x.__setitem__(x > 1, 0.0), 0),
@@ -80,6 +79,11 @@ def test_waits_are_counted(work: Callable[[Tensor], Any], waits: int, gpu: Prete
     gpu.waits.clear()
     work(x)
     assert sum(gpu.waits.values()) == waits, gpu.waits
+
+
+def test_copy_that_the_host_does_not_wait_for_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="does not wait"):
+        on_gpu(3).to("cpu", non_blocking=True)
 
 
 def test_numbers_are_those_of_the_cpu_and_autocast_is_cuda_s() -> None:

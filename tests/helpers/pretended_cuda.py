@@ -192,6 +192,8 @@ class PretendedCuda(TorchDispatchMode):
                 from_gpu, to_gpu = (isinstance(x, PretendedTensor) for x in (args[1], args[0]))
             # From memory that is not pinned, or is to be used at once: both ways the host waits.
             later = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+            if later and from_gpu and not to_gpu:
+                raise RuntimeError("The host does not wait for a copy: it reads what is not there.")
             if from_gpu != to_gpu and not later:
                 self.count_wait("copy to the GPU" if to_gpu else "copy to the host")
         elif name in INDEXING and any(_on_cpu(x) for x in args[1]):

@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
 
 from d2kd import doctor
+from d2kd.distiller import _to_device
 from d2kd.engine import launch, train
 from d2kd.engine.run import evaluate
 from d2kd.export import export_student
 from d2kd.modeling.backbone_teacher import BackboneTeacher
 from tests.helpers.pretended_cuda import PretendedCuda
 from tests.helpers.runs import build_trainer, interrupt, run, run_config, saved, scalars
-from tests.helpers.toys import distill_config
+from tests.helpers.toys import batch, distill_config
 
 # Of a loss after two steps more, where a GPU adds in no fixed order.
 TOLERANCE = 1e-3
@@ -89,6 +91,23 @@ def test_save_looks_for_nan_in_one_wait(
     trainer.checkpointer.save("model")
     looks = [n for (what, _), n in pretended.waits.items() if what == "_local_scalar_dense"]
     assert sum(looks) <= 1, pretended.waits
+
+
+def test_losses_of_a_step_are_fetched_in_one_copy_and_images_are_not_waited_for(
+    folder: Path, teacher: List[Any], tmp_path: Path, pretended: Optional[PretendedCuda]
+) -> None:
+    if pretended is None:
+        pytest.skip("waits are counted on a pretended GPU")
+    cfg = config(folder, teacher, tmp_path / "run", DISTILL__LIVENESS__ENABLED=False)
+    trainer = build_trainer(cfg)
+    pretended.waits.clear()
+    with EventStorage():
+        trainer.run_step()
+    waits = [(what, where.split(":")[0]) for what, where in pretended.waits.elements()]
+    assert waits.count(("copy to the host", "d2kd/engine/monitor/finite.py")) == 1
+    pretended.waits.clear()
+    _to_device(batch(), torch.device("cuda"))
+    assert not pretended.waits
 
 
 def test_teacher_of_features_on_the_cpu_has_the_images_of_the_gpu() -> None:

@@ -41,11 +41,11 @@ class FiniteLossMixin:
             raise LossNotFinite(self._explain({}, f"Not finite: {error}")) from error
 
     def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        # One transfer for all terms; Detectron2 reads each of them right after anyway.
+        # One transfer for all terms; Detectron2 would fetch them one by one.
         values = torch.stack([v.detach().float() for v in loss_dict.values()]).cpu()
         if not values.isfinite().all():
             raise LossNotFinite(self._explain(dict(zip(loss_dict, values.tolist()))))
-        super()._write_metrics(loss_dict, *args, **kwargs)
+        super()._write_metrics(dict(zip(loss_dict, values)), *args, **kwargs)
 
     def _explain(self, losses: Dict[str, float], what: str = "") -> str:
         model = unwrap(self.model)

@@ -1,5 +1,6 @@
 """Commands of d2kd as steps of a longer work: shown, gone on with, never done twice."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from typing import Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import yaml
 
@@ -62,10 +63,11 @@ class Steps:
             words = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]
             return evaluation(self._command(["eval", *command[1:], *opts, *words], cfg, name))
         done = os.path.join(cfg.OUTPUT_DIR, "quickstart.json")
-        if not self.fresh and os.path.isfile(done) and _is_of(_load(done)["config"], cfg):
+        anew = self.fresh or not _same_plugins(cfg.OUTPUT_DIR, plugins)
+        if not anew and os.path.isfile(done) and _is_of(_load(done)["config"], cfg):
             print(f"Done before: {done}. Add --fresh to repeat it.")
             return _load(done)["results"]
-        resume = [] if self.fresh else _resumable(cfg)
+        resume = [] if anew else _resumable(cfg)
         results = evaluation(self._command([*command, *resume, *opts], cfg, name))
         with open(done, "w") as file:
             json.dump({"config": cfg.dump(), "results": results}, file)
@@ -157,11 +159,34 @@ def _resumable(cfg: CfgNode) -> List[str]:
     return ["--resume"] if _is_of(load_config(saved).dump(), cfg) else []
 
 
+def _same_plugins(folder: str, plugins: Sequence[str]) -> bool:
+    """
+    Whether the run in OUTPUT_DIR had these very plug-ins: a head that was edited is another method
+    under the same config. Those of now are written down for the next time.
+    """
+    path = os.path.join(folder, "plugins.json")
+    now = [_sha256(x) for x in plugins]
+    before = _load(path) if os.path.isfile(path) else []
+    if now != before:
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "w") as file:
+            json.dump(now, file)
+    return now == before
+
+
+def _sha256(path: str) -> str:
+    """Of a file; "" if there is none, which the command itself will say."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
 def _is_of(text: str, cfg: CfgNode) -> bool:
     """Whether a dumped config is this one; as text it may have other anchors for equal values."""
     return yaml.safe_load(text) == yaml.safe_load(cfg.dump())
 
 
-def _load(path: str) -> Dict:
+def _load(path: str) -> Any:
     with open(path) as file:
         return json.load(file)

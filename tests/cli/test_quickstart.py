@@ -148,6 +148,28 @@ def test_an_interrupted_step_is_gone_on_with_and_another_begins_anew(
         (run / "quickstart.json").unlink()
 
 
+def test_a_step_with_an_edited_plugin_is_neither_finished_nor_gone_on_with(
+    scripted: Path, tmp_path: Path
+) -> None:
+    # The config names a head, and not what is in its file.
+    write(scripted, *(f"echo '{x}'" for x in FOUND), f'echo "$*" >> {tmp_path}/words')
+    run, head = tmp_path / "run", tmp_path / "head.py"
+    opts = ["OUTPUT_DIR", str(run)]
+
+    def trained() -> List[str]:
+        """The command of each training so far."""
+        Steps().run(ALONE, opts, plugins=[str(head)])
+        return (tmp_path / "words").read_text().splitlines()
+
+    head.write_text("SCALE = 1")
+    assert len(trained()) == len(trained()) == 1
+    (run / "config.yaml").write_text(load_config(ALONE, opts).dump())
+    (run / "last_checkpoint").write_text("model_0000001.pth")
+    head.write_text("SCALE = 2")
+    words = trained()
+    assert len(words) == 2 and "--resume" not in words[1]
+
+
 @pytest.mark.parametrize(
     "device, cores, load, jobs, told",
     [

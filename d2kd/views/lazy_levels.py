@@ -15,11 +15,23 @@ class Later:
     def __init__(self, compute: Callable[[], Tensor]):
         self._compute = compute
         self._map: Optional[Tensor] = None
+        self._version = 0
 
     def __call__(self) -> Tensor:
+        """
+        Raises:
+            RuntimeError: somebody who read it has changed it since, for all who read it later
+        """
         if self._map is None:
             self._map = self._compute()
+            self._version = self._map._version
             self._compute = None  # what it was computed from is freed
+        if self._map._version != self._version:
+            raise RuntimeError(
+                "A level of the pyramid was changed in place after it was computed; all heads "
+                "share it. Look for operators that end in _ and for -=, *= on features, also "
+                "behind .float(), which copies nothing of float32."
+            )
         return self._map
 
 

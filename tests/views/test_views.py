@@ -372,6 +372,16 @@ def test_recorded_tensor_that_was_changed_in_place_is_refused(
         ask(view)
 
 
+def test_level_of_a_teacher_that_one_head_changed_in_place_is_refused_to_the_next() -> None:
+    # float() of float32 copies nothing: what looks like a tensor of the head's own is shared.
+    view = view_of_teacher(build_teacher("retinanet"), batch())
+    view.features["p4"]
+    view.features["p3"].float().sub_(1)
+    assert view.features["p4"].isfinite().all()
+    with pytest.raises(RuntimeError, match="level of the pyramid was changed in place"):
+        view.features["p3"]
+
+
 def test_probabilities_in_place_of_logits_are_kept_out() -> None:
     # A 64 x 64 image has one cell on p6 and p7. There the reordering to (N, Hi*Wi*A, K) that
     # Detectron2 makes before its sigmoid_() is a view of the logits.

@@ -47,6 +47,9 @@ class HeadParameters:
     def problems(self, name: str) -> List[str]:
         """What is certainly wrong with a head, as clauses of a sentence."""
         mine = [k for k, p in self._of(name).items() if p.requires_grad]
+        late = [k for k in self._missing() if k in mine]
+        if late:
+            return [f"the optimizer, built before, lacks {shown(late)}"]
         if mine and not any(k in self.has_gradient for k in mine):
             return [f"none of the {len(mine)} parameters of {name} has a gradient"]
         unused = [k for k in mine if k not in self.in_graph]
@@ -78,16 +81,21 @@ class HeadParameters:
     def _of(self, name: str) -> Dict[str, nn.Parameter]:
         return {f"{name}.{k}": p for k, p in self.heads[name].named_parameters()}
 
+    def _missing(self) -> List[str]:
+        """Trainable parameters of the heads that the optimizer does not have."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        named = self.heads.named_parameters()
+        return [k for k, p in named if p.requires_grad and id(p) not in held]
+
     def _check_optimizer(self) -> None:
         groups = self.optimizer.param_groups
-        held = {id(p) for group in groups for p in group["params"]}
-        trained = {k: p for k, p in self.heads.named_parameters() if p.requires_grad}
-        missing = [k for k, p in trained.items() if id(p) not in held]
+        missing = self._missing()
         if missing:
             raise ValueError(
                 f"The optimizer does not have {shown(missing)} of the heads: they would never "
                 "train."
             )
+        trained = {k: p for k, p in self.heads.named_parameters() if p.requires_grad}
         moving = {id(p) for x in groups if x.get("initial_lr", x["lr"]) for p in x["params"]}
         heads: Dict[str, List[str]] = {}
         for key in trained:

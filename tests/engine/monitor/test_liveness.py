@@ -170,12 +170,15 @@ class Odd(nn.Module):
         self.calls += 1
         if self.kind == "nothing":
             return {}
+        if self.kind == "late" and not hasattr(self, "late"):
+            self.late = nn.Linear(1, 1)
         if self.kind == "by level":
             terms = {k: v.square().mean() for k, v in student.features.items()}
             terms["p4"] = terms["p4"].detach()
             return {"loss_odd": {**terms, "p3": terms["p3"] * own * self.adapter.bias.sum()}}
         work = x.square().mean() * own * (1 + self.adapter.bias.sum())
         loss = {
+            "late": lambda: work * self.late.weight.sum() * self.late.bias.sum(),
             "unused": lambda: x.square().mean() * own,
             "frozen": lambda: work,
             "all frozen": lambda: work,
@@ -205,6 +208,7 @@ def odd() -> Iterator[Callable[[str], None]]:
     [
         ("nothing", "it returned no loss"),
         ("unused", "no loss depends on Odd.adapter.bias"),
+        ("late", "the optimizer, built before, lacks Odd.late.weight, Odd.late.bias"),
         ("detached", "loss_odd has no gradient at the student's pyramid"),
         ("zero", "loss_odd has no gradient at the student's pyramid"),
         ("constant", "loss_odd is constant, 3"),

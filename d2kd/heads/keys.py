@@ -26,8 +26,17 @@ def knobs(head: Type[nn.Module]) -> Dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
+# Of every head, and no arguments: the Distiller reads them.
+OF_THE_DISTILLER = ("LOSS_WEIGHT", "REFERENCE_PIXELS", "SCHEDULE")
+
+
 def add_head_keys(node: CfgNode, head: Type[nn.Module]) -> None:
-    """Write a head's keys and their defaults into the node DISTILL.<NAME>."""
+    """
+    Write a head's keys and their defaults into the node DISTILL.<NAME>.
+
+    Raises:
+        ValueError: an argument of its constructor that can be no key of its own
+    """
     if hasattr(head, "add_config"):
         head.add_config(node)
         return
@@ -35,10 +44,24 @@ def add_head_keys(node: CfgNode, head: Type[nn.Module]) -> None:
     if getattr(head, "sums_over_cells", False):
         node.REFERENCE_PIXELS = 0
     for name, default in knobs(head).items():
+        _check_key(head, name)
         if is_dataclass(default):
             node[name.upper()] = CfgNode({k.upper(): v for k, v in vars(default).items()})
         else:  # a YAML has lists
             node[name.upper()] = list(default) if isinstance(default, tuple) else default
+
+
+def _check_key(head: Type[nn.Module], name: str) -> None:
+    key, argument = f"{key_of(head)}.{name.upper()}", f"{head.__name__}.__init__: {name!r}"
+    if name.upper() in OF_THE_DISTILLER:
+        raise ValueError(
+            f"{argument} cannot be an argument: {key} is read by the Distiller, which multiplies "
+            "the loss by weight and schedule. The default of LOSS_WEIGHT is the class attribute "
+            "loss_weight; take another name for what the head itself reads."
+        )
+    others = [x for x in knobs(head) if x != name and x.upper() == name.upper()]
+    if others:
+        raise ValueError(f"{argument} and {others[0]!r} would be one key, {key}: rename one.")
 
 
 def head_arguments(

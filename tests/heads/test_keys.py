@@ -123,6 +123,34 @@ def test_arguments_with_a_default_are_the_keys() -> None:
     assert isinstance(node.NAMES, list) and isinstance(node.PART, CfgNode)
 
 
+class OfTheDistiller(nn.Module):
+    def __init__(self, *, levels: Sequence[LevelPair], schedule: str = "cosine"):
+        """The node SCHEDULE would take its place."""
+
+
+class WeighsItself(nn.Module):
+    def __init__(self, *, levels: Sequence[LevelPair], loss_weight: float = 2.0):
+        """As heads of other frameworks have it; the weight would be applied twice."""
+
+
+class OneKeyForTwo(nn.Module):
+    def __init__(self, *, levels: Sequence[LevelPair], t: float = 1.0, T: float = 4.0):
+        """Both would be 4."""
+
+
+@pytest.mark.parametrize(
+    "head, message",
+    [
+        (OfTheDistiller, "'schedule' cannot be an argument: .*SCHEDULE is read by the Distiller"),
+        (WeighsItself, "'loss_weight' cannot be an argument.*the class attribute loss_weight"),
+        (OneKeyForTwo, "'t' and 'T' would be one key, .*T: rename one"),
+    ],
+)
+def test_argument_without_a_key_of_its_own_is_refused(head: Type[nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{head.__name__}.__init__: {message}"):
+        keys_of(head)
+
+
 def test_keys_and_facts_reach_the_constructor(registered: None) -> None:
     opts = ["DISTILL.Keyed.EPS", 0.25, "DISTILL.Keyed.NAMES", ["c"], "DISTILL.Keyed.PART.SIZE", 7]
     levels, sampler, eps, names, part = build("Keyed", *opts).values

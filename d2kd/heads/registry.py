@@ -8,7 +8,20 @@ from torch import nn
 from ..pairing.levels import LevelPair
 from ..utils.checks import nearest
 
-DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
+
+class HeadRegistry(Registry):
+    """Of classes named <Name>Head."""
+
+    def _do_register(self, name: str, obj: Any) -> None:
+        if not name.endswith("Head"):
+            raise ValueError(
+                f"DISTILL_HEAD_REGISTRY: the class {name} must be named {name}Head, which is "
+                f'"{name}" in DISTILL.HEADS.'
+            )
+        super()._do_register(name, obj)
+
+
+DISTILL_HEAD_REGISTRY = HeadRegistry("DISTILL_HEAD")
 DISTILL_HEAD_REGISTRY.__doc__ = """
 Registry of distillation heads: one published method each.
 

@@ -151,6 +151,12 @@ def test_argument_without_a_key_of_its_own_is_refused(head: Type[nn.Module], mes
         keys_of(head)
 
 
+def test_class_without_a_head_s_name_is_not_registered(registered: None) -> None:
+    with pytest.raises(ValueError, match='must be named CosineHead, which is "Cosine"'):
+        DISTILL_HEAD_REGISTRY.register(type("Cosine", (nn.Module,), {}))
+    assert "Cosine" not in DISTILL_HEAD_REGISTRY
+
+
 def test_keys_and_facts_reach_the_constructor(registered: None) -> None:
     opts = ["DISTILL.Keyed.EPS", 0.25, "DISTILL.Keyed.NAMES", ["c"], "DISTILL.Keyed.PART.SIZE", 7]
     levels, sampler, eps, names, part = build("Keyed", *opts).values

@@ -16,7 +16,7 @@ def check_names(case: Case) -> None:
     """
     `forward` returns {"loss_...": scalar, or {level: scalar}}: finite, float32, connected to the
     student, with names different from the student's own losses. It reads only what `requires`
-    declares.
+    declares, and leaves it as it is.
     """
     distiller = case.fresh()
     watch_views(case, distiller)

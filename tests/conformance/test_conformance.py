@@ -125,6 +125,23 @@ class ReadsWhatItDoesNotRequire(SoundHead):
         return {"loss_defective": self.error(student, teacher) + student.dense().logits[0].mean()}
 
 
+class CentresTheTeacher(SoundHead):
+    def forward(self, student, teacher):
+        losses = super().forward(student, teacher)
+        target = teacher.features["p3"].float()
+        target -= target.mean()
+        return losses
+
+
+class ScalesTheBoxes(SoundHead):
+    requires = frozenset({"features", "gt_instances"})
+
+    def forward(self, student, teacher):
+        for instances in student.gt_instances:
+            instances.gt_boxes.scale(1 / 8, 1 / 8)
+        return super().forward(student, teacher)
+
+
 class TakesLogOfSoftmax(SoundHead):
     def forward(self, student, teacher):
         x, target = (view.dense().logits[0].flatten(1).softmax(1) for view in (student, teacher))
@@ -198,6 +215,8 @@ DEFECTS = [
     (Unreduced, check_names, r"loss_defective is \(2, 32, 8, 8\); reduce it"),
     (TakenName, check_names, "the student has its own loss 'loss_cls'|a name that is taken"),
     (ReadsWhatItDoesNotRequire, check_names, r"reads `dense`, but `requires` is \['features'\]"),
+    (CentresTheTeacher, check_names, r"changes teacher.features\['p3'\] in place"),
+    (ScalesTheBoxes, check_names, r"changes student.gt_instances\[0\].gt_boxes in place"),
     (DetachesTheStudent, check_gradients, "all gradients of the student .* are missing or 0"),
     (WeighsItself, check_weight, "LOSS_WEIGHT doubled, 4 times as much"),
     (IsNeverTheSame, check_weight, "in the same step with the same seeds"),

@@ -51,9 +51,14 @@ def backward(case: Case, distiller: Distiller, inputs: Any = (), what: str = "")
     """
     distiller.zero_grad()
     terms = case.terms(distiller, inputs)
+    assert terms, (
+        f"{case}: forward returns no loss{what}. Return a zero that is connected to the student, "
+        "`(x * 0).sum()`, or a sum over a possibly empty selection."
+    )
     for key, x in terms.items():
-        assert x.isfinite(), f"{case}: {key} is {x.item()}{what}."
-        assert x.requires_grad, (
+        is_tensor = isinstance(x, Tensor)
+        assert not is_tensor or x.isfinite(), f"{case}: {key} is {x.item()}{what}."
+        assert is_tensor and x.requires_grad, (
             f"{case}: {key} is not connected to the student{what}. Even a loss of 0 must be: use "
             "`(x * 0).sum()`, or a sum over a possibly empty selection."
         )
@@ -95,13 +100,22 @@ def _check_teacher(case: Case, teacher: nn.Module, before: Dict[str, Tensor]) ->
 
 
 def check_without_boxes(case: Case) -> None:
-    """Without boxes the loss is finite and connected to the student and the whole head."""
+    """
+    Without boxes the losses have the same names, are finite and connected to the student and the
+    whole head.
+    """
     distiller, none, some = case.fresh(), batch(1, boxes=0), batch(1)
+    names = list(case.terms(distiller))
     for inputs, what in (
         (batch(2, boxes=0), " when no image has a box"),
         (none + some, " when one of two images has no box"),
     ):
-        backward(case, distiller, inputs, what)
+        found = list(backward(case, distiller, inputs, what))
+        assert sorted(found) == sorted(names), (
+            f"{case}: forward returns {', '.join(found)}{what}, else {', '.join(names)}. Return "
+            "the same names in every step, with a zero that is connected to the student: of "
+            "several processes, the main one looks for each of its losses in all others."
+        )
         check_head_gradients(case, distiller, what)
 
 

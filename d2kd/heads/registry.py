@@ -52,7 +52,7 @@ A head is an nn.Module with
 * `class_activations`, what of {"softmax", "sigmoid"} it can make of the logits of
   `roi_predictions` (default: {"softmax"}, over classes and background);
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with
-  "loss_" to either a scalar or {level name: scalar}, whose sum is the
+  "loss_", the same in every step, to either a scalar or {level name: scalar}, whose sum is the
   loss. What it reads it leaves as it is: all heads share it. Unweighted: LOSS_WEIGHT and the
   schedule are applied by the Distiller. Without boxes or positives it returns a zero that is
   connected to the student, so that no process of a DDP run waits for a missing gradient.

@@ -162,6 +162,25 @@ class DividesByBoxes(SoundHead):
         return {"loss_defective": self.error(student, teacher) / torch.tensor(float(boxes))}
 
 
+class ReturnsNothingWithoutBoxes(SoundHead):
+    def forward(self, student, teacher):
+        boxes = sum(len(x) for x in student.gt_instances)
+        return super().forward(student, teacher) if boxes else {}
+
+
+class ReturnsANumberWithoutBoxes(SoundHead):
+    def forward(self, student, teacher):
+        boxes = sum(len(x) for x in student.gt_instances)
+        return super().forward(student, teacher) if boxes else {"loss_defective": 0.0}
+
+
+class CallsItOtherwiseWithoutBoxes(SoundHead):
+    def forward(self, student, teacher):
+        boxes = sum(len(x) for x in student.gt_instances)
+        name = "loss_objects" if boxes else "loss_background"
+        return {name: self.error(student, teacher)}
+
+
 class ForgetsItsMemory(SoundHead):
     def __init__(self, cfg, pair):
         super().__init__(cfg, pair)
@@ -228,6 +247,9 @@ DEFECTS = [
     (NeedsBoxes, check_without_boxes, "adapter.weight, .* got no gradient when no image has a box"),
     (NeedsBoxes, check_processes, "process 1 has no boxes in step 2"),
     (DividesByBoxes, check_without_boxes, "loss_defective is inf when no image has a box"),
+    (ReturnsNothingWithoutBoxes, check_without_boxes, "returns no loss when no image has a box"),
+    (ReturnsANumberWithoutBoxes, check_without_boxes, "loss_defective is not connected to the st"),
+    (CallsItOtherwiseWithoutBoxes, check_without_boxes, "loss_background when .* else loss_obj"),
     (ForgetsItsMemory, check_checkpoint, "after a resume loss_defective is .*register_buffer"),
     (HasAListOfModules, check_checkpoint, "after a resume loss_defective is .*nn.ModuleList"),
     (MultipliesInHalfPrecision, check_mixed_precision, "float16 under torch.autocast.*enabled"),

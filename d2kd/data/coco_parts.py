@@ -20,6 +20,11 @@ def is_whole(value: Any) -> bool:
     return type(value) is int or isinstance(value, float) and value.is_integer()
 
 
+def whole_size(entry: Dict[str, Any]) -> Dict[str, int]:
+    """Width and height, as far as the entry has them, as integers: 640.0 is no size of a mask."""
+    return {side: int(entry[side]) for side in ("width", "height") if side in entry}
+
+
 def check_entries(entries: List[Any], part: str, keys: Sequence[str], twice: bool = False) -> None:
     """Check that each entry has these keys, and a unique id unless `twice` allows duplicates."""
     seen = set()
@@ -106,4 +111,4 @@ def read_images(entries: List[Any]) -> Tuple[ImageEntry, ...]:
                     "1 or more"
                 )
         _check_inside(entry["file_name"])
-    return tuple(ImageEntry(x["file_name"], x["width"], x["height"]) for x in entries)
+    return tuple(ImageEntry(x["file_name"], **whole_size(x)) for x in entries)

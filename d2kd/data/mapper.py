@@ -9,6 +9,7 @@ from PIL import Image
 from detectron2.data import DatasetMapper
 from detectron2.utils.file_io import PathManager
 
+from .coco_parts import whole_size
 from .image_headers import check_mode
 
 
@@ -34,7 +35,7 @@ class CheckedMapper(DatasetMapper):
             # With INPUT.CROP and masks Detectron2 asks the masks for the boxes, also of an image
             # without objects, which has no masks.
             self.recompute_boxes = self._crops_masks and _has_object(dataset_dict)
-            return super().__call__(dataset_dict)
+            return super().__call__({**dataset_dict, **whole_size(dataset_dict)})
 
     def _check_mode_once(self, path: str) -> None:
         if path in self._modes_checked:

@@ -17,6 +17,7 @@ from detectron2.evaluation import (
 
 from ..data.annotations import is_polygon
 from ..data.checks import check_evaluator
+from ..data.coco_parts import whole_size
 from ..utils.silent import silent
 
 
@@ -74,11 +75,14 @@ def complete_truth(truth: COCO) -> None:
     """
     Fill in, in place, missing fields that can have only one value: "iscrowd" 0; the area of the
     mask, or else of the box; the number of visible keypoints; an empty "info". Annotation ids count
-    from 1, as pycocotools takes a match with the id 0 for none. Polygons of fewer than three
-    points, which Detectron2 leaves out of training, are left out.
+    from 1, as pycocotools takes a match with the id 0 for none, and sizes of images become
+    integers, as it draws no polygon at 640.0. Polygons of fewer than three points, which Detectron2
+    leaves out of training, are left out.
     """
     content = truth.dataset
     content.setdefault("info", {})
+    for image in content["images"]:
+        image.update(whole_size(image))
     numbers: Dict[Any, int] = {}
     for annotation in content.get("annotations", ()):
         annotation.setdefault("iscrowd", 0)

@@ -7,10 +7,12 @@ from typing import Any, Dict
 import numpy as np
 import pycocotools.mask
 import pytest
+import torch
 from PIL import Image
 
 from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.structures import BoxMode
+from detectron2.layers import paste_masks_in_image
+from detectron2.structures import Boxes, BoxMode
 from detectron2.utils.file_io import PathManager
 
 from d2kd.data import build_train_loader
@@ -106,6 +108,18 @@ def test_image_without_objects_is_cropped_where_masks_are_learnt(
     sample = mapper({**record, "annotations": [{**crowd, "iscrowd": 0, "bbox": [0, 0, 9, 9]}]})
     height, width = sample["image"].shape[1:]
     assert sample["instances"].gt_boxes.tensor.tolist() == [[0, 0, width, height]]
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_sizes_written_as_floats_are_sizes_of_masks(
+    is_train: bool, record: Any, tmp_path: Path
+) -> None:
+    record.update(width=64.0, height=48.0)
+    sample = CheckedMapper(config_of(tmp_path, [], []), is_train=is_train)(record)
+    size = sample["height"], sample["width"]
+    # What Detectron2 does to the masks of an image's detections; a tensor of 48.0 rows is none.
+    masks = paste_masks_in_image(torch.ones(1, 4, 4), Boxes([[0, 0, 64, 48]]), size)
+    assert masks.shape == (1, 48, 64)
 
 
 def test_the_header_of_an_image_is_read_once(

@@ -103,6 +103,14 @@ def test_whole_numbers_may_be_written_as_floats(tmp_path: Path, forget_sets: Non
     assert found == pytest.approx(expected, nan_ok=True) and 0 < found["AP"] < 100
 
 
+def test_a_polygon_is_a_mask_where_sizes_are_floats(tmp_path: Path) -> None:
+    # pycocotools draws into an image of 48 x 64 pixels, not of 48.0 x 64.0.
+    base = {"id": 0, "image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 10]}
+    annotation = {**base, "segmentation": [[10, 10, 30, 10, 10, 20]]}
+    whole, floats = (truth_of(tmp_path, [dict(annotation)], kind) for kind in (int, float))
+    assert floats.anns[1]["area"] == whole.anns[1]["area"] > 0
+
+
 def test_one_object_of_id_0_is_found(tmp_path: Path, forget_sets: None) -> None:
     assert ap_of_truth(tmp_path, one_object)["AP"] == pytest.approx(100)
 
@@ -141,8 +149,8 @@ def test_ids_of_images_and_categories_may_begin_anywhere(
     assert ap_of_truth(tmp_path, move, shift=1.0) == pytest.approx(expected, nan_ok=True)
 
 
-def truth_of(folder: Path, annotations: List[Dict[str, Any]]) -> COCO:
-    said = {"images": [{"id": 1, "file_name": "a", "width": 64, "height": 48}]}
+def truth_of(folder: Path, annotations: List[Dict[str, Any]], kind: type = int) -> COCO:
+    said = {"images": [{"id": 1, "file_name": "a", "width": kind(64), "height": kind(48)}]}
     said.update(categories=[{"id": 1, "name": "a"}], annotations=annotations)
     path = folder / "a.json"
     path.write_text(json.dumps(said))

@@ -70,7 +70,9 @@ def _swatch(colour: Tuple[int, int, int]) -> np.ndarray:
 
 def _tile(errors: ImageErrors, path: str, names: Mapping[int, str]) -> np.ndarray:
     image = read_image(path, "RGB")
-    picture = Visualizer(image, scale=SIDE / max(image.shape[:2]))
+    sides = image.shape[:2]
+    # At least a pixel of the shorter side: matplotlib draws no picture without one.
+    picture = Visualizer(image, scale=max(SIDE / max(sides), 1 / min(sides)))
     missed = {x["id"] for x in errors.misses}
     _draw(picture, [x for x in errors.truth if x["id"] not in missed], FOUND)
     _draw(picture, errors.misses, MISS, [names[x["category_id"]] for x in errors.misses])

@@ -1,10 +1,11 @@
 """The images with most errors, as a list and as a picture."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import cv2
 import numpy as np
+import pytest
 
 from d2kd.labelling import ClassMatches, Gate
 from d2kd.labelling.sheet import draw_sheet
@@ -65,3 +66,11 @@ def test_every_image_has_a_place_on_the_sheet(tmp_path: Path) -> None:
     dark = (sheet.max(axis=2) < 30).sum()
     area = 320 * 213  # of an image
     assert 0.7 * count * area < dark < count * area
+
+
+@pytest.mark.parametrize("size", [(8, 6000), (6000, 8)])
+def test_an_image_as_thin_as_a_line_is_drawn(size: Tuple[int, int], tmp_path: Path) -> None:
+    path = str(tmp_path / "a.png")  # scaled to 320 pixels, the other side is less than half a pixel
+    cv2.imwrite(path, np.zeros((*size, 3), dtype=np.uint8))
+    sheet = draw_sheet(worst_images([gate(1, 0.5)], 1), {2: path}, NAMES)
+    assert max(sheet.shape) >= 320

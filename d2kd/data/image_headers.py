@@ -16,16 +16,20 @@ END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 TAIL = 2048  # a complete file has its end mark in this many last bytes
 
 
-def check_mode(path: str, mode: str) -> None:
-    """
-    Raises:
-        ValueError: Detectron2's reader would clip the image's pixels
-    """
-    if mode not in EIGHT_BIT_MODES:
-        raise ValueError(
-            f"{path} has pixels of more than 8 bits (PIL mode {mode}): values above 255 would be "
+def why_unsound(image: Image.Image) -> str:
+    """Why Detectron2's reader would not give the pixels of an opened image; "" if it does."""
+    if image.mode not in EIGHT_BIT_MODES:
+        return (
+            f"has pixels of more than 8 bits (PIL mode {image.mode}): values above 255 would be "
             "read as 255. Scale the images of the set to 0..255 and save them with 8 bits."
         )
+    if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) != 1:
+        return (
+            "is a TIFF with an orientation, by which both Pillow and Detectron2 would turn it: "
+            "its pixels would not be where its boxes are. Save the images of the set upright, "
+            "without orientation."
+        )
+    return ""
 
 
 class Header(NamedTuple):
@@ -42,15 +46,16 @@ def read_header(path: str) -> Header:
     Read an image's header without decoding it, unless its end is missing.
 
     Raises:
-        ValueError: more than 8 bits
+        ValueError: more than 8 bits, or a TIFF that would be turned twice
         OSError: it cannot be read
     """
     with _readable(path), open(path, "rb") as file, Image.open(file) as image:
-        mode, size, turned = image.mode, image.size, _is_turned(image)
-        has_alpha = mode in ALPHA_MODES or "transparency" in image.info
+        reason, size, turned = why_unsound(image), image.size, _is_turned(image)
+        has_alpha = image.mode in ALPHA_MODES or "transparency" in image.info
         if not _has_end(file, image.format):
             image.load()  # fails if the image is incomplete
-    check_mode(path, mode)
+    if reason:
+        raise ValueError(f"{path} {reason}")
     width, height = size[::-1] if turned else size
     return Header(width, height, turned, has_alpha)
 
@@ -63,7 +68,7 @@ def check_header(path: str, entry: ImageEntry) -> bool:
         whether it may have transparent pixels
 
     Raises:
-        ValueError: more than 8 bits, or not the size in the JSON
+        ValueError: as of :func:`read_header`, or not the size in the JSON
         OSError: it cannot be read
     """
     header = read_header(path)

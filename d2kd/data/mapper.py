@@ -10,7 +10,7 @@ from detectron2.data import DatasetMapper
 from detectron2.utils.file_io import PathManager
 
 from .coco_parts import whole_size
-from .image_headers import check_mode
+from .image_headers import why_unsound
 
 
 class CheckedMapper(DatasetMapper):
@@ -19,7 +19,7 @@ class CheckedMapper(DatasetMapper):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Arguments are Detectron2's, or a config."""
         super().__init__(*args, **kwargs)
-        self._modes_checked: Set[str] = set()
+        self._checked: Set[str] = set()
         self._crops_masks = self.recompute_boxes
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
@@ -31,19 +31,20 @@ class CheckedMapper(DatasetMapper):
             OSError, ValueError, RuntimeError: naming the image
         """
         with image_in_errors(dataset_dict):
-            self._check_mode_once(dataset_dict["file_name"])
+            self._check_once(dataset_dict["file_name"])
             # With INPUT.CROP and masks Detectron2 asks the masks for the boxes, also of an image
             # without objects, which has no masks.
             self.recompute_boxes = self._crops_masks and _has_object(dataset_dict)
             return super().__call__({**dataset_dict, **whole_size(dataset_dict)})
 
-    def _check_mode_once(self, path: str) -> None:
-        if path in self._modes_checked:
+    def _check_once(self, path: str) -> None:
+        if path in self._checked:
             return
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            mode = image.mode
-        check_mode(path, mode)
-        self._modes_checked.add(path)
+            reason = why_unsound(image)
+        if reason:
+            raise ValueError(f"{path} {reason}")
+        self._checked.add(path)
 
 
 def _has_object(dataset_dict: Dict[str, Any]) -> bool:

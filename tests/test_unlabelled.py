@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from d2kd.conformance.detectors import enliven
 from d2kd.data import register_datasets
 from d2kd.data.loader import build_train_loader
-from d2kd.data.unlabelled import batch_sizes
+from d2kd.data.unlabelled import batch_sizes, find_unlabelled
 from d2kd.distiller import Distiller
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.pairing.classes import match_classes
@@ -29,6 +29,7 @@ from tests.helpers.runs import (
     run_config,
     saved,
 )
+from tests.helpers.toy_sets import name_sets, write_set
 from tests.helpers.toys import GROUP_NORM, batch, distill_config, write_teacher
 from tests.helpers.view_toys import masked_batch, needs_fcos
 
@@ -276,6 +277,21 @@ def test_json_lists_some_of_a_folder(tmp_path: Path, folder: str) -> None:
     entry = {"IMAGES": folder, "JSON": str(tmp_path / "x.json")}
     cfg = mixed_config(tmp_path, folder, DISTILL__UNLABELLED__SETS=[entry])
     assert {x[0] for b in stream(cfg, 0, 2) for x in b[2:]} == {str(Path(folder) / "3.png")}
+
+
+def test_images_of_a_test_set_are_told(
+    tmp_path: Path, folder: str, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the teacher detects on them is learnt as labels would be."""
+    write_set(tmp_path, "tested")
+    (tmp_path / "link").symlink_to("tested")
+    cfg = mixed_config(tmp_path, folder)
+    for other, count in ((folder, 0), (str(tmp_path / "link"), 8)):
+        caplog.clear()
+        cfg.DISTILL.UNLABELLED.SETS = [folder, other]
+        find_unlabelled(name_sets(cfg.clone(), tmp_path, [], ["tested"]))
+        told = f"{count} of the 8 images of DATASETS.TEST are also in DISTILL.UNLABELLED.SETS"
+        assert (told in caplog.text) == (count > 0)
 
 
 def labelled_json(folder: str) -> Dict[str, str]:

@@ -1,8 +1,9 @@
 """Images without labels, from which a student learns beside those of DATASETS.TRAIN."""
 
 import json
+import logging
 import os
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -10,7 +11,11 @@ from detectron2.utils import comm
 from ..utils.checks import check_range
 from ..utils.distils import distils
 from ..utils.packaged import find_file
+from .coco_json import read_summary
+from .entries import parse_entry
 from .find_images import find_images
+
+logger = logging.getLogger(__name__)
 
 KEY = "DISTILL.UNLABELLED"
 
@@ -110,7 +115,26 @@ def find_unlabelled(cfg: CfgNode) -> List[Dict[str, Any]]:
             _check_no_labels(json_file, key)
     for number, image in enumerate(found):
         image["image_id"] = number  # those of several sets may be the same
+    tested = _tested(cfg)
+    both = [x for x in found if tested and os.path.realpath(x["file_name"]) in tested]
+    if both:
+        logger.warning(
+            f"{len(both)} of the {len(tested)} images of DATASETS.TEST are also in {KEY}.SETS, "
+            f"such as {both[0]['file_name']}: the AP does not measure generalisation."
+        )
     return found
+
+
+def _tested(cfg: CfgNode) -> Set[str]:
+    """Paths, without links, of the images of the test sets in DATASETS.COCO_FORMAT."""
+    paths: Set[str] = set()
+    for i, entry in enumerate(cfg.DATASETS.COCO_FORMAT):
+        key = f"DATASETS.COCO_FORMAT[{i}]"
+        name, json_file, folder = parse_entry(entry, key)
+        if name in cfg.DATASETS.TEST:
+            images = read_summary(json_file, key).images
+            paths.update(os.path.realpath(os.path.join(folder, x.file_name)) for x in images)
+    return paths
 
 
 def _check_no_labels(json_file: str, key: str) -> None:

@@ -100,11 +100,23 @@ class SetChecks:
         check_role(summary, part, self.cfg, self.meta_architecture, blame)
         paths = _paths(summary.images, folder)
         if part == "TRAIN":
+            if name not in self.objects:
+                self._tell_twice(name, paths)
             self.objects[name] = summary.facts.objects
         if not paths <= self.files[part]:
             check_images(summary.images, folder, part, blame)
         self.files[part] |= paths
         return summary.classes
+
+    def _tell_twice(self, name: str, paths: Set[str]) -> None:
+        """Warn of images of another training set, such as labelled ones with pseudo-labels too."""
+        both = paths & self.files["TRAIN"]
+        if both:
+            logger.warning(
+                f"{len(both)} of the {len(paths)} images of {name} are also in another set of "
+                f"DATASETS.TRAIN, such as {min(both)}: each is learnt twice, and what only one of "
+                "the two sets has labelled is background in the other."
+            )
 
     def _learnt_elsewhere(self) -> Optional[Tuple[str, Sequence[str]]]:
         """First training set and its classes, for an evaluation that skips the training sets."""

@@ -166,6 +166,21 @@ def test_images_in_training_and_test_sets_are_counted(
     assert "7 of the 7 images of DATASETS.TEST are also in DATASETS.TRAIN, such as" in caplog.text
 
 
+def test_images_in_two_training_sets_are_counted(
+    tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where all images were labelled by a teacher, also those that had labels."""
+    write_set(tmp_path, "truth", lambda said: said["images"].pop() and drop_orphans(said))
+    write_set(tmp_path, "labelled")
+    cfg = config_of(tmp_path, ["truth", "labelled"], [])
+    register_datasets(cfg)
+    assert "another set" not in caplog.text
+    cfg.DATASETS.COCO_FORMAT[1].update(NAME="pseudo", IMAGES=str(tmp_path / "truth"))
+    cfg.DATASETS.TRAIN = ("truth", "pseudo", "pseudo")  # named twice, a set is told once
+    register_datasets(cfg)
+    assert caplog.text.count("7 of the 8 images of pseudo are also in another set of") == 1
+
+
 def drop_orphans(said: Content) -> None:
     known = {x["id"] for x in said["images"]}
     said["annotations"] = [x for x in said["annotations"] if x["image_id"] in known]

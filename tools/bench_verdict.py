@@ -16,7 +16,7 @@ from d2kd.cli.common import command_parser
 from d2kd.utils.silent import silent
 from d2kd.utils.user_mistakes import run_command
 from paired_ap import ImageAP, image_error, read_detections
-from paired_baseline import truth_of
+from paired_baseline import check_rule, truth_of
 from paired_verdict import Verdict, decide
 
 EPILOG = """
@@ -26,11 +26,22 @@ Example:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
+    """
+    Raises:
+        ValueError: a row that the table does not have, or no runs to compare
+    """
     args = parse_args(argv)
-    table = read_table(args.table)
+    table, compared = read_table(args.table), False
     for row, iterations, seeds, verdict in verdicts(table, args):
         count = "one seed" if seeds == 1 else f"{seeds} seeds"
         print(f"{row}, {iterations} iterations, {count}: {verdict}", flush=True)
+        compared = True
+    if not compared:
+        raise ValueError(
+            f"{table.output} has no finished run of these rows beside one of the baseline "
+            f"{args.baseline or table.baseline!r} with the same budget and seed. A verdict needs "
+            f"the runs' detections, which the CSV does not have: d2kd bench {args.table}"
+        )
 
 
 def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int, int, Verdict]]:
@@ -94,7 +105,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--threshold", type=float, default=0.5, metavar="AP", help="no more is no gain (0.5)")
     add("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
     add("--masks", action="store_true", help="of masks, not of boxes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_rule(parser, args)
+    return args
 
 
 if __name__ == "__main__":

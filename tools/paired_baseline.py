@@ -216,11 +216,16 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parse_command_line(parser, argv)
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         parser.error(f"--seeds must be different and not negative, got {args.seeds}")
+    check_rule(parser, args)
+    return args
+
+
+def check_rule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what makes no verdict: the error of one sample is not a number."""
     if args.samples < 2:
         parser.error(f"--samples must be 2 or more, got {args.samples}")
     if not 0 <= args.threshold < 100:
         parser.error(f"--threshold must be in [0, 100), got {args.threshold}")
-    return args
 
 
 if __name__ == "__main__":

@@ -101,6 +101,22 @@ def test_run_that_is_not_finished_is_left_out(
     assert line.startswith("better, 4 iterations, one seed: INCONCLUSIVE")
 
 
+def test_table_whose_runs_are_not_there_says_so(place: Path, tool: Callable) -> None:
+    """As in a fresh clone, where the CSV has figures but no detections."""
+    path = write(place)
+    with pytest.raises(ValueError, match="has no finished run .* baseline 'alone' .*d2kd bench"):
+        tool("bench_verdict").main([path])
+
+
+@pytest.mark.parametrize("words", [["--samples", "1"], ["--threshold", "-1"]])
+def test_what_makes_no_verdict_is_refused(
+    words: List[str], place: Path, tool: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        tool("bench_verdict").main([write(place), *words])
+    assert f"{words[0]} must be" in capsys.readouterr().err
+
+
 def test_unknown_row_is_refused_with_those_there_are(place: Path, tool: Callable) -> None:
     with pytest.raises(
         ValueError, match="--rows: 'best' is no row of .*There are alone, better, same"

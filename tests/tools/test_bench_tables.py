@@ -1,5 +1,6 @@
 """The documents say what the CSVs say; a figure that was typed or is out of date is found."""
 
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, List
@@ -7,6 +8,11 @@ from typing import Any, Callable, Dict, List
 import cv2
 import pytest
 import yaml
+
+from tests.helpers.toys import ROOT
+
+CHOSEN = re.compile(r"LOSS_WEIGHT: (\S+)  # .*the best on val of ([^;\n]*)")
+CONFIGS = sorted(Path(ROOT, "configs", "quickstart").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -16,6 +22,20 @@ def tables(tool: Callable[[str], ModuleType]) -> ModuleType:
 
 def test_documents_say_what_the_csv_says(tables: ModuleType) -> None:
     assert tables.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("path", [x for x in CONFIGS if CHOSEN.search(x.read_text())], ids=str)
+def test_weight_that_a_yaml_calls_the_best_on_val_is(path: Path, tool: Callable) -> None:
+    """Of those that the comment names, which are all that were tried on the YAML's levels."""
+    chosen, named = CHOSEN.search(path.read_text()).groups()
+    results = tool("bench_results").read_results(str(Path(ROOT, "configs/bench/weights.csv")))
+    found = {
+        float(x["row"].split()[-1]): float(x["val_AP"])
+        for x in results
+        if x["config"].endswith(f"/{path.name}") and " on " not in x["row"]  # on other levels
+    }
+    assert {float(x) for x in re.findall(r"[\d.]+", named)} == set(found)
+    assert found[float(chosen)] == max(found.values())
 
 
 def result(row: str, seed: int, ap: float, iterations: int = 100, **said: Any) -> Dict[str, Any]:

@@ -52,7 +52,9 @@ def test_readme_says_what_the_code_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", head_names())
 def test_methods_page_names_configs_and_figures(name: str) -> None:
-    _, configs, published, measured = table("docs/methods.md", "## All methods")[name]
+    title, configs, published, measured = table("docs/methods.md", "## All methods")[name]
+    # Who copies a figure from here copies the mark.
+    assert ("(reconstructed)" in title) == ("RECONSTRUCTED" in head_class(name).__doc__)
     for config in re.findall(r"`(\w+)`", configs):
         cfg = load_config(str(Path(ROOT) / "configs" / "quickstart" / f"{config}.yaml"))
         assert name in cfg.DISTILL.HEADS

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 
 from d2kd import load_config, student_config
 from d2kd.cli.common import add_config_options, command_parser, read_config
@@ -106,13 +106,14 @@ def truth_of(cfg: CfgNode) -> COCO:
     """
     register_datasets(cfg, "", parts=("TEST",))
     names = cfg.DATASETS.TEST
-    path = MetadataCatalog.get(names[0]).get("json_file") if names else ""
-    if not path:
+    metadata = MetadataCatalog.get(names[0]) if names else Metadata()
+    # LVIS has a JSON too, but its evaluator another AP, and another file of detections.
+    if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
         raise ValueError(
             f"DATASETS.TEST is {names}: an interval needs a test set in COCO's format."
         )
     with silent():
-        truth = COCO(path)
+        truth = COCO(metadata.json_file)
     complete_truth(truth)
     return truth
 

@@ -2,11 +2,12 @@
 
 import csv
 import io
+import os
 import subprocess
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 import pycocotools.mask
@@ -14,10 +15,13 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detectron2.data import Metadata
+
+from d2kd import load_config
 from d2kd.cli.steps import METRICS
 from tests.helpers.forks import run_python
 from tests.helpers.runs import run_config
-from tests.helpers.toys import stock_backbone, write_teacher
+from tests.helpers.toys import ROOT, stock_backbone, write_teacher
 
 
 @pytest.fixture
@@ -191,6 +195,21 @@ def test_run_without_a_test_set_is_refused_before_it_is_trained(
     (tmp_path / "run.yaml").write_text(cfg.dump())
     with pytest.raises(ValueError, match="an interval needs a test set"):
         paired.main(["--config-file", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("kind", ["lvis", None])
+def test_set_that_is_not_evaluated_as_coco_is_refused_before_it_is_trained(
+    kind: Optional[str], paired: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of LVIS the AP is another one, and its evaluator leaves other files."""
+    said = {"evaluator_type": kind} if kind else {}
+    odd = Metadata(name="odd", json_file="odd.json", **said)
+    monkeypatch.setattr(paired, "MetadataCatalog", {"odd": odd})
+    monkeypatch.setattr(paired, "register_datasets", lambda *_, **__: None)
+    cfg = load_config(os.path.join(ROOT, "configs", "quickstart", "pkd.yaml"))
+    cfg.DATASETS.TEST = ("odd",)
+    with pytest.raises(ValueError, match="needs a test set in COCO's format"):
+        paired.truth_of(cfg)
 
 
 @pytest.mark.parametrize(

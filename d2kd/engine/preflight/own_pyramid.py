@@ -38,7 +38,6 @@ def warn_of_own_pyramid(distiller: Distiller, missing: Collection[str]) -> None:
 
 def compares_channels(head: nn.Module) -> bool:
     """Whether a head compares channel i with channel i; a generator is a layer in between."""
-    adapters = getattr(head, "adapter", None)
-    if not isinstance(adapters, nn.ModuleDict) or hasattr(head, "generator"):
-        return False
-    return any(isinstance(x, nn.Identity) for x in adapters.values())
+    by_level = [x for x in head.children() if isinstance(x, nn.ModuleDict)]
+    is_direct = any(isinstance(x, nn.Identity) for levels in by_level for x in levels.values())
+    return is_direct and not hasattr(head, "generator")

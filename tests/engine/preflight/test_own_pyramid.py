@@ -8,8 +8,9 @@ from torch import nn
 
 from detectron2.modeling import build_model
 
-from d2kd.engine.preflight.own_pyramid import warn_of_own_pyramid
-from tests.helpers.toys import distill_config, write_teacher
+from d2kd import build_adapters
+from d2kd.engine.preflight.own_pyramid import compares_channels, warn_of_own_pyramid
+from tests.helpers.toys import distill_config, level_pairs, write_teacher
 
 
 def warned(
@@ -40,6 +41,15 @@ def test_heads_with_a_layer_in_between_and_those_of_logits_are_not(
     head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert not warned([head], tmp_path, caplog)
+
+
+def test_adapters_are_found_by_what_they_are() -> None:
+    # The README's example of a head calls them `adapters`, d2kd's own heads `adapter`.
+    head = nn.Module()
+    head.adapters = build_adapters(level_pairs(p3=(4, 8), p4=(4, 4)))
+    assert compares_channels(head)
+    head.adapters = build_adapters(level_pairs(p3=(4, 8), p4=(4, 4)), always=True)
+    assert not compares_channels(head)
 
 
 @pytest.mark.parametrize(

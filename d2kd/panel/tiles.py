@@ -86,11 +86,16 @@ def outline(picture: np.ndarray, boxes: np.ndarray, scale: float) -> np.ndarray:
 
 def write_picture(path: Union[str, Path], picture: np.ndarray) -> None:
     """
+    Write a PNG.
+
     Raises:
         OSError: it cannot be written
     """
-    if not cv2.imwrite(str(path), picture[..., ::-1]):
-        raise OSError(f"Cannot write {path}")
+    content = cv2.imencode(".png", picture[..., ::-1])[1]
+    try:  # not by cv2.imwrite, which ends the process at a name that is not UTF-8
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error.strerror}") from error
 
 
 def blank(height: int, width: int) -> np.ndarray:
@@ -99,6 +104,8 @@ def blank(height: int, width: int) -> np.ndarray:
 
 def text_line(text: str, colour: Tuple[int, int, int] = BLACK) -> np.ndarray:
     """(LINE, width of the text, 3)"""
+    # OpenCV ends the process at what is not UTF-8, as the name of a file may be.
+    text = text.encode(errors="replace").decode()
     line = blank(LINE, cv2.getTextSize(text, FONT, FONT_SCALE, 1)[0][0] + 2)
     cv2.putText(line, text, (0, LINE - 6), FONT, FONT_SCALE, colour, 1, cv2.LINE_AA)
     return line

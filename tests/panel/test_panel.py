@@ -1,12 +1,15 @@
 """The picture of a batch: which maps it shows, and where their cells lie."""
 
+import os
 import random
+from pathlib import Path
 from typing import Any, List, Sequence
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from detectron2.modeling import build_model
@@ -15,7 +18,7 @@ from detectron2.utils.events import EventStorage
 from d2kd import Distiller
 from d2kd.panel import draw_panel
 from d2kd.panel.maps import Map, Row, image_maps
-from d2kd.panel.tiles import LINE, TILE, map_tile
+from d2kd.panel.tiles import LINE, TILE, map_tile, text_line, write_picture
 from tests.helpers.toys import batch, distill_config
 
 NO_BOXES = np.zeros((0, 4))
@@ -171,6 +174,15 @@ def test_drawing_leaves_no_trace(teacher: List[Any]) -> None:
     draw_panel(distiller)
     after = _state(distiller)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_the_name_of_a_file_need_not_be_utf_8(tmp_path: Path) -> None:
+    """As of one unpacked from an archive of Windows; OpenCV would end the process."""
+    name = os.fsdecode(b"bl\xfcte.png")
+    line = text_line(name)
+    np.testing.assert_array_equal(line, text_line("bl?te.png"))
+    write_picture(tmp_path / name, line)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name)), line)
 
 
 def _state(distiller: Distiller) -> List[Tensor]:

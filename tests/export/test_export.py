@@ -159,6 +159,11 @@ def test_torchscript_detects_what_a_student_of_two_stages_does(
     found = export_graph(cfg, weights, "torchscript", str(tmp_path))
     assert found.get("verified"), found
     assert os.path.isfile(found["file"]) and found["detections"] > 0
+    # The order that docs/export.md tells
+    boxes, classes, scores, size = torch.jit.load(found["file"])(torch.zeros(3, 64, 96))
+    assert boxes.shape == (len(scores), 4) and scores.dtype == torch.float32
+    assert classes.shape == scores.shape and classes.dtype == torch.int64
+    assert size.tolist() == [64, 96]
 
 
 PROPOSALS = {

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
 import yaml
@@ -15,8 +16,9 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..config import load_config
+from ..utils.distils import distils
 from ..utils.packaged import find_file
-from ..weights.run_checkpoints import TAG
+from ..weights.run_checkpoints import TAG, forget_last_checkpoint
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
 MASK_AP = "mask AP"  # of detectors that have masks
@@ -63,11 +65,11 @@ class Steps:
             words = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]
             return evaluation(self._command(["eval", *command[1:], *opts, *words], cfg, name))
         done = os.path.join(cfg.OUTPUT_DIR, "quickstart.json")
-        anew = self.fresh or not _same_plugins(cfg.OUTPUT_DIR, plugins)
-        if not anew and os.path.isfile(done) and _is_of(_load(done)["config"], cfg):
+        _forget_if_changed(cfg.OUTPUT_DIR, [*plugins, *_weights_of(cfg)])
+        if not self.fresh and os.path.isfile(done) and _is_of(_load(done)["config"], cfg):
             print(f"Done before: {done}. Add --fresh to repeat it.")
             return _load(done)["results"]
-        resume = [] if anew else _resumable(cfg)
+        resume = [] if self.fresh else _resumable(cfg)
         results = evaluation(self._command([*command, *resume, *opts], cfg, name))
         with open(done, "w") as file:
             json.dump({"config": cfg.dump(), "results": results}, file)
@@ -159,19 +161,27 @@ def _resumable(cfg: CfgNode) -> List[str]:
     return ["--resume"] if _is_of(load_config(saved).dump(), cfg) else []
 
 
-def _same_plugins(folder: str, plugins: Sequence[str]) -> bool:
+def _forget_if_changed(folder: str, paths: Sequence[str]) -> None:
     """
-    Whether the run in OUTPUT_DIR had these very plug-ins: a head that was edited is another method
-    under the same config. Those of now are written down for the next time.
+    Forget the run in OUTPUT_DIR if these files were others then: with a head that was edited, or a
+    teacher that was trained anew, it is another run under the same config.
     """
-    path = os.path.join(folder, "plugins.json")
-    now = [_sha256(x) for x in plugins]
-    before = _load(path) if os.path.isfile(path) else []
-    if now != before:
-        os.makedirs(folder, exist_ok=True)
-        with open(path, "w") as file:
-            json.dump(now, file)
-    return now == before
+    record = os.path.join(folder, "files.json")
+    now = [_sha256(find_file(x)) for x in paths]
+    if os.path.isfile(record) and _load(record) != now:
+        Path(folder, "quickstart.json").unlink(missing_ok=True)
+        forget_last_checkpoint(folder)
+    os.makedirs(folder, exist_ok=True)
+    with open(record, "w") as file:
+        json.dump(now, file)
+
+
+def _weights_of(cfg: CfgNode) -> List[str]:
+    """What a run starts from: weights of the student and of its teachers."""
+    stages = [x for x in (*cfg.DISTILL.STAGES, *cfg.DISTILL.TEACHERS) if isinstance(x, dict)]
+    teachers = (cfg.DISTILL.TEACHER, *(x.get("TEACHER") or {} for x in stages))
+    found = [x.get("WEIGHTS") or "" for x in teachers] if distils(cfg) else []
+    return [cfg.MODEL.WEIGHTS, *found]
 
 
 def _sha256(path: str) -> str:

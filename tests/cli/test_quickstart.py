@@ -148,24 +148,26 @@ def test_an_interrupted_step_is_gone_on_with_and_another_begins_anew(
         (run / "quickstart.json").unlink()
 
 
-def test_a_step_with_an_edited_plugin_is_neither_finished_nor_gone_on_with(
-    scripted: Path, tmp_path: Path
+@pytest.mark.parametrize("edited", ["head.py", "teacher.pth"])
+def test_a_step_with_another_head_or_teacher_is_neither_finished_nor_gone_on_with(
+    edited: str, scripted: Path, tmp_path: Path
 ) -> None:
-    # The config names a head, and not what is in its file.
+    # The config has the names of both files, and not what is in them.
     write(scripted, *(f"echo '{x}'" for x in FOUND), f'echo "$*" >> {tmp_path}/words')
-    run, head = tmp_path / "run", tmp_path / "head.py"
-    opts = ["OUTPUT_DIR", str(run)]
+    run, head, teacher = (tmp_path / x for x in ("run", "head.py", "teacher.pth"))
+    opts = ["OUTPUT_DIR", str(run), "DISTILL.TEACHER.WEIGHTS", str(teacher)]
 
     def trained() -> List[str]:
         """The command of each training so far."""
-        Steps().run(ALONE, opts, plugins=[str(head)])
+        Steps().run(DISTILLED, opts, plugins=[str(head)])
         return (tmp_path / "words").read_text().splitlines()
 
     head.write_text("SCALE = 1")
+    teacher.write_text("weights")
     assert len(trained()) == len(trained()) == 1
-    (run / "config.yaml").write_text(load_config(ALONE, opts).dump())
+    (run / "config.yaml").write_text(load_config(DISTILLED, opts).dump())
     (run / "last_checkpoint").write_text("model_0000001.pth")
-    head.write_text("SCALE = 2")
+    (tmp_path / edited).write_text("SCALE = 2")
     words = trained()
     assert len(words) == 2 and "--resume" not in words[1]
 

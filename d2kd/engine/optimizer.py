@@ -12,6 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 
+from ..utils.checks import shown
+
 OPTIMIZERS = ("SGD", "ADAMW")
 # Detectron2's, and ours
 CLIP_TYPES = ("value", "norm", "full_model")
@@ -142,12 +144,13 @@ def _kind_of(state: Dict[str, Any]) -> str:
 
 
 def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Move the parameters that a head lists in `no_weight_decay` to groups of their own."""
-    spared = {
-        id(module.get_parameter(name))
-        for module in model.modules()
-        for name in getattr(module, "no_weight_decay", ())
-    }
+    """
+    Move the parameters that a head lists in `no_weight_decay` to groups of their own.
+
+    Raises:
+        ValueError: a name in it that is no parameter
+    """
+    spared = {id(p) for module in model.modules() for p in _spared(module)}
     for group in list(optimizer.param_groups):
         mine = [p for p in group["params"] if id(p) in spared]
         if mine and group["weight_decay"]:
@@ -155,3 +158,16 @@ def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.
             optimizer.add_param_group({**group, "params": mine, "weight_decay": 0.0})
     optimizer.param_groups = [x for x in optimizer.param_groups if x["params"]]
     return optimizer
+
+
+def _spared(module: nn.Module) -> Iterator[nn.Parameter]:
+    names, known = getattr(module, "no_weight_decay", ()), dict(module.named_parameters())
+    if callable(names):  # of a backbone: timm's and Swin's have a method of this name
+        return
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{type(module).__name__}.no_weight_decay has {name!r}, which is no parameter of "
+                f"it; it has {shown(list(known))}."
+            )
+        yield known[name]

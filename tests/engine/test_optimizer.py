@@ -52,6 +52,22 @@ def groups(optimizer: torch.optim.Optimizer, net: nn.Module) -> Set[Tuple[str, f
     return {(names[id(p)], x["lr"], x["weight_decay"]) for x in found for p in x["params"]}
 
 
+def test_backbone_with_a_method_of_that_name_is_not_asked() -> None:
+    # As timm's transformers and the released Swin have it, for trainers of their own.
+    net = model()
+    net[0].no_weight_decay = lambda: {"weight"}
+    plain, cfg = model(), solver("SGD")
+    found, expected = (groups(build_optimizer(cfg, x), x) for x in (net, plain))
+    assert found == expected
+
+
+def test_name_of_no_parameter_is_refused() -> None:
+    net = model()
+    net[2].no_weight_decay = ("temprature",)
+    with pytest.raises(ValueError, match="Sparing.no_weight_decay has 'temprature'.* temperature"):
+        build_optimizer(solver("SGD"), net)
+
+
 def test_adamw_has_detectron2s_rules_of_weight_decay_and_learning_rate() -> None:
     nets = {kind: model() for kind in OPTIMIZERS}
     built = {k: build_optimizer(solver(k, BIAS_LR_FACTOR=2.0, **RULES), x) for k, x in nets.items()}

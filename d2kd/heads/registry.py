@@ -45,10 +45,11 @@ A head is an nn.Module with
 * `pairs`, the kinds of detectors it takes, out of d2kd/pairing/pair.py (default: ANY_PAIR);
 * `requires`, a frozenset of what both detectors' views must provide, such as "dense", in the words
   of :class:`DetectorView` (default: "features"), or a static method that returns it, given the
-  config and the :class:`DistillPair`; `requires_logits = True` where class logits are compared one
-  by one: a dense pair's anchors must be the same then, the teacher's predictions are put into the
-  student's order of anchors, and of detectors with other classes the head is given the C in common,
-  in logits, labels and `num_classes` alike (label C: background, or none of them);
+  config and the :class:`DistillPair`; `requires_logits = True` where class logits, or the boxes
+  predicted of an anchor or a class, are compared one by one: a dense pair's anchors must be the
+  same then, the teacher's predictions are put into the student's order of anchors, and of detectors
+  with other classes the head is given the C in common, in logits, labels and `num_classes` alike
+  (label C: background, or none of them);
 * `class_activations`, what of {"softmax", "sigmoid"} it can make of the logits of
   `roi_predictions` (default: {"softmax"}, over classes and background);
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with

@@ -56,7 +56,8 @@ A head is an nn.Module with
   "loss_", the same in every step, to either a scalar or {level name: scalar}, whose sum is the
   loss. What it reads it leaves as it is: all heads share it. Unweighted: LOSS_WEIGHT and the
   schedule are applied by the Distiller. Without boxes or positives it returns a zero that is
-  connected to the student, so that no process of a DDP run waits for a missing gradient.
+  connected to the student, so that no process of a DDP run waits for a missing gradient. In a step
+  with images without labels it is called twice, for these and for the labelled ones.
 
 It may leave maps of its latest batch in `self.maps`, {name: {level: (N, 1, Hi, Wi), or coarser,
 detached}}: they are drawn in the picture of the run (VIS_PERIOD).

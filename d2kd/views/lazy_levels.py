@@ -4,16 +4,21 @@ import copy
 from functools import partial
 from typing import Callable, Iterator, List, Mapping, Optional, Union
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.modeling.backbone import FPN
 
 
 class Later:
-    """A map that is computed when it is first asked for, and kept."""
+    """
+    A map that is computed when it is first asked for, and kept: with gradient where it was put off
+    with gradient, whoever asks first.
+    """
 
     def __init__(self, compute: Callable[[], Tensor]):
         self._compute = compute
+        self._with_gradient = torch.is_grad_enabled()
         self._map: Optional[Tensor] = None
         self._version = 0
 
@@ -23,7 +28,8 @@ class Later:
             RuntimeError: somebody who read it has changed it since, for all who read it later
         """
         if self._map is None:
-            self._map = self._compute()
+            with torch.set_grad_enabled(self._with_gradient):
+                self._map = self._compute()
             self._version = self._map._version
             self._compute = None  # what it was computed from is freed
         if self._map._version != self._version:

@@ -127,9 +127,13 @@ class Recording:
             return getattr(self, f"_compute_{name}")()
 
     def _once(self, question: Hashable, compute: Callable[[], Any]) -> Any:
-        """Compute the answer to a question for the first head that asks; all others share it."""
+        """
+        Compute the answer to a question for the first head that asks; all others share it, so a
+        student's has its gradient also where the first asks under torch.no_grad.
+        """
         if question not in self._answers:
-            self._answers[question] = compute()
+            with torch.set_grad_enabled(self._is_student or self._with_gradient):
+                self._answers[question] = compute()
         return self._answers[question]
 
     def _of_boxes(self, name: Hashable, boxes: List[Boxes], compute: Callable[[], Any]) -> Any:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from detectron2.structures import Boxes
 
 from d2kd import DetectorView
-from d2kd.views import Regions, RegionSampler, describe_detector, find_view, roi_align_levels
+from d2kd.views import (
+    RCNNView,
+    Regions,
+    RegionSampler,
+    describe_detector,
+    find_view,
+    roi_align_levels,
+)
 from d2kd.views.layout import cells_inside
 from tests.helpers.toys import batch
 from tests.helpers.view_toys import (
@@ -474,6 +481,18 @@ def test_same_boxes_are_pooled_and_judged_once() -> None:
     other = view.roi_predictions(some_boxes())
     assert other is not predictions and calls == {"pooler": 2, "head": 2}
     assert_same([other.feature, other.logits], [predictions.feature, predictions.logits])
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_head_that_asks_without_gradient_leaves_it_to_those_that_ask_later(labelled: bool) -> None:
+    detector, boxes = build("faster_rcnn"), some_boxes()
+    if labelled:
+        view = record(detector, batch())
+    else:
+        view = RCNNView.of_unlabelled(detector, batch(), frozenset({"features", "roi_features"}))
+    with torch.no_grad():
+        view.features["p3"], view.roi_features(boxes)
+    assert view.features["p3"].requires_grad and view.roi_features(boxes).requires_grad
 
 
 def test_answer_for_boxes_that_are_gone_is_given_to_no_others() -> None:

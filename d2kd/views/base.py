@@ -35,6 +35,7 @@ class DetectorView(Recording):
                          num_anchors (A), strides, image_sizes
                          image_size: (height, width) of the padded batch
                          inside_image(level): (N, 1, Hi, Wi), or None
+                         detections(): Instances of each image, of a teacher that is a detector
     "features"           features: {level: (N, C, Hi, Wi)}
     "gt_instances"       gt_instances, also of images without labels
     "dense"              dense(): per level logits (N, A*K, Hi, Wi), deltas (N, A*4, Hi, Wi) and the

@@ -63,12 +63,12 @@ class DenseView(DetectorView):
     def pooled_levels(self) -> Sequence[str]:
         return list(self.detector.head_in_features)
 
-    def detections(self) -> List[Instances]:
+    def _detections(self) -> List[Instances]:
         # Detectron2's FCOS decodes boxes in the format of the deltas: bfloat16 would round 1010
         # pixels to 1008.
         handle = self.detector.head.register_forward_hook(_in_float32)
         try:
-            return super().detections()
+            return super()._detections()
         finally:
             handle.remove()
 

@@ -60,7 +60,7 @@ class HandedOnView(WrappedView):
 
     def detections(self) -> List[Instances]:
         with self._autocast():
-            return self._view.detections()
+            return [x.to(self._device) for x in self._view.detections()]
 
     def inside_image(self, level: str, like: Optional[Tensor] = None) -> Optional[Tensor]:
         return self._view.inside_image(level, self.features[level] if like is None else like)

@@ -62,11 +62,19 @@ class Recording:
         view._with_gradient = True
         return view
 
-    @torch.no_grad()
     def detections(self) -> List[Instances]:
         """
-        What a teacher detects, boxes XYXY in input pixels. Its features are those of this pass.
+        What a teacher detects, by a pass of its own, from which come its features too where nobody
+        has read them before.
+
+        Returns:
+            of each image `pred_boxes`, XYXY in input pixels, `scores`, and `pred_classes`, as the
+            teacher counts them
         """
+        return self._once("detections", self._detections)
+
+    @torch.no_grad()
+    def _detections(self) -> List[Instances]:
         handle = self.detector.backbone.register_forward_hook(self._on_backbone)
         try:
             # Without the original sizes, to which Detectron2 would scale the boxes.

@@ -495,6 +495,15 @@ def test_head_that_asks_without_gradient_leaves_it_to_those_that_ask_later(label
     assert view.features["p3"].requires_grad and view.roi_features(boxes).requires_grad
 
 
+def test_a_teacher_detects_once_for_all_heads() -> None:
+    detector, passes = build_teacher("retinanet"), []
+    detector.head.register_forward_hook(lambda *_: passes.append(1))
+    view = view_of_teacher(detector, batch())
+    found = view.detections()
+    assert view.detections() is found and len(found) == len(view.batched_inputs)
+    assert len(passes) == 1
+
+
 def test_answer_for_boxes_that_are_gone_is_given_to_no_others() -> None:
     # A list that is freed may leave its id to the next one.
     view = view_of_teacher(build_teacher("retinanet"), batch())

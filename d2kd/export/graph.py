@@ -103,6 +103,7 @@ def _without_scaled_gradients() -> Iterator[None]:
 
 
 def _to_onnx(adapter: nn.Module, image: Tensor, path: str) -> None:
+    fields = _instances(adapter, adapter(image)).get_fields()  # "pred_boxes", ...
     # Detectron2's adapter needs tracing; torch.export, the default of newer PyTorch, does not
     # support it.
     traced = (
@@ -114,6 +115,7 @@ def _to_onnx(adapter: nn.Module, image: Tensor, path: str) -> None:
         path,
         opset_version=opset_of(adapter),
         input_names=["image"],
+        output_names=[*(x.replace("pred_", "") for x in fields), "image_size"],
         dynamic_axes={"image": {1: "height", 2: "width"}},
         **traced,
     )

@@ -218,13 +218,17 @@ DEFORMABLE = {
 def test_onnx_detects_what_the_student_does(
     name: str, opts: Dict[str, Any], saved: Any, tmp_path: Path
 ) -> None:
-    pytest.importorskip("onnx")
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     # GN with one channel a group takes no map of one cell.
     cfg, weights = saved(name, MODEL__RETINANET__NORM="", MODEL__REPPOINTS__NORM="", **opts)
     found = export_graph(cfg, weights, "onnx", str(tmp_path))
     assert found.get("verified"), found
     assert os.path.isfile(found["file"]) and found["equal"] > 50
+    # The names and the order that docs/export.md tells
+    outputs = [x.name for x in onnx.load(found["file"]).graph.output]
+    masks = ["masks"] if name == "mask_rcnn" else []
+    assert outputs == ["boxes", "classes", *masks, "scores", "image_size"]
 
 
 def test_student_without_a_stock_yaml_wants_any_graph(

@@ -33,12 +33,13 @@ A table is a YAML:
       - NAME: "CWD"                        # a row for each value, "CWD, LOSS_WEIGHT 10", ...
         CONFIG: "configs/quickstart/cwd.yaml"
         GRID: {"DISTILL.CWD.LOSS_WEIGHT": [10, 30, 100]}
+      - {NAME: "mine", CONFIG: "mine.yaml", PLUGIN: "my_head.py"}  # a head of your own
 
 A finished run is a row of the CSV: its AP on DATASETS.TEST ("val") and on TEST ("test"), seconds of
 training, commit, versions, hardware, command, and the key by which it is known again. That is made
-of the config, without its OUTPUT_DIR, keys that are off and heads not in use, and of the weights of
-its teacher: change what a run depends on, and it is another run. Detectron2's defaults count too:
-another version of it can have other keys.
+of the config, without its OUTPUT_DIR, keys that are off and heads not in use, of the weights of its
+teacher, and of what is in the PLUGIN: change what a run depends on, and it is another run.
+Detectron2's defaults count too: another version of it can have other keys.
 Settings are chosen on val. On test nothing is chosen.
 
 The output of each run is in OUTPUT_DIR: val.txt and test.txt are what train_net.py said. Killed

@@ -16,10 +16,12 @@ from d2kd.config import leaves
 from d2kd.data.shapes import SPLITS
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.utils.checks import nearest
+from d2kd.utils.plugin import import_file
 from d2kd.utils.safe_yaml import read_yaml
+from d2kd.weights.start import starting_weights
 
 OF_TABLE = ("RESULTS", "OUTPUT_DIR", "TEST", "ROWS", "BASELINE")
-OF_ROW = ("NAME", "CONFIG", "GRID")
+OF_ROW = ("NAME", "CONFIG", "GRID", "PLUGIN")
 OF_BOTH = ("OPTS", "SEEDS", "ITERATIONS")  # a row's own, or else the table's
 
 
@@ -32,6 +34,13 @@ class Cell:
     opts: Tuple[str, ...]  # KEY, VALUE, ... of the row
     seed: int
     iterations: int
+    plugin: str = ""  # the file of its own head, already imported
+
+    @property
+    def source(self) -> List[str]:
+        """The YAML, and what it needs to be read, as options of train_net.py."""
+        plugin = ["--plugin", self.plugin] if self.plugin else []
+        return ["--config-file", self.config, *plugin]
 
     @property
     def words(self) -> List[str]:
@@ -45,14 +54,14 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Tells runs apart that would not give the same figure, wherever their output goes."""
-        return _digest(self.cfg)
+        return _digest(self.cfg, self.plugin)
 
     @cached_property
     def recipe(self) -> str:
         """As `key`, the same for all seeds."""
         cfg = self.cfg
         cfg.SEED = -1
-        return _digest(cfg)
+        return _digest(cfg, self.plugin)
 
     def __str__(self) -> str:
         return f"{self.row}, {self.iterations} iterations, seed {self.seed}"
@@ -195,8 +204,9 @@ def check_table(table: Table) -> None:
 
 def _rows_of(row: Dict[str, Any], where: str) -> Iterator[Dict[str, Any]]:
     """The row, or one for each combination of the values that its GRID lists."""
-    for key in ("NAME", "CONFIG"):
-        if not isinstance(row.get(key), str) or not row[key]:
+    for key in ("NAME", "CONFIG", "PLUGIN"):
+        wanted = key != "PLUGIN" or key in row
+        if wanted and not (isinstance(row.get(key), str) and row[key]):
             raise ValueError(f"{where}: {key} must be a text, got {row.get(key)!r}.")
     grid = row.get("GRID", {})
     if not isinstance(grid, dict) or not all(isinstance(x, list) and x for x in grid.values()):
@@ -211,9 +221,13 @@ def _cells_of(row: Dict[str, Any], table: Dict[str, Any], where: str) -> Iterato
     opts = [*(table.get("OPTS") or ()), *(row.get("OPTS") or ())]
     if len(opts) % 2:
         raise ValueError(f"{where}: OPTS must be KEY, VALUE, ..., got {opts}.")
+    plugin = row.get("PLUGIN", "")
+    if plugin:
+        import_file(plugin)
+    words = tuple(map(str, opts))
     for iterations in _whole_numbers("ITERATIONS", row, table, where, 1):
         for seed in _whole_numbers("SEEDS", row, table, where, 0):
-            yield Cell(row["NAME"], row["CONFIG"], tuple(map(str, opts)), seed, iterations)
+            yield Cell(row["NAME"], row["CONFIG"], words, seed, iterations, plugin)
 
 
 def _whole_numbers(
@@ -238,11 +252,11 @@ def _refuse_unknown(said: Any, known: Sequence[str], where: str) -> None:
             raise ValueError(f"{where} has the key {key}{hint}; known are {', '.join(known)}.")
 
 
-def _digest(cfg: CfgNode) -> str:
+def _digest(cfg: CfgNode, plugin: str = "") -> str:
     """
-    Of a config and of the weights that it starts from. Left out is what changes nothing: its
-    OUTPUT_DIR, keys that are off, sections not in use, DISTILL for a student alone. So a later
-    d2kd, with more keys and more heads, knows a run again.
+    Of a config, of the weights that it starts from, and of the file of its own head. Left out is
+    what changes nothing: its OUTPUT_DIR, keys that are off, sections not in use, DISTILL for a
+    student alone. So a later d2kd, with more keys and more heads, knows a run again.
     """
     stages = [x for x in (*cfg.DISTILL.STAGES, *cfg.DISTILL.TEACHERS) if isinstance(x, dict)]
     used = {*cfg.DISTILL.HEADS, *itertools.chain(*(x.get("HEADS") or () for x in stages))}
@@ -262,10 +276,7 @@ def _digest(cfg: CfgNode) -> str:
         if key != "OUTPUT_DIR" and value and not key.startswith(idle)
     ]
     digest = hashlib.sha256("\n".join(sorted(said)).encode())
-    teachers = (cfg.DISTILL.TEACHER, *(x.get("TEACHER") or {} for x in stages))
-    paths = [x.get("WEIGHTS") for x in teachers] if is_distilled else []
-    for path in (cfg.MODEL.WEIGHTS, *paths):
-        if path and os.path.isfile(path):
-            with open(path, "rb") as file:
-                digest.update(hashlib.sha256(file.read()).digest())
+    for path in (*starting_weights(cfg), *([plugin] if plugin else [])):
+        with open(path, "rb") as file:
+            digest.update(hashlib.sha256(file.read()).digest())
     return digest.hexdigest()[:16]

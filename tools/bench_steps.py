@@ -70,11 +70,10 @@ def run_cell(table: Table, cell: Cell, lock: IO, children: Children) -> Row:
     """
     folder = table.folder(cell)
     how = _begin(folder, cell, table)
-    yaml = ["--config-file", cell.config]
-    words = [*yaml, "--resume", *cell.words, "OUTPUT_DIR", folder]
+    words = [*cell.source, "--resume", *cell.words, "OUTPUT_DIR", folder]
     parts = {"val": _step("val", words, folder, lock, children)}
     if table.test:
-        words = [*yaml, "--eval-only", *cell.words, "DATASETS.TEST", repr((table.test,))]
+        words = [*cell.source, "--eval-only", *cell.words, "DATASETS.TEST", repr((table.test,))]
         words += ["OUTPUT_DIR", f"{folder}/test", "MODEL.WEIGHTS", f"{folder}/model_final.pth"]
         parts["test"] = _step("test", words, folder, lock, children)
     scores = {
@@ -88,7 +87,7 @@ def run_cell(table: Table, cell: Cell, lock: IO, children: Children) -> Row:
         **{k: f"{v:.3f}" for k, v in scores.items()},
         "seconds": f"{training_seconds(folder, cell.iterations):.0f}",
         **how,
-        "command": " ".join(["python", "train_net.py", *yaml, *cell.words]),
+        "command": " ".join(["python", "train_net.py", *cell.source, *cell.words]),
         "key": cell.key,
         "recipe": cell.recipe,
     }

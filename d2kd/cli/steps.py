@@ -16,9 +16,9 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..config import load_config
-from ..utils.distils import distils
 from ..utils.packaged import find_file
 from ..weights.run_checkpoints import TAG, forget_last_checkpoint
+from ..weights.start import starting_weights
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
 MASK_AP = "mask AP"  # of detectors that have masks
@@ -65,7 +65,7 @@ class Steps:
             words = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]
             return evaluation(self._command(["eval", *command[1:], *opts, *words], cfg, name))
         done = os.path.join(cfg.OUTPUT_DIR, "quickstart.json")
-        _forget_if_changed(cfg.OUTPUT_DIR, [*plugins, *_weights_of(cfg)])
+        _forget_if_changed(cfg.OUTPUT_DIR, [*plugins, *starting_weights(cfg)])
         if not self.fresh and os.path.isfile(done) and _is_of(_load(done)["config"], cfg):
             print(f"Done before: {done}. Add --fresh to repeat it.")
             return _load(done)["results"]
@@ -167,21 +167,13 @@ def _forget_if_changed(folder: str, paths: Sequence[str]) -> None:
     teacher that was trained anew, it is another run under the same config.
     """
     record = os.path.join(folder, "files.json")
-    now = [_sha256(find_file(x)) for x in paths]
+    now = [_sha256(x) for x in paths]
     if os.path.isfile(record) and _load(record) != now:
         Path(folder, "quickstart.json").unlink(missing_ok=True)
         forget_last_checkpoint(folder)
     os.makedirs(folder, exist_ok=True)
     with open(record, "w") as file:
         json.dump(now, file)
-
-
-def _weights_of(cfg: CfgNode) -> List[str]:
-    """What a run starts from: weights of the student and of its teachers."""
-    stages = [x for x in (*cfg.DISTILL.STAGES, *cfg.DISTILL.TEACHERS) if isinstance(x, dict)]
-    teachers = (cfg.DISTILL.TEACHER, *(x.get("TEACHER") or {} for x in stages))
-    found = [x.get("WEIGHTS") or "" for x in teachers] if distils(cfg) else []
-    return [cfg.MODEL.WEIGHTS, *found]
 
 
 def _sha256(path: str) -> str:

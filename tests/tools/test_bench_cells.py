@@ -2,11 +2,12 @@
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 import yaml
 
+from d2kd import DISTILL_HEAD_REGISTRY
 from tests.helpers.runs import run_config
 from tests.helpers.toys import write_teacher
 
@@ -137,6 +138,44 @@ def test_run_with_another_teacher_is_another(cells: ModuleType, tmp_path: Path) 
     with open(before.cfg.DISTILL.TEACHER.WEIGHTS, "ab") as file:
         file.write(b"0")
     assert cells.Cell(*said).key != before.key
+
+
+PLUGIN = """
+from torch import nn
+from d2kd import DISTILL_HEAD_REGISTRY
+
+@DISTILL_HEAD_REGISTRY.register()
+class BenchedHead(nn.Module):
+    def __init__(self, *, levels, scale: float = {scale}):
+        super().__init__()
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "my_head.py"
+    path.write_text(PLUGIN.format(scale=1.0))
+    yield path
+    DISTILL_HEAD_REGISTRY._obj_map.pop("BenchedHead", None)
+
+
+def test_row_with_a_head_of_ones_own_is_another_run_when_its_file_is_edited(
+    cells: ModuleType, write: Callable[..., str], plugin: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"""
+        _BASE_: "{tmp_path}/student.yaml"
+        DISTILL: {{HEADS: ["Benched"], Benched: {{SCALE: 2.0}}}}
+        MODEL: {{META_ARCHITECTURE: "Distiller"}}
+        """)
+    mine = {"NAME": "mine", "CONFIG": str(tmp_path / "mine.yaml"), "PLUGIN": str(plugin)}
+    alone, cell = cells.read_table(write(ROWS=[row(tmp_path), mine], SEEDS=[1])).cells
+    assert cell.source[-2:] == ["--plugin", str(plugin)] and "--plugin" not in alone.source
+    assert cell.cfg.DISTILL.Benched.SCALE == 2.0
+    keys = alone.key, alone.recipe, cell.key, cell.recipe
+    plugin.write_text(PLUGIN.format(scale=1.5))
+    alone, cell = cells.read_table(write(ROWS=[row(tmp_path), mine], SEEDS=[1])).cells
+    now = alone.key, alone.recipe, cell.key, cell.recipe
+    assert [a == b for a, b in zip(keys, now)] == [True, True, False, False]
 
 
 def test_keys_that_are_off_and_heads_not_in_use_make_no_other_run(

@@ -43,9 +43,9 @@ def class_divergence(logits: Tensor, target_logits: Tensor, activation: str) -> 
     if activation == "softmax":
         x, target = x.log_softmax(dim=1), target.log_softmax(dim=1)
         return F.kl_div(x, target, reduction="none", log_target=True)
+    probability = target.sigmoid()
     cross_entropy, entropy = (
-        F.binary_cross_entropy_with_logits(v, target.sigmoid(), reduction="none")
-        for v in (x, target)
+        F.binary_cross_entropy_with_logits(v, probability, reduction="none") for v in (x, target)
     )
     return cross_entropy - entropy
 

@@ -140,7 +140,8 @@ class Recording:
         student's has its gradient also where the first asks under torch.no_grad.
         """
         if question not in self._answers:
-            with torch.set_grad_enabled(self._is_student or self._with_gradient):
+            wanted = self._is_student or self._with_gradient or torch.is_grad_enabled()
+            with torch.set_grad_enabled(wanted):
                 self._answers[question] = compute()
         return self._answers[question]
 

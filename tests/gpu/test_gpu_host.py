@@ -58,7 +58,7 @@ OPERATORS: Dict[Tuple[str, Pair], int] = {
     ("FGD", RETINANET): 298,
     ("MAR", RETINANET): 220,
     ("MGD", RETINANET): 40,
-    ("MLD", RETINANET): 86,
+    ("MLD", RETINANET): 96,
     ("MLD", FASTER_RCNN): 142,
     ("PKD", RETINANET): 40,
     ("ReviewKD", FASTER_RCNN): 113,

@@ -13,11 +13,13 @@ from detectron2.data import DatasetCatalog
 
 from d2kd import DISTILL_HEAD_REGISTRY, load_config
 from d2kd.config import leaves
+from d2kd.config.lessons import prefixed
 from d2kd.data.shapes import SPLITS
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.utils.checks import nearest
 from d2kd.utils.plugin import import_file
 from d2kd.utils.safe_yaml import read_yaml
+from d2kd.utils.sha256 import sha256_of
 from d2kd.weights.start import starting_weights
 
 OF_TABLE = ("RESULTS", "OUTPUT_DIR", "TEST", "ROWS", "BASELINE")
@@ -223,7 +225,8 @@ def _cells_of(row: Dict[str, Any], table: Dict[str, Any], where: str) -> Iterato
         raise ValueError(f"{where}: OPTS must be KEY, VALUE, ..., got {opts}.")
     plugin = row.get("PLUGIN", "")
     if plugin:
-        import_file(plugin)
+        with prefixed(where):
+            import_file(plugin)
     words = tuple(map(str, opts))
     for iterations in _whole_numbers("ITERATIONS", row, table, where, 1):
         for seed in _whole_numbers("SEEDS", row, table, where, 0):
@@ -277,6 +280,5 @@ def _digest(cfg: CfgNode, plugin: str = "") -> str:
     ]
     digest = hashlib.sha256("\n".join(sorted(said)).encode())
     for path in (*starting_weights(cfg), *([plugin] if plugin else [])):
-        with open(path, "rb") as file:
-            digest.update(hashlib.sha256(file.read()).digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()[:16]

@@ -6,7 +6,6 @@ Detectron2 loads the result as any other; the weights become float32 again, roun
 """
 
 import argparse
-import hashlib
 import os
 import sys
 from typing import Optional, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from d2kd.checkpoint import check_is_file
 from d2kd.cli.common import command_parser
+from d2kd.utils.sha256 import sha256_of
 from d2kd.utils.user_mistakes import run_command
 from d2kd.weights.safe_load import read_weights_file
 
@@ -38,8 +38,7 @@ def shrink(source: str, target: str) -> str:
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{key} of {source} does not fit into float16")
     torch.save({"model": halves}, target)
-    with open(target, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return sha256_of(target)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -1,6 +1,5 @@
 """Commands of d2kd as steps of a longer work: shown, gone on with, never done twice."""
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,9 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..config import load_config
+from ..utils.atomic_file import write_json
 from ..utils.packaged import find_file
+from ..utils.sha256 import sha256_of
 from ..weights.run_checkpoints import TAG, forget_last_checkpoint
 from ..weights.start import starting_weights
 
@@ -71,8 +72,7 @@ class Steps:
             return _load(done)["results"]
         resume = [] if self.fresh else _resumable(cfg)
         results = evaluation(self._command([*command, *resume, *opts], cfg, name))
-        with open(done, "w") as file:
-            json.dump({"config": cfg.dump(), "results": results}, file)
+        write_json(done, {"config": cfg.dump(), "results": results})
         return results
 
     def stop(self) -> None:
@@ -167,21 +167,12 @@ def _forget_if_changed(folder: str, paths: Sequence[str]) -> None:
     teacher that was trained anew, it is another run under the same config.
     """
     record = os.path.join(folder, "files.json")
-    now = [_sha256(x) for x in paths]
+    now = [sha256_of(x) for x in paths if os.path.isfile(x)]  # the command tells what is missing
     if os.path.isfile(record) and _load(record) != now:
         Path(folder, "quickstart.json").unlink(missing_ok=True)
         forget_last_checkpoint(folder)
     os.makedirs(folder, exist_ok=True)
-    with open(record, "w") as file:
-        json.dump(now, file)
-
-
-def _sha256(path: str) -> str:
-    """Of a file; "" if there is none, which the command itself will say."""
-    if not os.path.isfile(path):
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    write_json(record, now)
 
 
 def _is_of(text: str, cfg: CfgNode) -> bool:

@@ -172,6 +172,8 @@ def test_row_with_a_head_of_ones_own_is_another_run_when_its_file_is_edited(
     assert cell.source[-2:] == ["--plugin", str(plugin)] and "--plugin" not in alone.source
     assert cell.cfg.DISTILL.Benched.SCALE == 2.0
     keys = alone.key, alone.recipe, cell.key, cell.recipe
+    with pytest.raises(FileNotFoundError, match=r"ROWS\[0\]: --plugin: there is no file .*gone"):
+        cells.read_table(write(ROWS=[{**mine, "PLUGIN": "gone.py"}]))
     plugin.write_text(PLUGIN.format(scale=1.5))
     alone, cell = cells.read_table(write(ROWS=[row(tmp_path), mine], SEEDS=[1])).cells
     now = alone.key, alone.recipe, cell.key, cell.recipe

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 
 from ..weights.run_checkpoints import BEST
 from ..weights.verify import read_verified
+from .facts import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -149,3 +150,32 @@ class BestCheckpointer(HookBase):
         saved = saved.get("trainer", {}).get("hooks", {}).get(type(self).__qualname__, {})
         if saved.get("run") == self.run:
             self.best = saved["best"]
+
+
+class MakeUpEvaluation(HookBase):
+    """
+    Evaluate what a resumed run goes on from, where the run was killed between the save of that
+    checkpoint and the end of the evaluation that is due after the same iteration.
+    """
+
+    def __init__(self, hooks: Sequence[HookBase], folder: str):
+        """
+        Args:
+            hooks: that evaluate, and act on the result, after some iterations
+            folder: OUTPUT_DIR
+        """
+        self.hooks = hooks
+        self.folder = folder
+
+    def before_train(self) -> None:
+        trainer, next_iter = self.trainer, self.trainer.start_iter
+        if next_iter == trainer.stage.start or comm.all_gather(self._is_there(next_iter - 1))[0]:
+            return
+        trainer.iter = trainer.storage.iter = next_iter - 1  # under which it is logged
+        for hook in self.hooks:
+            hook.after_step()
+        trainer.iter = trainer.storage.iter = next_iter
+
+    def _is_there(self, iteration: int) -> bool:
+        lines = read_lines(os.path.join(self.folder, "metrics.json"))
+        return any(x["iteration"] == iteration and any("/AP" in k for k in x) for x in lines)

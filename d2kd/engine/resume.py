@@ -16,6 +16,7 @@ from .. import __version__
 from ..config import student_config
 from ..config.unread import why_unread
 from ..utils.distils import distils
+from ..utils.plugin import imported_files
 from ..weights.trained_config import Change, changed_keys
 from .resume_rules import REFUSED, TAKEN, UNUSED, rule_of
 
@@ -49,6 +50,7 @@ class RunRecord:
             "Detectron2": detectron2.__version__,
             "PyTorch": str(torch.__version__),
             "number of processes": comm.get_world_size(),
+            **{f"--plugin {name}": sha256 for name, sha256 in imported_files().items()},
         }
 
     def state_dict(self) -> Dict[str, Any]:
@@ -94,7 +96,8 @@ class RunRecord:
 
     def _log_environment(self, saved: Mapping[str, Any]) -> None:
         now = self.environment.items()
-        other = [f"{k} {saved.get(k)} (now {v})" for k, v in now if saved.get(k) != v]
+        # Without those that this run alone has: another plug-in, which takes no part in the run.
+        other = [f"{k} {saved[k]} (now {v})" for k, v in now if saved.get(k, v) != v]
         if other:
             logger.warning(
                 f"The checkpoint was made with {', '.join(other)}: the run goes on with the same "

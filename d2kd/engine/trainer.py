@@ -24,7 +24,13 @@ from ..distiller import Distiller
 from ..utils.atomic_file import explain_full_disk
 from .evaluator import best_metric, build_evaluator
 from .facts import write_fact
-from .hooks import BestCheckpointer, KeepLossNormalizer, SeedEachIteration, seed_everything
+from .hooks import (
+    BestCheckpointer,
+    KeepLossNormalizer,
+    MakeUpEvaluation,
+    SeedEachIteration,
+    seed_everything,
+)
 from .initialise import initialise
 from .monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .monitor.liveness import liveness_hooks
@@ -137,7 +143,8 @@ class Trainer(DefaultTrainer):
             period, sets = self.cfg.TEST.EVAL_PERIOD, self.cfg.DATASETS.TEST
             best = BestCheckpointer(period, self.checkpointer, best_metric(self.cfg), sets)
             hooks.insert(-1, best)  # after the evaluation; the writers stay last
-        return hooks
+        evaluating = [x for x in hooks if isinstance(x, (EvalHook, BestCheckpointer))]
+        return [*hooks, MakeUpEvaluation(evaluating, self.cfg.OUTPUT_DIR)]
 
     def build_writers(self) -> List[Any]:
         # The time that is left is the run's, not the stage's.

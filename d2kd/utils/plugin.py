@@ -4,6 +4,11 @@ import hashlib
 import importlib.util
 import os
 import sys
+from typing import Dict
+
+from .sha256 import sha256_of
+
+_IMPORTED: Dict[str, str] = {}
 
 
 def import_file(path: str) -> None:
@@ -28,3 +33,9 @@ def import_file(path: str) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    _IMPORTED[os.path.basename(path)] = sha256_of(path)[:12]
+
+
+def imported_files() -> Dict[str, str]:
+    """What :func:`import_file` has run in this process: file name to the start of its SHA-256."""
+    return dict(_IMPORTED)

@@ -211,6 +211,38 @@ def test_without_a_test_set_no_best_checkpoint_is_kept(folder: Path, tmp_path: P
     assert not (tmp_path / "model_best.pth").exists()
 
 
+def evaluations(output: Path) -> Dict[int, float]:
+    """Iteration to bbox/AP, as logged."""
+    lines = map(json.loads, (output / "metrics.json").read_text().splitlines())
+    return {x["iteration"]: x["bbox/AP"] for x in lines if "bbox/AP" in x}
+
+
+def test_evaluation_that_was_interrupted_is_made_up_for(
+    folder: Path, tmp_path: Path, answers: Dict[int, float]
+) -> None:
+    # It dies in the evaluation after iteration 1, whose checkpoint was saved before.
+    cfg = best_config(folder, tmp_path, TEST__EVAL_PERIOD=2)
+    with pytest.raises(KeyError):
+        run(cfg)
+    assert not evaluations(tmp_path)
+    answers.update({1: 5.0, 3: 4.0})
+    run(cfg, resume=True)
+    assert evaluations(tmp_path)[1] == 5.0
+    assert_same_tensors(weights(tmp_path, "model_best"), weights(tmp_path, "model_0000001"))
+
+
+def test_evaluation_that_was_logged_is_not_repeated(
+    folder: Path, tmp_path: Path, answers: Dict[int, float]
+) -> None:
+    answers.update({0: 1.0, 1: 5.0})
+    cfg = best_config(folder, tmp_path)
+    interrupt(cfg, 2)
+    del answers[1]  # to ask for it again would be an error
+    answers.update({2: 3.0, 3: 4.0})
+    run(cfg, resume=True)
+    assert evaluations(tmp_path)[1] == 5.0
+
+
 def test_running_mean_of_the_losses_is_restored_by_resume(folder: Path, tmp_path: Path) -> None:
     cfg = run_config(folder, OUTPUT_DIR=str(tmp_path))
     mean = run(cfg).model.loss_normalizer

@@ -16,6 +16,7 @@ from d2kd.config import flatten, load_config
 from d2kd.engine import Trainer
 from d2kd.engine.resume import RunRecord, fingerprint
 from d2kd.engine.resume_rules import PASSED_OVER, REFUSED, RULES, TAKEN, UNUSED, rule_of
+from d2kd.utils.plugin import import_file
 from tests.helpers.runs import at, build_trainer, run, run_config
 
 DONE = 4  # iterations behind the checkpoint
@@ -271,3 +272,18 @@ def test_other_version_or_number_of_processes_is_said(
     said = warnings(caplog)
     assert "PyTorch 1.0 (now" in said and "number of processes 8 (now 1)" in said
     assert "d2kd" not in said.split("(")[0]
+
+
+def test_edited_plugin_is_said(
+    begun: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("FACTOR = 1")
+    import_file(str(plugin))
+    record = RunRecord(begun, 7, [IMAGE])
+    state = copy.deepcopy(record.state_dict())
+    record.compare(state)
+    assert not warnings(caplog)
+    state["environment"]["--plugin mine.py"] = "0123456789ab"
+    record.compare(state)
+    assert "--plugin mine.py 0123456789ab (now" in warnings(caplog)

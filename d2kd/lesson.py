@@ -103,13 +103,13 @@ class Lesson(nn.Module):
             teacher: the same detector with other options; None: its own
         """
         teacher = teacher or self.teacher
-        view = self.teacher_view(
-            teacher.model, teacher.batch(batched_inputs, image_format), self.requires
-        )
+        inputs = teacher.batch(batched_inputs, image_format)
+        with teacher.autocast():  # which the view keeps
+            view = self.teacher_view(teacher.model, inputs, self.requires)
         if teacher.options == TeacherOptions():
             return view
         dtype = None if teacher.dtype is None else torch.float32
-        return HandedOnView(view, device, dtype, teacher.autocast)
+        return HandedOnView(view, device, dtype)
 
     def comparable(self, student: DetectorView, teacher: DetectorView) -> Views:
         """

@@ -110,7 +110,8 @@ class DenseView(DetectorView):
 
     def predict_from(self, depth: int, towers: Towers) -> DensePredictions:
         self._check(f"tower_{depth}")
-        logits, deltas, centerness = predict_from(self.detector.head, depth, towers)
+        with self._autocast():
+            logits, deltas, centerness = predict_from(self.detector.head, depth, towers)
         return DensePredictions(self.pooled_levels, logits, deltas, [], centerness)
 
     def _add_hooks(self, requires: FrozenSet[str]) -> List[Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Callable, ContextManager, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -24,30 +24,18 @@ class HandedOnView(WrappedView):
     teacher has a precision of its own. What it is asked about is handed to the teacher likewise.
     """
 
-    def __init__(
-        self,
-        view: DetectorView,
-        device: torch.device,
-        dtype: Optional[torch.dtype],
-        autocast: Callable[[], ContextManager],
-    ):
+    def __init__(self, view: DetectorView, device: torch.device, dtype: Optional[torch.dtype]):
         """
         Args:
             device: the student's
             dtype: of answers and of what is asked about; None: as they are
-            autocast: what the teacher runs under
         """
         super().__init__(view)
         self._device, self._dtype = device, dtype
-        self._autocast = autocast
+        self._teacher_device = next(view.detector.parameters()).device
         # Not a method: a level that nobody reads keeps what would compute it, and with this view in
         # it that were a circle. All maps of the step would wait for Python's garbage collector.
-        self._ask = partial(_ask, autocast, device, dtype)
-
-    @property
-    def image_size(self) -> Tuple[int, int]:
-        with self._autocast():
-            return self._view.image_size
+        self._ask = partial(_ask, device, dtype)
 
     @property
     def features(self) -> Mapping[str, Tensor]:
@@ -59,8 +47,7 @@ class HandedOnView(WrappedView):
         return self._view._once("gt_instances handed on", ask)
 
     def detections(self) -> List[Instances]:
-        with self._autocast():
-            return [x.to(self._device) for x in self._view.detections()]
+        return [x.to(self._device) for x in self._view.detections()]
 
     def inside_image(self, level: str, like: Optional[Tensor] = None) -> Optional[Tensor]:
         return self._view.inside_image(level, self.features[level] if like is None else like)
@@ -98,9 +85,9 @@ class HandedOnView(WrappedView):
         return self._ask_of_boxes("region_vectors", regions.boxes, ask)
 
     def _features(self) -> LazyLevels:
-        with self._autocast():
-            levels = self._view.features
-        return LazyLevels({k: Later(partial(self._ask, levels.__getitem__, k)) for k in levels})
+        levels, kind = self._view.features, self._teacher_device.type
+        ask = partial(self._ask, levels.__getitem__)
+        return LazyLevels({k: Later(partial(ask, k), kind) for k in levels})
 
     def _ask_of_boxes(
         self, name: str, boxes: List[Boxes], ask: Callable[[List[Boxes]], Any]
@@ -111,20 +98,14 @@ class HandedOnView(WrappedView):
 
     def _given(self, tensors: Sequence[Tensor]) -> List[Tensor]:
         """As the teacher takes them, with gradient; integers stay integers."""
-        device = next(self._view.detector.parameters()).device
-        return [x.to(device, self._dtype if x.is_floating_point() else None) for x in tensors]
+        to = self._teacher_device
+        return [x.to(to, self._dtype if x.is_floating_point() else None) for x in tensors]
 
 
 def _ask(
-    autocast: Callable[[], ContextManager],
-    device: torch.device,
-    dtype: Optional[torch.dtype],
-    ask: Callable[..., Any],
-    *args: Any,
+    device: torch.device, dtype: Optional[torch.dtype], ask: Callable[..., Any], *args: Any
 ) -> Any:
-    with autocast():
-        answer = ask(*args)
-    return _handed_on(answer, device, dtype)
+    return _handed_on(ask(*args), device, dtype)
 
 
 def _handed_on(x: Any, device: torch.device, dtype: Optional[torch.dtype]) -> Any:

@@ -9,16 +9,24 @@ from torch import Tensor, nn
 
 from detectron2.modeling.backbone import FPN
 
+from ..utils.autocast import autocast_now
+
 
 class Later:
     """
-    A map that is computed when it is first asked for, and kept: with gradient where it was put off
-    with gradient, whoever asks first.
+    A map that is computed when it is first asked for, and kept: with gradient and in mixed
+    precision where it was put off so, whoever asks first.
     """
 
-    def __init__(self, compute: Callable[[], Tensor]):
+    def __init__(self, compute: Callable[[], Tensor], device_type: str):
+        """
+        Args:
+            device_type: on which it is computed
+        """
+        self.device_type = device_type
         self._compute = compute
         self._with_gradient = torch.is_grad_enabled()
+        self._autocast = autocast_now(device_type)
         self._map: Optional[Tensor] = None
         self._version = 0
 
@@ -28,7 +36,7 @@ class Later:
             RuntimeError: somebody who read it has changed it since, for all who read it later
         """
         if self._map is None:
-            with torch.set_grad_enabled(self._with_gradient):
+            with torch.set_grad_enabled(self._with_gradient), self._autocast():
                 self._map = self._compute()
             self._version = self._map._version
             self._compute = None  # what it was computed from is freed
@@ -58,7 +66,11 @@ class LazyLevels(Mapping[str, Tensor]):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LazyLevels":
         """The same levels after a function, which is called when they are read."""
-        return LazyLevels({k: Later(lambda x=x: function(x())) for k, x in self._levels.items()})
+
+        def after(x: Later) -> Later:
+            return Later(lambda: function(x()), x.device_type)
+
+        return LazyLevels({k: after(x) for k, x in self._levels.items()})
 
 
 def lazy_levels(backbone: nn.Module, images: Tensor) -> LazyLevels:
@@ -70,26 +82,28 @@ def lazy_levels(backbone: nn.Module, images: Tensor) -> LazyLevels:
         images: (N, 3, H, W), as the backbone wants them
     """
     if getattr(backbone.forward, "__func__", None) is not FPN.forward:
-        return LazyLevels({k: Later(lambda x=x: x) for k, x in backbone(images).items()})
+        levels = backbone(images).items()
+        return LazyLevels({k: Later(lambda x=x: x, x.device.type) for k, x in levels})
     # A copy, as those of nn.DataParallel: the detector itself is left as it is.
     pyramid = copy.copy(backbone)
     pyramid._modules = dict(backbone._modules)
     pyramid.output_convs = [partial(_put_off, x) for x in backbone.output_convs]
     if backbone.top_block is not None:
-        pyramid.top_block = _TopBlock(backbone.top_block)
+        pyramid.top_block = _TopBlock(backbone.top_block, images.device.type)
     return LazyLevels(pyramid(images))
 
 
 def _put_off(convolution: nn.Module, x: Tensor) -> Later:
-    return Later(lambda: convolution(x))
+    return Later(lambda: convolution(x), x.device.type)
 
 
 class _TopBlock(nn.Module):
     """An FPN's top block, which is called when the first of its levels is read."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, device_type: str):
         super().__init__()
         self.block = block
+        self.device_type = device_type
         self.in_feature = block.in_feature
         self.num_levels = block.num_levels
 
@@ -102,4 +116,4 @@ class _TopBlock(nn.Module):
                 levels.extend(self.block(x() if isinstance(x, Later) else x))
             return levels[index]
 
-        return [Later(partial(level, i)) for i in range(self.num_levels)]
+        return [Later(partial(level, i), self.device_type) for i in range(self.num_levels)]

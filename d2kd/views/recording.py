@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from detectron2.structures import Boxes, Instances
 
+from ..utils.autocast import autocast_now
 from .lazy_levels import LazyLevels, lazy_levels
 from .predictions import DensePredictions
 
@@ -29,6 +30,7 @@ class Recording:
         self._answers: Dict[Hashable, Any] = {}
         self._is_student = False
         self._with_gradient = False
+        self._autocast = autocast_now(next(detector.parameters()).device.type)
 
     @contextmanager
     def record(self, requires: FrozenSet[str]) -> Iterator[None]:
@@ -131,17 +133,18 @@ class Recording:
             raise RuntimeError(
                 f"A teacher has no {name!r}, which is recorded in a student's training forward."
             )
-        with torch.set_grad_enabled(self._with_gradient):
+        with torch.set_grad_enabled(self._with_gradient), self._autocast():
             return getattr(self, f"_compute_{name}")()
 
     def _once(self, question: Hashable, compute: Callable[[], Any]) -> Any:
         """
         Compute the answer to a question for the first head that asks; all others share it, so a
-        student's has its gradient also where the first asks under torch.no_grad.
+        student's has its gradient also where the first asks under torch.no_grad, and all are
+        computed in the mixed precision of the step, also where that is off while the first asks.
         """
         if question not in self._answers:
             wanted = self._is_student or self._with_gradient or torch.is_grad_enabled()
-            with torch.set_grad_enabled(wanted):
+            with torch.set_grad_enabled(wanted), self._autocast():
                 self._answers[question] = compute()
         return self._answers[question]
 

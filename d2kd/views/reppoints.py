@@ -20,9 +20,10 @@ class RepPointsView(DenseView):
         """The classes are read at the points that the given tower for boxes predicts."""
         self._check(f"tower_{depth}")
         head = self.detector.head
-        classes = rest_of_tower(head.cls_subnet, depth, towers.classes)
-        points = rest_of_tower(head.bbox_subnet, depth, towers.boxes)
-        levels = [head.predict(*level) for level in zip(classes, points)]
+        with self._autocast():
+            classes = rest_of_tower(head.cls_subnet, depth, towers.classes)
+            points = rest_of_tower(head.bbox_subnet, depth, towers.boxes)
+            levels = [head.predict(*level) for level in zip(classes, points)]
         logits, boxes, _ = (list(maps) for maps in zip(*levels))
         return DensePredictions(self.pooled_levels, logits, boxes, [])
 

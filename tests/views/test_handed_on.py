@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any, Callable, Iterator
 
@@ -41,12 +40,15 @@ def tensors(x: Any) -> Iterator[Tensor]:
 def handed_on(name: str, to: str = "cpu", half: bool = True) -> HandedOnView:
     """Of a teacher with the channels last, in bfloat16."""
     detector = build_teacher(name).to(memory_format=torch.channels_last)
-    view = view_of_teacher(detector, batch())
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        view = view_of_teacher(detector, batch())
+    return HandedOnView(view, torch.device(to), torch.float32)
 
-    def autocast() -> Any:
-        return torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
 
-    return HandedOnView(view, torch.device(to), torch.float32, autocast)
+def mixed(name: str) -> DetectorView:
+    """Of a teacher that runs in the student's bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return view_of_teacher(build_teacher(name), batch())
 
 
 @pytest.mark.parametrize("name, ask", ASKED.values(), ids=ASKED)
@@ -99,3 +101,17 @@ def test_student_s_towers_get_a_gradient_through_the_teacher_s_head_and_it_gets_
     (sum(x.sum() for x in out.logits) + sum(x.sum() for x in out.deltas)).backward()
     assert all(x.grad.dtype == torch.float32 and x.grad.any() for x in towers.classes)
     assert all(p.grad is None for p in view.detector.parameters())
+
+
+@pytest.mark.parametrize("name, ask", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("view", [handed_on, mixed], ids=["own precision", "the student's"])
+def test_precision_is_that_of_the_step_whoever_asks(
+    view: Callable[[str], DetectorView], name: str, ask: Callable[[DetectorView], Any]
+) -> None:
+    # A head may ask where it has switched autocast off, to compute its loss in float32.
+    inside = view(name)
+    with torch.autocast("cpu", enabled=False):
+        found = list(tensors(ask(inside)))
+    expected = list(tensors(ask(view(name))))
+    assert [x.dtype for x in found] == [x.dtype for x in expected]
+    assert all(torch.equal(x, y) for x, y in zip(found, expected))

@@ -195,13 +195,17 @@ Cell = Tuple[int, str, int, int]
 Box = Sequence[float]
 
 
-class ToyDetector:
+class ToyDetector(nn.Module):
     """One anchor per cell: squares of 8 and 16 pixels."""
 
     anchor_generator = DefaultAnchorGenerator(
         sizes=[[8], [16]], aspect_ratios=[[1.0]], strides=[8, 16], offset=0.5
     )
     box2box_transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))  # it is where its weights are
 
 
 class ToyView(DenseView):

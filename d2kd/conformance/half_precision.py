@@ -163,6 +163,8 @@ def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return {k: _map(v, change) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
         return type(x)(_map(v, change) for v in x)
-    if isinstance(x, (DensePredictions, RoIPredictions, Towers)):
+    if isinstance(x, DensePredictions):
+        return x.map(lambda _, y: _map(y, change))
+    if isinstance(x, (RoIPredictions, Towers)):
         return replace(x, **{f.name: _map(getattr(x, f.name), change) for f in fields(x)})
     return x

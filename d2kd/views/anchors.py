@@ -1,6 +1,6 @@
 """Anchors of a cell, and a view of a teacher whose anchors are in the student's order."""
 
-from dataclasses import replace
+from functools import partial
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -72,20 +72,16 @@ class ReorderedAnchorsView(WrappedView):
     def boxes(self, deltas: Sequence[Tensor]) -> List[Tensor]:
         """As DetectorView.boxes, of deltas and boxes in the student's order."""
         back = {k: [order.index(i) for i in range(len(order))] for k, order in self._orders.items()}
-        return self._by_level(self._view.boxes(self._by_level(deltas, back)), self._orders)
+        levels = self._view.pooled_levels
+        boxes = self._view.boxes([_reorder_level(back, k, x) for k, x in zip(levels, deltas)])
+        return [_reorder_level(self._orders, k, x) for k, x in zip(levels, boxes)]
 
     def _reordered(self, dense: DensePredictions) -> DensePredictions:
-        return replace(
-            dense,
-            logits=self._by_level(dense.logits, self._orders),
-            deltas=self._by_level(dense.deltas, self._orders),
-        )
+        return dense.map(partial(_reorder_level, self._orders), ("logits", "deltas"))
 
-    def _by_level(
-        self, maps: Sequence[Tensor], orders: Mapping[str, Sequence[int]]
-    ) -> List[Tensor]:
-        levels = self._view.pooled_levels
-        return [reorder(x, orders[k]) if k in orders else x for k, x in zip(levels, maps)]
+
+def _reorder_level(orders: Mapping[str, Sequence[int]], level: str, x: Tensor) -> Tensor:
+    return reorder(x, orders[level]) if level in orders else x
 
 
 def reorder(x: Tensor, order: Sequence[int]) -> Tensor:

@@ -153,7 +153,8 @@ class CommonClassesView(WrappedView):
     def _merged(self, dense: DensePredictions) -> DensePredictions:
         if self._view.two_stage:  # an RPN has no classes
             return dense
-        return replace(dense, logits=[self._merge.sigmoids(x) for x in dense.logits])
+        merge = self._merge  # not this view, which the maps that nobody reads would keep
+        return dense.map(lambda _, x: merge.sigmoids(x), ("logits",))
 
     def _merged_rois(self, answer: RoIPredictions) -> RoIPredictions:
         if answer.activation == "sigmoid":

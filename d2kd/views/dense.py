@@ -15,6 +15,7 @@ from .base import DetectorView
 from .build import DETECTOR_VIEW_REGISTRY
 from .detector_info import DetectorInfo
 from .layout import unaliased
+from .lazy_levels import can_be_put_off, lazy_head
 from .predictions import DensePredictions
 from .recording import Listener
 from .region_sampler import RegionSampler
@@ -140,6 +141,20 @@ class DenseView(DetectorView):
             keep = partial(self._keep_towers, depth, towers)
             handles += hook_towers(head, depth, towers) + [head.register_forward_hook(keep)]
         return handles
+
+    def _compute_dense(self) -> DensePredictions:
+        head = self.detector.head
+        if _depths(self.requires) or not can_be_put_off(head):
+            return super()._compute_dense()
+        features = self._part("backbone")[1]
+        maps = lazy_head(head, [features[k] for k in self.pooled_levels])
+        return DensePredictions(
+            self.pooled_levels,
+            logits=maps["cls_score"],
+            deltas=maps["bbox_pred"],
+            tower=maps["cls_subnet"],
+            centerness=maps.get("ctrness"),
+        )
 
     def _keep_towers(self, depth: int, towers: Towers, *_: Any) -> None:
         self._keep(f"tower_{depth}", towers, towers.classes + towers.boxes)

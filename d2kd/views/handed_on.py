@@ -114,7 +114,9 @@ def _handed_on(x: Any, device: torch.device, dtype: Optional[torch.dtype]) -> An
         return x.to(device, dtype).contiguous()
     if isinstance(x, list):
         return [_handed_on(y, device, dtype) for y in x]
-    if isinstance(x, (DensePredictions, RoIPredictions, Towers)):
+    if isinstance(x, DensePredictions):
+        return x.map(lambda _, y: _handed_on(y, device, dtype))
+    if isinstance(x, (RoIPredictions, Towers)):
         parts = {f.name: _handed_on(getattr(x, f.name), device, dtype) for f in fields(x)}
         return replace(x, **parts)
     return x

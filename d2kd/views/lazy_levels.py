@@ -1,8 +1,8 @@
-"""The levels of a pyramid, of which only those that are read are computed."""
+"""Maps of the levels of a pyramid, of which only those that are read are computed."""
 
 import copy
 from functools import partial
-from typing import Callable, Iterator, List, Mapping, Optional, Union
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,15 @@ class Later:
             self._compute = None  # what it was computed from is freed
         if self._map._version != self._version:
             raise RuntimeError(
-                "A level of the pyramid was changed in place after it was computed; all heads "
-                "share it. Look for operators that end in _ and for -=, *= on features, also "
-                "behind .float(), which copies nothing of float32."
+                "A map of the teacher was changed in place after it was computed; all heads "
+                "share it. Look for operators that end in _ and for -=, *= on what views give, "
+                "also behind .float(), which copies nothing of float32."
             )
         return self._map
+
+    def then(self, function: Callable[[Tensor], Tensor]) -> "Later":
+        """The map after a function, which is called when that is asked for."""
+        return Later(lambda: function(self()), self.device_type)
 
 
 class LazyLevels(Mapping[str, Tensor]):
@@ -66,11 +70,7 @@ class LazyLevels(Mapping[str, Tensor]):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LazyLevels":
         """The same levels after a function, which is called when they are read."""
-
-        def after(x: Later) -> Later:
-            return Later(lambda: function(x()), x.device_type)
-
-        return LazyLevels({k: after(x) for k, x in self._levels.items()})
+        return LazyLevels({k: x.then(function) for k, x in self._levels.items()})
 
 
 def lazy_levels(backbone: nn.Module, images: Tensor) -> LazyLevels:
@@ -93,8 +93,8 @@ def lazy_levels(backbone: nn.Module, images: Tensor) -> LazyLevels:
     return LazyLevels(pyramid(images))
 
 
-def _put_off(convolution: nn.Module, x: Tensor) -> Later:
-    return Later(lambda: convolution(x), x.device.type)
+def _put_off(module: nn.Module, x: Tensor) -> Later:
+    return Later(lambda: module(x), x.device.type)
 
 
 class _TopBlock(nn.Module):
@@ -117,3 +117,38 @@ class _TopBlock(nn.Module):
             return levels[index]
 
         return [Later(partial(level, i), self.device_type) for i in range(self.num_levels)]
+
+
+# Where forwards do nothing with maps but hand them from one module of the head to the next
+_HEADS = {f"detectron2.modeling.meta_arch.{x}" for x in ("retinanet", "fcos")}
+
+
+def can_be_put_off(head: nn.Module) -> bool:
+    """Whether :func:`lazy_head` can run a head: RetinaNet's or FCOS's own."""
+    forward = getattr(head.forward, "__func__", None)
+    return getattr(forward, "__module__", "") in _HEADS
+
+
+def lazy_head(head: nn.Module, features: Sequence[Tensor]) -> Dict[str, List[Later]]:
+    """
+    Run a dense head whose modules are all put off until a map that depends on them is read.
+
+    Args:
+        features: per level (N, C, Hi, Wi)
+
+    Returns:
+        name of each module to its maps, level by level
+    """
+    maps: Dict[str, List[Later]] = {}
+
+    def put_off(name: str, module: nn.Module, x: Union[Tensor, Later]) -> Later:
+        later = x.then(module) if isinstance(x, Later) else _put_off(module, x)
+        maps.setdefault(name, []).append(later)
+        return later
+
+    lazy = copy.copy(head)  # as in lazy_levels
+    lazy._modules = {}
+    for name, module in head._modules.items():
+        lazy.__dict__[name] = partial(put_off, name, module)
+    lazy(features)
+    return maps

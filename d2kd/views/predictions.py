@@ -1,30 +1,79 @@
 """Predictions of a detector, per cell of its pyramid and per region."""
 
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence
+from functools import partial
+from typing import Callable, Dict, List, Optional, Sequence, Union
 
 from torch import Tensor
 
+from .lazy_levels import Later
 
-@dataclass
+PARTS = ("logits", "deltas", "tower", "centerness")
+Maps = Sequence[Union[Tensor, Later]]
+
+
 class DensePredictions:
     """
     What a detector predicts at every cell. A anchors, K classes (1 for an RPN: objectness).
 
     `logits`: per level (N, A*K, Hi, Wi); `deltas`: per level (N, A*4, Hi, Wi); `tower`: per level
     the last feature of the classification tower, (N, C, Hi, Wi); `centerness`: per level
-    (N, 1, Hi, Wi), FCOS only. `levels` names the levels, in the order of all these lists.
+    (N, 1, Hi, Wi), of FCOS, else None. `levels` names the levels, in the order of all these lists.
     """
 
-    levels: Sequence[str]
-    logits: List[Tensor]
-    deltas: List[Tensor]
-    tower: List[Tensor]
-    centerness: Optional[List[Tensor]] = None
+    def __init__(
+        self,
+        levels: Sequence[str],
+        logits: Maps,
+        deltas: Maps,
+        tower: Maps,
+        centerness: Optional[Maps] = None,
+    ):
+        """
+        Args:
+            logits, deltas, tower, centerness: maps; those that are still to be computed are when
+                their list is first read
+        """
+        self.levels = levels
+        self._parts = dict(zip(PARTS, (logits, deltas, tower, centerness)))
+
+    @property
+    def logits(self) -> List[Tensor]:
+        return self._read("logits")
+
+    @property
+    def deltas(self) -> List[Tensor]:
+        return self._read("deltas")
+
+    @property
+    def tower(self) -> List[Tensor]:
+        return self._read("tower")
+
+    @property
+    def centerness(self) -> Optional[List[Tensor]]:
+        return None if self._parts["centerness"] is None else self._read("centerness")
 
     def by_level(self, maps: Sequence[Tensor]) -> Dict[str, Tensor]:
         """One of these lists, or one made from it, by the names of the levels."""
         return dict(zip(self.levels, maps))
+
+    def map(
+        self, function: Callable[[str, Tensor], Tensor], parts: Sequence[str] = PARTS
+    ) -> "DensePredictions":
+        """The same with the maps of some lists after a function of level and map."""
+        changed = {
+            name: [_after(x, partial(function, level)) for level, x in zip(self.levels, maps)]
+            for name, maps in self._parts.items()
+            if name in parts and maps is not None
+        }
+        return DensePredictions(self.levels, **{**self._parts, **changed})
+
+    def _read(self, part: str) -> List[Tensor]:
+        return [x() if isinstance(x, Later) else x for x in self._parts[part]]
+
+
+def _after(x: Union[Tensor, Later], function: Callable[[Tensor], Tensor]) -> Union[Tensor, Later]:
+    return x.then(function) if isinstance(x, Later) else function(x)
 
 
 @dataclass

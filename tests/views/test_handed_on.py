@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2kd.views import DetectorView, HandedOnView, Regions
+from d2kd.views import DensePredictions, DetectorView, HandedOnView, Regions
 from tests.helpers.toys import batch
 from tests.helpers.view_toys import build_teacher, some_boxes, view_of_teacher
 
@@ -33,6 +33,8 @@ def tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (list, tuple)):
         for y in x:
             yield from tensors(y)
+    elif isinstance(x, DensePredictions):
+        yield from tensors([x.logits, x.deltas, x.tower])
     elif is_dataclass(x):
         yield from tensors([getattr(x, f.name) for f in fields(x)])
 

@@ -7,7 +7,7 @@ import torch
 from test_views import count_calls
 from torch import nn
 
-from tests.helpers.toys import batch
+from tests.helpers.toys import GROUP_NORM, batch
 from tests.helpers.view_toys import build, build_teacher, c4_detector, needs_fcos, view_of_teacher
 
 
@@ -48,6 +48,51 @@ def test_only_what_is_read_runs_and_once(name: str, levels: List[str], runs: set
     for level in levels:
         assert features[level].shape[1] == 32 and not features[level].requires_grad
     assert calls == {k: int(k in runs or k == "stem") for k in calls}
+
+
+# What is read of a teacher's predictions, to what runs for it, once on each of five levels.
+BRANCHES: List[Any] = [
+    ("retinanet", ["tower"], {"cls_subnet"}),
+    ("retinanet", ["logits", "tower", "logits"], {"cls_subnet", "cls_score"}),
+    ("retinanet", ["deltas"], {"bbox_subnet", "bbox_pred"}),
+    ("retinanet", ["centerness"], set()),
+    pytest.param("fcos", ["centerness"], {"bbox_subnet", "ctrness"}, marks=needs_fcos),
+]
+
+
+@pytest.mark.parametrize("norm", ["", "GN", "BN"])
+@pytest.mark.parametrize("name, parts, runs", BRANCHES)
+def test_only_the_branches_that_are_read_run_and_as_the_head_runs_them(
+    name: str, parts: List[str], runs: set, norm: str
+) -> None:
+    # Under BN the newest Detectron2 has a norm for each level, which counts its calls.
+    key = f"MODEL__{name.upper()}__NORM"
+    detector = build(name, **{**GROUP_NORM, key: norm}).eval().requires_grad_(False)
+    features = list(detector.backbone(detector.preprocess_image(batch()).tensor).values())
+    maps = dict(zip(("logits", "deltas", "centerness"), detector.head(features)))
+    maps["tower"] = [detector.head.cls_subnet(x) for x in features]
+    calls = count_calls(dict(detector.head.named_children()))
+    dense = view_of_teacher(detector, batch()).dense()
+    for part in parts:
+        found, expected = getattr(dense, part), maps.get(part)
+        assert (found is None) == (expected is None)
+        assert all(torch.equal(x, y) for x, y in zip(found or (), expected or ()))
+    assert {k: v for k, v in calls.items() if v} == dict.fromkeys(runs, 5)
+
+
+def test_head_with_a_forward_of_its_own_is_run_as_it_is() -> None:
+    detector = build_teacher("retinanet")
+
+    class Doubled(type(detector.head)):
+        def forward(self, features: List[torch.Tensor]) -> Any:
+            logits, deltas = super().forward(features)
+            return [2 * x for x in logits], deltas
+
+    plain = view_of_teacher(detector, batch()).dense().logits
+    detector.head.__class__ = Doubled
+    found = view_of_teacher(detector, batch()).dense()
+    assert all(torch.equal(x, 2 * y) for x, y in zip(found.logits, plain))
+    assert len(found.tower) == 5
 
 
 def test_backbone_without_a_pyramid_is_run_as_it_is() -> None:

@@ -16,20 +16,25 @@ END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 TAIL = 2048  # a complete file has its end mark in this many last bytes
 
 
-def why_unsound(image: Image.Image) -> str:
-    """Why Detectron2's reader would not give the pixels of an opened image; "" if it does."""
+def check_sound(image: Image.Image, path: str) -> None:
+    """
+    Args:
+        image: opened, its pixels not read yet; it may be closed again
+
+    Raises:
+        ValueError: Detectron2's reader would not give its pixels
+    """
     if image.mode not in EIGHT_BIT_MODES:
-        return (
-            f"has pixels of more than 8 bits (PIL mode {image.mode}): values above 255 would be "
-            "read as 255. Scale the images of the set to 0..255 and save them with 8 bits."
+        raise ValueError(
+            f"{path} has pixels of more than 8 bits (PIL mode {image.mode}): values above 255 "
+            "would be read as 255. Scale the images of the set to 0..255 and save them with 8 bits."
         )
     if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) != 1:
-        return (
-            "is a TIFF with an orientation, by which both Pillow and Detectron2 would turn it: "
-            "its pixels would not be where its boxes are. Save the images of the set upright, "
+        raise ValueError(
+            f"{path} is a TIFF with an orientation, by which both Pillow and Detectron2 would turn "
+            "it: its pixels would not be where its boxes are. Save the images of the set upright, "
             "without orientation."
         )
-    return ""
 
 
 class Header(NamedTuple):
@@ -50,12 +55,11 @@ def read_header(path: str) -> Header:
         OSError: it cannot be read
     """
     with _readable(path), open(path, "rb") as file, Image.open(file) as image:
-        reason, size, turned = why_unsound(image), image.size, _is_turned(image)
+        size, turned = image.size, _is_turned(image)
         has_alpha = image.mode in ALPHA_MODES or "transparency" in image.info
         if not _has_end(file, image.format):
             image.load()  # fails if the image is incomplete
-    if reason:
-        raise ValueError(f"{path} {reason}")
+    check_sound(image, path)
     width, height = size[::-1] if turned else size
     return Header(width, height, turned, has_alpha)
 

@@ -10,7 +10,7 @@ from detectron2.data import DatasetMapper
 from detectron2.utils.file_io import PathManager
 
 from .coco_parts import whole_size
-from .image_headers import why_unsound
+from .image_headers import check_sound
 
 
 class CheckedMapper(DatasetMapper):
@@ -41,9 +41,7 @@ class CheckedMapper(DatasetMapper):
         if path in self._checked:
             return
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            reason = why_unsound(image)
-        if reason:
-            raise ValueError(f"{path} {reason}")
+            check_sound(image, path)
         self._checked.add(path)
 
 

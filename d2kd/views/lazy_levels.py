@@ -2,7 +2,18 @@
 
 import copy
 from functools import partial
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import (
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +21,20 @@ from torch import Tensor, nn
 from detectron2.modeling.backbone import FPN
 
 from ..utils.autocast import autocast_now
+
+
+def refuse_changed(what: str, tensors: Iterable[Tuple[Tensor, int]]) -> None:
+    """
+    Raises:
+        RuntimeError: a tensor has another version than the one beside it, when heads began to share
+            them; `what` it is
+    """
+    if any(x._version != version for x, version in tensors):
+        raise RuntimeError(
+            f"{what} was changed in place, and all heads share it: a loss on it would be wrong. "
+            "Look for operators that end in _ and for -=, *= on what a view gives, also behind "
+            ".float(), which copies nothing of float32."
+        )
 
 
 class Later:
@@ -33,19 +58,14 @@ class Later:
     def __call__(self) -> Tensor:
         """
         Raises:
-            RuntimeError: somebody who read it has changed it since, for all who read it later
+            RuntimeError: somebody who read it has changed it since
         """
         if self._map is None:
             with torch.set_grad_enabled(self._with_gradient), self._autocast():
                 self._map = self._compute()
             self._version = self._map._version
             self._compute = None  # what it was computed from is freed
-        if self._map._version != self._version:
-            raise RuntimeError(
-                "A map of the teacher was changed in place after it was computed; all heads "
-                "share it. Look for operators that end in _ and for -=, *= on what views give, "
-                "also behind .float(), which copies nothing of float32."
-            )
+        refuse_changed("A map of the teacher", [(self._map, self._version)])
         return self._map
 
     def then(self, function: Callable[[Tensor], Tensor]) -> "Later":

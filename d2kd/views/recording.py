@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from detectron2.structures import Boxes, Instances
 
 from ..utils.autocast import autocast_now
-from .lazy_levels import LazyLevels, lazy_levels
+from .lazy_levels import LazyLevels, lazy_levels, refuse_changed
 from .predictions import DensePredictions
 
 
@@ -115,12 +115,8 @@ class Recording:
     def _part(self, name: str) -> Any:
         if name not in self._recorded:
             self._recorded[name] = self._computed(name)
-        for tensor, version in self._versions.get(name, ()):
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"The student's {name!r} was changed in place after it was recorded; a loss on "
-                    "it would be wrong."
-                )
+        side = "student" if self._is_student or self._with_gradient else "teacher"
+        refuse_changed(f"The {side}'s {name!r}", self._versions.get(name, ()))
         return self._recorded[name]
 
     def _computed(self, name: str) -> Any:

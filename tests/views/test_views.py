@@ -389,6 +389,14 @@ def test_level_of_a_teacher_that_one_head_changed_in_place_is_refused_to_the_nex
         view.features["p3"]
 
 
+def test_predictions_of_a_teacher_that_one_head_changed_in_place_are_the_teachers() -> None:
+    view = view_of_teacher(build_teacher("retinanet"), batch())
+    view.dense()
+    change_deltas(view)
+    with pytest.raises(RuntimeError, match="teacher's 'dense' was changed in place"):
+        view.dense()
+
+
 def test_probabilities_in_place_of_logits_are_kept_out() -> None:
     # A 64 x 64 image has one cell on p6 and p7. There the reordering to (N, Hi*Wi*A, K) that
     # Detectron2 makes before its sigmoid_() is a view of the logits.

@@ -27,6 +27,7 @@ from .step import ByLevel, Step
 from .teacher import Teacher, build_teacher
 from .teacher.stand_in import confident
 from .utils.compat import current_iteration
+from .utils.to_device import to_device
 from .views import DetectorView, find_view
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,10 @@ class Distiller(nn.Module):
         self.last_step = None
         if not self.training or not self.lessons:
             return self.student(batched_inputs)
-        batched_inputs = _to_device(batched_inputs, self.device)
+        # Once, not once for each detector. Instances stay: Detectron2 draws them on the CPU only.
+        batched_inputs = [
+            {**x, "image": to_device(x["image"], self.device)} for x in batched_inputs
+        ]
         iteration = current_iteration() - self.start_iter
         weights = {name: self.schedules[name](iteration) for name in self.heads}
         is_on = any(weights.values())
@@ -296,12 +300,6 @@ class Distiller(nn.Module):
             if lesson.inherit_parts:
                 same_classes = lesson.pair.same_classes
                 inherit(self.student, lesson.teacher.model, lesson.inherit_parts, same_classes)
-
-
-def _to_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:
-    """Move images once, not once for each detector. Detectron2 draws instances on the CPU only."""
-    later = device.type != "cpu"  # the loader has pinned them, so that nothing need wait
-    return [{**x, "image": x["image"].to(device, non_blocking=later)} for x in batched_inputs]
 
 
 def _log(name: str, value: float) -> None:

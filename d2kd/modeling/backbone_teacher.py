@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from detectron2.modeling import Backbone
 from detectron2.structures import ImageList
 
+from ..utils.to_device import to_device
 from .timm_fpn import create_timm
 
 
@@ -37,9 +38,7 @@ class BackboneTeacher(nn.Module):
         Args:
             batched_inputs: "image" (3, H, W), RGB, 0 to 255
         """
-        # Not towards the CPU (DISTILL.TEACHER.DEVICE), which would read what has not arrived yet.
-        later = self.device.type != "cpu"
-        images = [x["image"].to(self.device, non_blocking=later) for x in batched_inputs]
+        images = [to_device(x["image"], self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(images, max(self.backbone.levels.values()))
 

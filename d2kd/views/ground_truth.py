@@ -7,6 +7,8 @@ from torch import Tensor
 
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 
+from ..utils.to_device import to_device
+
 
 def ground_truth(batched_inputs: Sequence[Dict[str, Any]], device: torch.device) -> List[Instances]:
     """
@@ -23,14 +25,12 @@ def ground_truth(batched_inputs: Sequence[Dict[str, Any]], device: torch.device)
 
 
 def _moved(instances: Instances, device: torch.device) -> Instances:
-    # Only towards a GPU: what comes from one must have arrived before the host reads it.
-    later = {"device": device, "non_blocking": device.type != "cpu"}
     moved = Instances(instances.image_size)
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):  # Boxes.to has no such argument
-            value = type(value)(value.tensor.to(**later))
+            value = type(value)(to_device(value.tensor, device))
         elif isinstance(value, (Tensor, BitMasks, Keypoints)):
-            value = value.to(**later)
+            value = to_device(value, device)
         elif hasattr(value, "to"):
             value = value.to(device)
         moved.set(name, value)

@@ -14,11 +14,11 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
 from d2kd import doctor
-from d2kd.distiller import _to_device
 from d2kd.engine import launch, train
 from d2kd.engine.run import evaluate
 from d2kd.export import export_student
 from d2kd.modeling.backbone_teacher import BackboneTeacher
+from d2kd.utils.to_device import to_device
 from tests.helpers.pretended_cuda import PretendedCuda
 from tests.helpers.runs import build_trainer, interrupt, run, run_config, saved, scalars
 from tests.helpers.toys import batch, distill_config
@@ -106,7 +106,7 @@ def test_losses_of_a_step_are_fetched_in_one_copy_and_images_are_not_waited_for(
     waits = [(what, where.split(":")[0]) for what, where in pretended.waits.elements()]
     assert waits.count(("copy to the host", "d2kd/engine/monitor/finite.py")) == 1
     pretended.waits.clear()
-    _to_device(batch(), torch.device("cuda"))
+    to_device(batch()[0]["image"], torch.device("cuda"))
     assert not pretended.waits
 
 

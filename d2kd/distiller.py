@@ -26,7 +26,6 @@ from .schedule import WeightSchedule, pixel_factor
 from .step import ByLevel, Step
 from .teacher import Teacher, build_teacher
 from .teacher.stand_in import confident
-from .utils.compat import current_iteration
 from .utils.to_device import to_device
 from .views import DetectorView, find_view
 
@@ -174,8 +173,7 @@ class Distiller(nn.Module):
         batched_inputs = [
             {**x, "image": to_device(x["image"], self.device)} for x in batched_inputs
         ]
-        iteration = current_iteration() - self.start_iter
-        weights = {name: self.schedules[name](iteration) for name in self.heads}
+        weights = self._scheduled_weights()
         is_on = any(weights.values())
         labelled = [x for x in batched_inputs if "instances" in x]
         unlabelled = [x for x in batched_inputs if "instances" not in x]
@@ -198,6 +196,18 @@ class Distiller(nn.Module):
         if not losses:  # no labelled image, and every head off: a step that changes nothing
             losses["loss_none"] = sum(0 * p.sum() for p in self.student.parameters())
         return losses
+
+    def _scheduled_weights(self) -> Dict[str, float]:
+        """Weight of each head in this iteration, logged; outside a trainer, in iteration 0."""
+        try:
+            storage = get_event_storage()
+        except AssertionError:
+            storage = None
+        iteration = (storage.iter if storage else 0) - self.start_iter
+        weights = {name: self.schedules[name](iteration) for name in self.heads}
+        for name, weight in weights.items() if storage else ():
+            storage.put_scalar(f"{name}/weight", weight, smoothing_hint=False)
+        return weights
 
     def _view_labelled(
         self, batched_inputs: List[Dict[str, Any]], weights: Mapping[str, float]
@@ -273,7 +283,6 @@ class Distiller(nn.Module):
                 and of the labelled ones. A head's loss is its mean over images
         """
         head = self.heads[name]
-        _log(f"{name}/weight", weight)
         if weight == 0:
             # Off, and the teacher is not asked. DistributedDataParallel still wants each
             # parameter of the head to take part.
@@ -300,10 +309,3 @@ class Distiller(nn.Module):
             if lesson.inherit_parts:
                 same_classes = lesson.pair.same_classes
                 inherit(self.student, lesson.teacher.model, lesson.inherit_parts, same_classes)
-
-
-def _log(name: str, value: float) -> None:
-    try:
-        get_event_storage().put_scalar(name, value, smoothing_hint=False)
-    except AssertionError:  # outside a trainer there is nothing to log to
-        pass

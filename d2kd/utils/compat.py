@@ -4,7 +4,6 @@ import importlib
 from types import ModuleType
 
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 
 
 def require(module: str, wanted_by: str) -> ModuleType:
@@ -36,14 +35,6 @@ def has_compiled_operators() -> bool:
     except ImportError:
         return False
     return True
-
-
-def current_iteration() -> int:
-    """The training iteration, from 0; 0 outside a trainer."""
-    try:
-        return get_event_storage().iter
-    except AssertionError:
-        return 0
 
 
 def create_local_process_group(processes_per_machine: int, machine_rank: int) -> None:

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .coco_json import read_classes
-from .entries import parse_entry
+from .entries import coco_format_entries
 from .outlines import CLASSES
 from .shapes import SPLITS
 
@@ -24,11 +24,7 @@ def class_names(cfg: CfgNode) -> Tuple[str, ...]:
 
 def coco_json_files(cfg: CfgNode) -> Dict[str, str]:
     """Data set name -> JSON, for the entries of DATASETS.COCO_FORMAT."""
-    entries = [
-        parse_entry(entry, f"DATASETS.COCO_FORMAT[{i}]")
-        for i, entry in enumerate(cfg.DATASETS.COCO_FORMAT)
-    ]
-    return {name: json_file for name, json_file, _ in entries}
+    return {name: json_file for name, json_file, *_ in coco_format_entries(cfg)}
 
 
 def names_in_sets(

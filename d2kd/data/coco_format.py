@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from .checks import check_proposals
-from .entries import parse_entry
+from .entries import coco_format_entries
 from .sets import SetChecks
 from .shapes import SPLITS, make_shapes, read_settings
 
@@ -43,7 +43,10 @@ def register_datasets(
     """
     for part in parts:
         check_proposals(cfg, part)
-    owned = _register_entries(cfg)
+    owned: Dict[str, str] = {}  # name of a set -> the config key to blame
+    for name, json_file, image_root, key in coco_format_entries(cfg):
+        _register(name, json_file, image_root, key)
+        owned[name] = key
     for name in dict.fromkeys(x for part in parts for x in cfg.DATASETS[part] if x in SPLITS):
         if draw:
             _register_shapes(name, make_shapes(cfg, SPLITS[name]))
@@ -55,17 +58,6 @@ def register_datasets(
         for name in cfg.DATASETS[part]:
             checks.check(name, part, is_there=draw or name not in SPLITS)
     checks.check_together()
-
-
-def _register_entries(cfg: CfgNode) -> Dict[str, str]:
-    """Returns: name of each set in DATASETS.COCO_FORMAT -> the config key to blame."""
-    owned = {}
-    for i, entry in enumerate(cfg.DATASETS.COCO_FORMAT):
-        key = f"DATASETS.COCO_FORMAT[{i}]"
-        name, json_file, image_root = parse_entry(entry, key)
-        _register(name, json_file, image_root, key)
-        owned[name] = key
-    return owned
 
 
 def _register(name: str, json_file: str, image_root: str, key: str) -> None:

@@ -12,7 +12,7 @@ from ..utils.checks import check_range
 from ..utils.distils import distils
 from ..utils.packaged import find_file
 from .coco_json import read_summary
-from .entries import parse_entry
+from .entries import coco_format_entries
 from .find_images import find_images
 
 logger = logging.getLogger(__name__)
@@ -128,9 +128,7 @@ def find_unlabelled(cfg: CfgNode) -> List[Dict[str, Any]]:
 def _tested(cfg: CfgNode) -> Set[str]:
     """Paths, without links, of the images of the test sets in DATASETS.COCO_FORMAT."""
     paths: Set[str] = set()
-    for i, entry in enumerate(cfg.DATASETS.COCO_FORMAT):
-        key = f"DATASETS.COCO_FORMAT[{i}]"
-        name, json_file, folder = parse_entry(entry, key)
+    for name, json_file, folder, key in coco_format_entries(cfg):
         if name in cfg.DATASETS.TEST:
             images = read_summary(json_file, key).images
             paths.update(os.path.realpath(os.path.join(folder, x.file_name)) for x in images)

@@ -1,10 +1,10 @@
-"""Read the explanations of config keys from the comments in the code."""
+"""Read the explanations of config keys from the comments and docstrings in the code."""
 
 import ast
 import inspect
 import re
 import textwrap
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import detectron2.config.defaults
 
@@ -15,6 +15,9 @@ from ..schedule import add_schedule_config
 from ..views import RegionSampler
 from .distill_keys import add_distill_config
 
+# An entry of a Google-style docstring: names, a colon, and lines that are indented deeper.
+ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", re.MULTILINE)
+
 
 def meanings() -> Dict[str, str]:
     """
@@ -23,7 +26,7 @@ def meanings() -> Dict[str, str]:
     """
     defaults = inspect.getsource(detectron2.config.defaults)
     texts = dict(_assignment_comments(defaults, ast.parse(defaults).body, {"_C": ""}))
-    texts.update(_field_comments())
+    texts.update({f"DISTILL.REGIONS.{k}": v for k, v in documented(RegionSampler).items()})
     for add in (add_distill_config, add_data_config, add_model_config):
         texts.update(_function_comments(add, ""))
     texts.update(_function_comments(add_unlabelled_config, "DISTILL."))
@@ -31,17 +34,15 @@ def meanings() -> Dict[str, str]:
     return texts
 
 
-def _field_comments() -> Iterator[Tuple[str, str]]:
-    """Comments of RegionSampler's fields, each of which is a key."""
-    above: List[str] = []
-    text = ""
-    for line in inspect.getsource(RegionSampler).splitlines():
-        field = re.match(r"    (\w+): .* = ", line)
-        if line.startswith("    # "):
-            above.append(line.strip(" #"))
-        elif field:
-            text, above = " ".join(above) or text, []
-            yield f"DISTILL.REGIONS.{field[1].upper()}", text
+def documented(cls: type) -> Dict[str, str]:
+    """What stands under Attributes: of a class and under Args: of its constructor, by key."""
+    found: Dict[str, str] = {}
+    docs: List[Optional[str]] = [inspect.getdoc(cls), inspect.getdoc(cls.__init__)]
+    for doc in filter(None, docs):
+        section = re.search(r"^(?:Attributes|Args):\n((?: {4}.*\n?|\n)+)", doc, re.MULTILINE)
+        for names, text in ENTRY.findall(section[1] if section else ""):
+            found.update({x.strip().upper(): " ".join(text.split()) for x in names.split(",")})
+    return found
 
 
 def _function_comments(add: Callable[[Any], None], prefix: str) -> Iterator[Tuple[str, str]]:

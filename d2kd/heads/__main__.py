@@ -5,15 +5,15 @@ what they are for.
 
 import argparse
 import inspect
-import re
 import sys
 import textwrap
-from typing import Dict, List, Optional, Sequence
+from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
 
 from ..cli.common import add_plugin_option, command_parser, import_plugins
 from ..config.describe import explained
+from ..config.key_comments import documented
 from ..config.load import leaves
 from ..utils.user_mistakes import run_command
 from .keys import add_head_keys, key_of, knobs
@@ -32,8 +32,6 @@ REFERENCE_PIXELS = (
     "what it means at N pixels; 1075200 is 800x1344 and lets the published weights be typed in at "
     "any size"
 )
-# An entry of a Google-style docstring: names, a colon, and lines that are indented deeper.
-ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -82,25 +80,14 @@ def describe_keys(name: str) -> str:
     """
     head, node = head_class(name), CfgNode()
     add_head_keys(node, head)
-    texts = {"REFERENCE_PIXELS": REFERENCE_PIXELS, **_entries(head)}
+    texts = {"REFERENCE_PIXELS": REFERENCE_PIXELS, **documented(head)}
     for argument, default in knobs(head).items():
-        nested = _entries(type(default)).items()
+        nested = documented(type(default)).items()
         texts.update({f"{argument.upper()}.{field}": text for field, text in nested})
     values, texts = (
         {f"{key_of(head)}.{k}": v for k, v in x.items()} for x in (dict(leaves(node)), texts)
     )
     return explained(values, texts)
-
-
-def _entries(cls: type) -> Dict[str, str]:
-    """What stands under Attributes: of a class and under Args: of its constructor, by key."""
-    found: Dict[str, str] = {}
-    docs: List[Optional[str]] = [inspect.getdoc(cls), inspect.getdoc(cls.__init__)]
-    for doc in filter(None, docs):
-        section = re.search(r"^(?:Attributes|Args):\n((?: {4}.*\n?|\n)+)", doc, re.MULTILINE)
-        for names, text in ENTRY.findall(section[1] if section else ""):
-            found.update({x.strip().upper(): " ".join(text.split()) for x in names.split(",")})
-    return found
 
 
 if __name__ == "__main__":

@@ -15,18 +15,23 @@ class RegionSampler(NamedTuple):
     samples.
 
     Heads with equal samplers share one sample of a batch (DetectorView.regions).
+
+    Attributes:
+        pre_nms_topk: predictions of highest score kept on each level, before non-maximum
+            suppression
+        nms_thresh: of boxes of one level that overlap by more than this IoU, the one of highest
+            score is kept
+        post_nms_topk: boxes of highest score kept in each image, after it
+        per_image: how many of these are sampled at random
+        positive_fraction, iou_threshold: share of the sample, at most, whose IoU with a
+            ground-truth box is iou_threshold or more (as in Detectron2's matchers; the notes on
+            G-DetKD say more than 0.5)
     """
 
-    # Predictions of highest score kept on each level, before non-maximum suppression
     pre_nms_topk: int = 2000
-    # Of boxes of one level that overlap by more than this IoU, the one of highest score is kept
     nms_thresh: float = 0.7
-    # Boxes of highest score kept in each image, after it
     post_nms_topk: int = 1000
-    # How many of these are sampled at random
     per_image: int = 512
-    # Share of the sample, at most, whose IoU with a ground-truth box is iou_threshold or more (as
-    # in Detectron2's matchers; the notes on G-DetKD say more than 0.5)
     positive_fraction: float = 0.25
     iou_threshold: float = 0.5
 

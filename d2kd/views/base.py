@@ -65,20 +65,6 @@ class DetectorView(Recording):
     provides: FrozenSet[str] = frozenset({"features"})
     two_stage = False
 
-    def __init__(
-        self,
-        detector: nn.Module,
-        batched_inputs: Sequence[Dict[str, Any]] = (),
-        requires: FrozenSet[str] = frozenset(),
-    ):
-        """
-        Args:
-            batched_inputs: Detectron2's standard input; empty: for facts of the detector alone
-            requires: what heads will ask a teacher for, so that one pass gives all of it
-        """
-        super().__init__(detector, batched_inputs)
-        self.requires = requires
-
     # Facts of the detector, whatever the batch ---------------------------------------------------
 
     @property

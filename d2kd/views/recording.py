@@ -21,10 +21,20 @@ class Recording:
     `_add_hooks` that call `_keep`, and a method `_compute_<name>` for each that a teacher has.
     """
 
-    def __init__(self, detector: nn.Module, batched_inputs: Sequence[Dict[str, Any]]):
+    def __init__(
+        self,
+        detector: nn.Module,
+        batched_inputs: Sequence[Dict[str, Any]] = (),
+        requires: FrozenSet[str] = frozenset(),
+    ):
+        """
+        Args:
+            batched_inputs: Detectron2's standard input; empty: for facts of the detector alone
+            requires: what heads will ask a teacher for, so that one pass gives all of it
+        """
         self.detector = detector
         self.batched_inputs = batched_inputs
-        self.requires: FrozenSet[str] = frozenset()
+        self.requires = requires
         self._recorded: Dict[str, Any] = {}
         self._versions: Dict[str, List[Tuple[Tensor, int]]] = {}
         self._answers: Dict[Hashable, Any] = {}

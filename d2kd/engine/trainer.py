@@ -33,7 +33,7 @@ from .hooks import (
 )
 from .initialise import initialise
 from .monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
-from .monitor.liveness import liveness_hooks
+from .monitor.liveness import Liveness
 from .monitor.show_panel import ShowPanel
 from .optimizer import build_optimizer, parameter_names, placed_state, schedule_in_errors
 from .parallel import data_parallel
@@ -132,7 +132,8 @@ class Trainer(DefaultTrainer):
         keep = KeepLossNormalizer(student, self.cfg.SOLVER.CHECKPOINT_PERIOD)
         # Before the evaluation, which leaves nothing of the step to draw.
         show = ShowPanel(self._module, self.cfg.VIS_PERIOD, class_names(self.cfg))
-        watch = liveness_hooks(self._module, self._trainer.optimizer, self.cfg)
+        is_watched = self.distiller and self.cfg.DISTILL.LIVENESS.ENABLED
+        watch = [Liveness(self.distiller, self.optimizer, self.cfg)] if is_watched else []
         hooks = [SeedEachIteration(self.seed), keep, show, *watch, *super().build_hooks()]
         for hook in hooks:
             if isinstance(hook, PeriodicCheckpointer):

@@ -186,12 +186,3 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def liveness_hooks(
-    model: nn.Module, optimizer: torch.optim.Optimizer, cfg: CfgNode
-) -> List[HookBase]:
-    """The :class:`Liveness` of a run; [] for a student alone, or where it is disabled."""
-    if not (getattr(model, "lessons", ()) and cfg.DISTILL.LIVENESS.ENABLED):
-        return []
-    return [Liveness(model, optimizer, cfg)]

@@ -14,7 +14,7 @@ import torch
 import detectron2
 
 from d2kd import doctor, load_config
-from d2kd.config import flatten
+from d2kd.config import leaves
 from d2kd.data import register_datasets
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.heads.registry import head_class, head_names
@@ -91,7 +91,7 @@ def readers(key: str) -> Tuple[str, str]:
 def distill_keys(path: str) -> Dict[str, Any]:
     """Every key under DISTILL with its default, the schedule's of one head only."""
     cfg = load_config(path)
-    keys = [x for x in flatten(cfg) if x.startswith("DISTILL.")]
+    keys = [x for x, _ in leaves(cfg) if x.startswith("DISTILL.")]
     keys = [x for x in keys if x.split(".")[1] not in set(head_names()) - set(own_heads())]
     keys = [x for x in keys if ".SCHEDULE." not in x or x.startswith("DISTILL.PKD")]
     return {key: reduce(getattr, key.split("."), cfg) for key in sorted(keys)}
@@ -289,7 +289,7 @@ def test_no_other_key_of_ours_takes_what_nobody_can_mean(
     base = ["DATASETS.TRAIN", ("d2kd_shapes_train",), "DATASETS.SHAPES.ROOT", str(tmp_path)]
     base += ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "DISTILL.ENABLED", False]
     cfg, drawn = load_config(pairs["retinanet"]), random.Random(2)
-    shapes = [x for x in flatten(cfg) if x.startswith("DATASETS.SHAPES.") and "ROOT" not in x]
+    shapes = [x for x, _ in leaves(cfg) if x.startswith("DATASETS.SHAPES.") and "ROOT" not in x]
     for key in OTHERS + shapes:
         default = reduce(getattr, key.split("."), cfg)
         value = drawn.choice(NONSENSE[type(default)])

@@ -69,7 +69,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
     """
     if len(opts) % 2:
         raise ValueError(f"{source}: overrides come as KEY VALUE pairs, got {list(opts)}.")
-    known = {**dict.fromkeys(_inner(cfg)), **dict(leaves(cfg))}
+    known = set(_names(cfg))
     _refuse_unknown(cfg, [str(key) for key in opts[0::2] if str(key) not in known], source)
     before = dict(leaves(cfg))
     for key, value in zip(opts[0::2], opts[1::2]):
@@ -118,7 +118,7 @@ def _refuse_unknown(cfg: CfgNode, keys: List[str], source: str) -> None:
     Raises:
         ValueError: if there are `keys`; names each with the nearest key of cfg
     """
-    known = set(flatten(cfg)) | set(_inner(cfg))
+    known = set(_names(cfg))
     lines = []
     for key in keys:
         near = nearest(key, known)
@@ -148,11 +148,6 @@ def _refuse_none(cfg: CfgNode, before: Dict[str, Any], source: str) -> None:
             raise ValueError(f"{source}: {key} is None. Set a value, or leave the key out.")
 
 
-def flatten(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all leaves."""
-    return (key for key, _ in leaves(node, prefix))
-
-
 def leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
     """Dotted names and values."""
     for key, value in node.items():
@@ -162,9 +157,9 @@ def leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _inner(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all inner nodes."""
+def _names(node: Dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys and groups of keys."""
     for key, value in node.items():
+        yield f"{prefix}{key}"
         if isinstance(value, dict):
-            yield f"{prefix}{key}"
-            yield from _inner(value, f"{prefix}{key}.")
+            yield from _names(value, f"{prefix}{key}.")

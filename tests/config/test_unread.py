@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
 from d2kd import doctor
-from d2kd.config import flatten
+from d2kd.config import leaves
 from d2kd.config.unread import refuse_unread, unread_keys, why_unread
 from d2kd.engine.stages import plan_stages
 from d2kd.teacher import build_teacher
@@ -71,8 +71,8 @@ def test_every_key_of_detectron2_is_read_or_known_not_to_be(
         name_nodes(cfg)
         build_trainer(cfg)
         next(iter(DefaultTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])))
-    said = {key for key in flatten(cfg) if all(why_unread(key, x) for x in configs)}
-    left = set(flatten(get_cfg())) - read - said - set(HARMLESS)
+    said = {key for key, _ in leaves(cfg) if all(why_unread(key, x) for x in configs)}
+    left = set(dict(leaves(get_cfg()))) - read - said - set(HARMLESS)
     assert not left
 
 

@@ -12,7 +12,7 @@ import torch
 
 from detectron2.config import CfgNode
 
-from d2kd.config import flatten, load_config
+from d2kd.config import leaves, load_config
 from d2kd.engine import Trainer
 from d2kd.engine.resume import RunRecord, fingerprint
 from d2kd.engine.resume_rules import PASSED_OVER, REFUSED, RULES, TAKEN, UNUSED, rule_of
@@ -75,13 +75,13 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("action", EXAMPLES)
 def test_keys_have_the_action_that_their_rule_says(action: str) -> None:
-    known = list(flatten(load_config()))
+    known = list(dict(leaves(load_config())))
     for key in EXAMPLES[action]:
         assert key in known and rule_of(key).action == action, key
 
 
 def test_every_rule_is_the_first_for_some_key_and_only_detections_of_a_model_may_change() -> None:
-    rules = {key: rule_of(key) for key in flatten(load_config())}
+    rules = {key: rule_of(key) for key, _ in leaves(load_config())}
     assert set(rules.values()) == set(RULES)
     taken = [k for k, x in rules.items() if k.startswith("MODEL.") and x.action == TAKEN]
     assert "MODEL.DEVICE" in taken and all(k.endswith(("_TEST", "DEVICE")) for k in taken)

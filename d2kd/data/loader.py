@@ -113,9 +113,7 @@ class ResumableLoader:
             "sampler": build_sampler(cfg, dataset_dicts, max(seed, 0)),
             "total_batch_size": batch_size or cfg.SOLVER.IMS_PER_BATCH,
             "seed": seed,
-            "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-            "num_workers": cfg.DATALOADER.NUM_WORKERS,
-            "pin_memory": pins_memory(cfg),
+            **_how_to_load(cfg),
         }
 
     def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
@@ -197,12 +195,14 @@ def build_train_loader(
         sampler=TrainingSampler(len(images), seed=seed),
         total_batch_size=count_unlabelled,
         seed=seed + UNLABELLED_SEED,
-        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        pin_memory=pins_memory(cfg),
+        **_how_to_load(cfg),
     )
     return MixedLoader(labelled, unlabelled) if labelled else unlabelled
 
 
-def pins_memory(cfg: CfgNode) -> bool:
-    return cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
+def _how_to_load(cfg: CfgNode) -> Dict[str, Any]:
+    return {
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "pin_memory": cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
+    }

@@ -48,7 +48,9 @@ class SeededDataset(Dataset):
         refused = []
         with seeded(self.seed, place):
             while len(refused) < MAX_TRIES:
-                sample = self._map(self.dataset[index])
+                image = self.dataset[index]
+                with image_in_errors(image):
+                    sample = self.mapper(image)
                 if sample is not None:
                     return sample
                 refused.append(index)
@@ -59,10 +61,6 @@ class SeededDataset(Dataset):
         raise RuntimeError(
             f"The mapper returned None for {MAX_TRIES} images in a row: {refused[:5]}, ..."
         )
-
-    def _map(self, image: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-        with image_in_errors(image):
-            return self.mapper(image)
 
     def __len__(self) -> int:
         return len(self.dataset)

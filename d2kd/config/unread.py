@@ -12,19 +12,14 @@ from .readers import HEAD_SWITCHES, READERS, value_of
 
 # Keys of a teacher's own config that have an effect: its architecture, its number of detections,
 # and its class names
-OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE", "DATASETS.TRAIN")
-OF_TEACHER += ("DATASETS.TEST", "DATASETS.COCO_FORMAT")
-OF_DETECTING_TEACHER = tuple(
-    f"DISTILL.TEACHER.{x}"
-    for x in (
-        "OPTS",
-        "CLASSES",
-        "ALIASES",
-        "FOR_CLASSES",
-        "ALLOW_OTHER_CLASSES",
-        "EVAL_IMAGES",
-        "MIN_AP",
-    )
+OF_TEACHER = (
+    *("MODEL.*", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE"),
+    *("DATASETS.TRAIN", "DATASETS.TEST", "DATASETS.COCO_FORMAT"),
+)
+# Of DISTILL.TEACHER, keys for a detector and not for a BACKBONE
+OF_DETECTING_TEACHER = (
+    *("OPTS", "CLASSES", "ALIASES", "FOR_CLASSES"),
+    *("ALLOW_OTHER_CLASSES", "EVAL_IMAGES", "MIN_AP"),
 )
 INSTEAD = {
     "MODEL.WEIGHTS": "DISTILL.TEACHER.WEIGHTS names its weights",
@@ -102,7 +97,8 @@ def _why_unread_in_distillation(key: str, cfg: CfgNode) -> str:
         return "with DISTILL.STAGES"
     if key == "DISTILL.TEACHER.BACKBONE_STRIDES" and not (node.TEACHER.BACKBONE or several):
         return "with DISTILL.TEACHER.BACKBONE"
-    if key in OF_DETECTING_TEACHER and node.TEACHER.BACKBONE and not several:
+    of_detecting = key in [f"DISTILL.TEACHER.{x}" for x in OF_DETECTING_TEACHER]
+    if of_detecting and node.TEACHER.BACKBONE and not several:
         return f"by a teacher that detects, not by DISTILL.TEACHER.BACKBONE {node.TEACHER.BACKBONE}"
     if key == "DISTILL.TEACHER.MIN_AP" and not node.TEACHER.EVAL_IMAGES:
         return "with DISTILL.TEACHER.EVAL_IMAGES above 0"

@@ -47,10 +47,6 @@ def export_graph(cfg: CfgNode, weights: str, name: str, folder: str) -> Dict[str
         ONNX in onnxruntime within tolerances and except for a few; "detections", "equal": number of
         detections, and how many were equal. "error" if the export failed or the graph does not run
     """
-    try:
-        from detectron2.export import TracingAdapter
-    except ImportError:
-        return {"error": "the installed Detectron2 has no TracingAdapter"}
     images = [x["image"] for x in fixed_images(cfg)]
     export, run, count, wanted, suffix = {
         "torchscript": (_to_torchscript, _torchscript, _count_same, 1.0, "ts"),
@@ -58,6 +54,8 @@ def export_graph(cfg: CfgNode, weights: str, name: str, folder: str) -> Dict[str
     }[name]
     path, total, equal = os.path.join(folder, f"student.{suffix}"), 0, 0
     try:
+        from detectron2.export import TracingAdapter  # which may import packages for Caffe2
+
         with torch.no_grad(), TemporaryDirectory() as scratch:
             other = os.path.join(scratch, os.path.basename(path))
             for file, any_score in ((path, False), (other, True)):

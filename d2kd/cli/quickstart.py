@@ -86,7 +86,8 @@ def plan(args: argparse.Namespace) -> Tuple[Dict[str, Step], Dict[str, Step]]:
             "quickstart trains and shows one. Train each by a command of its own, then the student."
         )
     teacher = distill.TEACHER
-    alone = [x for x in pairs(args.opts) if not x[0].startswith("DISTILL.")]
+    pairs = zip(args.opts[0::2], args.opts[1::2])
+    alone = [x for x in pairs if not x[0].startswith("DISTILL.")]
     place = ("MODEL.DEVICE", "DATASETS.", "DATALOADER.")
     shared = [word for pair in alone if pair[0].startswith(place) for word in pair]
     first = {TEACHER: (teacher.CONFIG_FILE, shared, teacher.WEIGHTS)}
@@ -98,10 +99,6 @@ def plan(args: argparse.Namespace) -> Tuple[Dict[str, Step], Dict[str, Step]]:
         DISTILLED: (args.distilled, args.opts, ""),
     }
     return first, second
-
-
-def pairs(opts: Sequence[str]) -> List[Tuple[str, str]]:
-    return list(zip(opts[0::2], opts[1::2]))
 
 
 def runs_at_once(device: str) -> int:

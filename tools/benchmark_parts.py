@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import dataclasses
 import itertools
 import os
 from contextlib import nullcontext
@@ -30,7 +29,8 @@ from d2kd.lesson import Lesson
 from d2kd.teacher import Teacher, TeacherOptions
 from d2kd.teacher.options import PRECISIONS
 from d2kd.teacher.speed_up import with_options
-from d2kd.views import LazyLevels, Regions, describe_detector, find_view
+from d2kd.views import Regions, describe_detector, find_view
+from d2kd.views.map_tensors import map_tensors
 
 Step = Callable[[], None]
 Batch = List[Dict[str, Any]]
@@ -252,7 +252,7 @@ class HeadAlone:
         """Every tensor that is there before the head runs: recorded ones, parameters, buffers."""
         tensors: List[Tensor] = []
         for view in (self.student, self.teacher):
-            _map_tensors(tensors.append, view._recorded)
+            map_tensors(tensors.append, view._recorded)
         for module in (self.heads, self.student.detector, self.teacher.detector):
             tensors += [*module.parameters(), *module.buffers()]
         return tensors
@@ -274,23 +274,10 @@ def detached(view: DetectorView) -> DetectorView:
         return x.detach().requires_grad_(x.requires_grad)
 
     view = copy.copy(view)
-    view._recorded, view._versions = _map_tensors(leaf, view._recorded), {}
+    view._recorded, view._versions = map_tensors(leaf, view._recorded), {}
     view._answers = {}
+    if "regions" in view._recorded:
+        # Anew, but of the very same list of boxes, by which a view finds their RoI features.
+        regions = view._recorded["regions"]
+        view._recorded["regions"] = Regions(regions.boxes, regions.source)
     return view
-
-
-def _map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return function(x)
-    if isinstance(x, Regions):
-        # Without gradient. The very same list of boxes, by which a view finds their RoI features.
-        return Regions(x.boxes, x.source)
-    if isinstance(x, LazyLevels):
-        return x.map(function)
-    if isinstance(x, dict):
-        return {k: _map_tensors(function, v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(_map_tensors(function, v) for v in x)
-    if dataclasses.is_dataclass(x):
-        return type(x)(**{k: _map_tensors(function, v) for k, v in vars(x).items()})
-    return x

@@ -3,8 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
-from dataclasses import fields, replace
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from torch.nn import functional as F
 
 from ..distiller import Distiller
 from ..heads.registry import compares_logits
-from ..views import DensePredictions, DetectorView, LazyLevels, Regions, RoIPredictions, Towers
+from ..views import DetectorView, Regions
+from ..views.map_tensors import map_tensors
 from .case import Case, seed_all
 from .cuda_autocast import cuda_autocast
 
@@ -133,6 +133,8 @@ def _view(view: DetectorView, dtype: torch.dtype, leaves: List[Tensor]) -> Detec
     changed: Dict[int, Tensor] = {}
 
     def change(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
         if id(x) not in changed:
             changed[id(x)] = x.detach().to(dtype) if x.dtype == torch.float16 else x.detach()
             if x.requires_grad:
@@ -141,30 +143,13 @@ def _view(view: DetectorView, dtype: torch.dtype, leaves: List[Tensor]) -> Detec
         return changed[id(x)]
 
     found = copy.copy(view)
-    found._recorded, found._versions = _map(view._recorded, change), {}
+    found._recorded, found._versions = map_tensors(change, view._recorded), {}
     # A teacher's cached results are constants. A student's are recomputed, except for the regions:
     # they are random, and the teacher's results belong to them.
     known = view._answers.items()
     found._answers = {
-        k: x if isinstance(x, Regions) else _map(x, change)
+        k: x if isinstance(x, Regions) else map_tensors(change, x)
         for k, x in known
         if isinstance(x, Regions) or not view._is_student
     }
     return found
-
-
-def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `change` to the float tensors in nested containers; keep others, such as boxes."""
-    if isinstance(x, Tensor):
-        return change(x) if x.is_floating_point() else x
-    if isinstance(x, LazyLevels):
-        return x.map(change)
-    if isinstance(x, dict):
-        return {k: _map(v, change) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(_map(v, change) for v in x)
-    if isinstance(x, DensePredictions):
-        return x.map(lambda _, y: _map(y, change))
-    if isinstance(x, (RoIPredictions, Towers)):
-        return replace(x, **{f.name: _map(getattr(x, f.name), change) for f in fields(x)})
-    return x

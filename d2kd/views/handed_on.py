@@ -1,6 +1,5 @@
 """A teacher that runs on another device, or in another format, than the student."""
 
-from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Callable, List, Mapping, Optional, Sequence
 
@@ -11,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 
 from .base import DetectorView
 from .ground_truth import ground_truth
-from .lazy_levels import Later, LazyLevels
+from .map_tensors import map_tensors
 from .predictions import DensePredictions, RoIPredictions
 from .regions import Regions
 from .towers import Towers
@@ -39,7 +38,8 @@ class HandedOnView(WrappedView):
 
     @property
     def features(self) -> Mapping[str, Tensor]:
-        return self._view._once("features handed on", self._features)
+        ask = partial(self._ask, getattr, self._view, "features")
+        return self._view._once("features handed on", ask)
 
     @property
     def gt_instances(self) -> List[Instances]:
@@ -84,11 +84,6 @@ class HandedOnView(WrappedView):
 
         return self._ask_of_boxes("region_vectors", regions.boxes, ask)
 
-    def _features(self) -> LazyLevels:
-        levels, kind = self._view.features, self._teacher_device.type
-        ask = partial(self._ask, levels.__getitem__)
-        return LazyLevels({k: Later(partial(ask, k), kind) for k in levels})
-
     def _ask_of_boxes(
         self, name: str, boxes: List[Boxes], ask: Callable[[List[Boxes]], Any]
     ) -> Any:
@@ -105,21 +100,7 @@ class HandedOnView(WrappedView):
 def _ask(
     device: torch.device, dtype: Optional[torch.dtype], ask: Callable[..., Any], *args: Any
 ) -> Any:
-    return _handed_on(ask(*args), device, dtype)
-
-
-def _handed_on(x: Any, device: torch.device, dtype: Optional[torch.dtype]) -> Any:
-    """All tensors of an answer, with gradient."""
-    if isinstance(x, Tensor):
-        return x.to(device, dtype).contiguous()
-    if isinstance(x, list):
-        return [_handed_on(y, device, dtype) for y in x]
-    if isinstance(x, DensePredictions):
-        return x.map(lambda _, y: _handed_on(y, device, dtype))
-    if isinstance(x, (RoIPredictions, Towers)):
-        parts = {f.name: _handed_on(getattr(x, f.name), device, dtype) for f in fields(x)}
-        return replace(x, **parts)
-    return x
+    return map_tensors(lambda x: x.to(device, dtype).contiguous(), ask(*args))
 
 
 def _tensors(boxes: Sequence[Boxes]) -> List[Tensor]:

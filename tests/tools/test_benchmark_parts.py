@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
 from d2kd.views import Regions, RegionSampler, dense
+from d2kd.views.map_tensors import map_tensors
 
 
 @pytest.fixture
@@ -162,10 +163,10 @@ def test_head_alone_draws_the_regions_of_a_dense_student_in_every_call(
         assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(drawn[0].boxes, other.boxes))
 
 
-def test_regions_are_kept_as_they_are(parts: ModuleType) -> None:
+def test_regions_are_kept_as_they_are() -> None:
     regions = Regions([Boxes(torch.zeros(3, 4)), Boxes(torch.zeros(0, 4))])
     tensors: List[torch.Tensor] = []
-    kept = parts._map_tensors(tensors.append, {"regions": regions})["regions"]
+    kept = map_tensors(tensors.append, {"regions": regions})["regions"]
     assert kept.boxes is regions.boxes and tensors == []
 
 

@@ -18,6 +18,7 @@ from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 from ..checkpoint import load_whole_detector
 from ..config import load_config, student_config
 from ..data import register_datasets
+from ..panel.tiles import write_picture
 from ..utils.command_line import add_overrides, count, parse_command_line, picture
 from .common import add_plugin_option, command_parser, import_plugins
 
@@ -72,8 +73,7 @@ def draw_detections(
             instances = instances[instances.scores > threshold]
             drawn.append(_canvas(record, name).draw_instance_predictions(instances))
         columns.append(_column(title, drawn))
-    if not cv2.imwrite(path, np.hstack(columns)):
-        raise OSError(f"Cannot write {path}")
+    write_picture(path, np.hstack(columns)[..., ::-1])
 
 
 def _canvas(record: Dict[str, Any], name: str) -> Visualizer:

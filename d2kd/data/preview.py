@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Optional, Sequence
 
 import cv2
 import numpy as np
@@ -20,37 +20,10 @@ from detectron2.utils.logger import setup_logger
 
 from ..cli.common import command_parser
 from ..config import load_config
+from ..panel.tiles import WHITE, annotate, write_picture
 from ..utils.command_line import add_overrides, count, parse_command_line, picture
 from ..utils.user_mistakes import run_command
 from .shapes import make_shapes
-
-WHITE = (255, 255, 255)
-FONT = cv2.FONT_HERSHEY_SIMPLEX
-
-
-def annotate(
-    image: np.ndarray, annotations: List[Dict[str, Any]], names: Dict[int, str], zoom: float
-) -> np.ndarray:
-    """
-    Args:
-        image: (H, W, 3) uint8 BGR, already enlarged by `zoom`, unlike the boxes
-        annotations: COCO's, boxes XYWH
-        names: category id -> class name
-
-    Returns:
-        (H, W, 3), a copy with boxes and class names
-    """
-    image = image.copy()
-    for annotation in annotations:
-        x, y, w, h = (int(v * zoom) for v in annotation["bbox"])
-        name = names[annotation["category_id"]]
-        cv2.rectangle(image, (x, y), (x + w - 1, y + h - 1), WHITE, 1)
-        (text_width, _), _ = cv2.getTextSize(name, FONT, 0.4, 1)
-        # Above the box, because inside it the label would hide a small object.
-        left, top = min(x, image.shape[1] - text_width - 4), max(y - 14, 0)
-        cv2.rectangle(image, (left, top), (left + text_width + 4, top + 14), WHITE, -1)
-        cv2.putText(image, name, (left + 2, top + 11), FONT, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    return image
 
 
 def contact_sheet(folder: str, rows: int, columns: int, zoom: int) -> np.ndarray:
@@ -96,8 +69,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     setup_logger(name="d2kd")
     cfg = load_config(opts=args.opts)
     sheet = contact_sheet(make_shapes(cfg, args.split), args.rows, args.columns, args.zoom)
-    if not cv2.imwrite(args.output, sheet):
-        raise OSError(f"Cannot write {args.output}")
+    write_picture(args.output, sheet[..., ::-1])
     print(f"Wrote {args.output}, {sheet.shape[1]} x {sheet.shape[0]} pixels")
 
 

@@ -9,13 +9,13 @@ import torch
 
 from detectron2.data.detection_utils import convert_image_to_rgb
 
-from ..data.preview import annotate
 from ..distiller import Distiller
 from ..views import DetectorView
 from .maps import ENERGIES, WEIGHTS, image_maps
 from .tiles import (
     GAP,
     TILE,
+    annotate,
     blank,
     colour_bar,
     join,

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Sequence, Tuple, Union
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -84,14 +84,39 @@ def outline(picture: np.ndarray, boxes: np.ndarray, scale: float) -> np.ndarray:
     return picture
 
 
+def annotate(
+    image: np.ndarray, annotations: List[Dict[str, Any]], names: Dict[int, str], zoom: float
+) -> np.ndarray:
+    """
+    Args:
+        image: (H, W, 3) uint8, already enlarged by `zoom`, unlike the boxes
+        annotations: COCO's, boxes XYWH
+        names: category id -> class name
+
+    Returns:
+        (H, W, 3), a copy with boxes and class names
+    """
+    image = image.copy()
+    for annotation in annotations:
+        x, y, w, h = (int(v * zoom) for v in annotation["bbox"])
+        name = names[annotation["category_id"]]
+        cv2.rectangle(image, (x, y), (x + w - 1, y + h - 1), WHITE, 1)
+        (text_width, _), _ = cv2.getTextSize(name, FONT, 0.4, 1)
+        # Above the box, because inside it the label would hide a small object.
+        left, top = min(x, image.shape[1] - text_width - 4), max(y - 14, 0)
+        cv2.rectangle(image, (left, top), (left + text_width + 4, top + 14), WHITE, -1)
+        cv2.putText(image, name, (left + 2, top + 11), FONT, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    return image
+
+
 def write_picture(path: Union[str, Path], picture: np.ndarray) -> None:
     """
-    Write a PNG.
+    Write a picture in the format of its name, such as a.png.
 
     Raises:
         OSError: it cannot be written
     """
-    content = cv2.imencode(".png", picture[..., ::-1])[1]
+    content = cv2.imencode(Path(path).suffix, picture[..., ::-1])[1]
     try:  # not by cv2.imwrite, which ends the process at a name that is not UTF-8
         Path(path).write_bytes(content)
     except OSError as error:

@@ -39,7 +39,6 @@ def _switch(key: str, *values: Any, of: Tuple[str, ...]) -> Reader:
 
 def _detector(who: str, *names: str, of: Tuple[str, ...]) -> Reader:
     """Keys that are read only by these meta-architectures, or possibly by a user's own."""
-
     return Reader(of, lambda cfg: _may_be(cfg, names), f"by {who}")
 
 
@@ -71,10 +70,6 @@ def _is_ours(registry: Registry, name: str) -> bool:
 
 def _uses_shapes(cfg: CfgNode) -> bool:
     return any(x in SPLITS for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-
-
-def _never(cfg: CfgNode) -> bool:
-    return False
 
 
 _TWO_STAGE = ("GeneralizedRCNN", "PanopticFPN")
@@ -136,7 +131,7 @@ READERS = (
     # Their ENABLED is refused.
     Reader(
         ("TEST.AUG.M*", "TEST.AUG.FLIP", "TEST.PRECISE_BN.NUM_ITER"),
-        _never,
+        lambda cfg: False,
         "by features that d2kd does not support",
     ),
 )

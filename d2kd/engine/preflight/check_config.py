@@ -56,7 +56,9 @@ def check_config(cfg: CfgNode, evaluation: bool = False) -> List[Stage]:
     stages = plan_stages(cfg)
     for stage in stages if distils(cfg) else ():
         with stage.in_errors():
-            _check_distillation(stage.cfg)
+            batch_sizes(stage.cfg)
+            unlabelled_sets(stage.cfg)
+            _check_liveness(stage.cfg.DISTILL.LIVENESS)
             for lesson in lesson_configs(stage.cfg):
                 with lesson.in_errors():
                     _check_lesson(lesson.cfg)
@@ -109,12 +111,6 @@ def _check_meta_architecture(key: str, name: str) -> None:
     if name not in known:
         hint = "".join(f" Did you mean {x}?" for x in nearest(name, known))
         raise ValueError(f"{key} is {name!r}; registered are {', '.join(known)}.{hint}")
-
-
-def _check_distillation(cfg: CfgNode) -> None:
-    batch_sizes(cfg)
-    unlabelled_sets(cfg)
-    _check_liveness(cfg.DISTILL.LIVENESS)
 
 
 def _check_lesson(cfg: CfgNode) -> None:

@@ -19,8 +19,9 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
     pairs = getattr(cls, "pairs", ANY_PAIR)
     if pair.kind not in pairs:
         return f"{name} takes {_listed(pairs)}; this is {pair.kind} ({names})."
+    requires = requires_of(cls, cfg, pair)
     for side, detector in (("student", student), ("teacher", teacher)):
-        missing = requires_of(cls, cfg, pair) - detector.provides - {"gt_instances"}
+        missing = requires - detector.provides - {"gt_instances"}
         if missing:
             by_depth = f"tower_{cfg.DISTILL[name].get('DEPTH')}" in missing
             asked = f" (DISTILL.{name}.DEPTH)" if by_depth else ""
@@ -28,7 +29,7 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
                 f"{name} needs {_listed(missing)}{asked}; the {side} {detector.name} has none. It "
                 f"has {_listed(detector.provides)}."
             )
-    if "roi_predictions" in requires_of(cls, cfg, pair) and pair.kind in TWO_STAGE:
+    if "roi_predictions" in requires and pair.kind in TWO_STAGE:
         problem = _other_activation(name, pair)
         if problem:
             return problem
@@ -91,34 +92,27 @@ def _other_logits(name: str, pair: DistillPair) -> Optional[str]:
 
 def _other_anchors(name: str, pair: DistillPair) -> Optional[str]:
     student, teacher = pair.student, pair.teacher
-    without_anchors = student.anchor_free or teacher.anchor_free
-    if student.num_anchors != teacher.num_anchors:
-        if without_anchors:
-            return _other_cells(name, pair)
+    differ = [x for x in pair.anchors_of_levels if anchor_order(*x[1:]) is None]
+    same_count = student.num_anchors == teacher.num_anchors
+    if same_count and not differ:
+        return None
+    if student.anchor_free or teacher.anchor_free:
+        return (
+            f"{name} compares logits cell by cell, but the student {student.name} predicts "
+            f"{_predicts(student)} and the teacher {teacher.name} {_predicts(teacher)}. Take a "
+            f"teacher that is a {student.name}, or a head that compares features or regions."
+        )
+    if not same_count:
         return (
             f"{name} compares logits cell by cell, but the student has {student.num_anchors} "
             f"anchors per cell and the teacher {teacher.num_anchors} (MODEL.ANCHOR_GENERATOR)."
         )
-    for level in pair.levels:
-        ours, theirs = student.anchors.get(level.student), teacher.anchors.get(level.teacher)
-        if ours and theirs and anchor_order(ours, theirs) is None:
-            if without_anchors:
-                return _other_cells(name, pair)
-            return (
-                f"{name} compares logits anchor by anchor, but on {level.student} they differ: the "
-                f"student's first cell has {_boxes(ours)}, the teacher's on {level.teacher} "
-                f"{_boxes(theirs)}. Train the student with the teacher's SIZES, ASPECT_RATIOS and "
-                "OFFSET in MODEL.ANCHOR_GENERATOR."
-            )
-    return None
-
-
-def _other_cells(name: str, pair: DistillPair) -> str:
-    student, teacher = pair.student, pair.teacher
+    level, ours, theirs = differ[0]
     return (
-        f"{name} compares logits cell by cell, but the student {student.name} predicts "
-        f"{_predicts(student)} and the teacher {teacher.name} {_predicts(teacher)}. Take a teacher "
-        f"that is a {student.name}, or a head that compares features or regions."
+        f"{name} compares logits anchor by anchor, but on {level.student} they differ: the "
+        f"student's first cell has {_boxes(ours)}, the teacher's on {level.teacher} "
+        f"{_boxes(theirs)}. Train the student with the teacher's SIZES, ASPECT_RATIOS and OFFSET "
+        "in MODEL.ANCHOR_GENERATOR."
     )
 
 

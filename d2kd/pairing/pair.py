@@ -1,9 +1,10 @@
 """A student and its teacher, and the kinds of pairs that a method supports."""
 
 from dataclasses import dataclass, replace
-from typing import Dict, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from ..views import DetectorInfo, anchor_order
+from ..views.anchors import Anchor
 from .classes import CommonClasses
 from .levels import LevelPair
 
@@ -67,21 +68,20 @@ class DistillPair:
         return replace(self, student=student, teacher=teacher)
 
     @property
+    def anchors_of_levels(self) -> List[Tuple[LevelPair, Sequence[Anchor], Sequence[Anchor]]]:
+        """The levels on which both have anchors, with the student's and the teacher's."""
+        ours, theirs = self.student.anchors, self.teacher.anchors
+        levels = [x for x in self.levels if x.student in ours and x.teacher in theirs]
+        return [(x, ours[x.student], theirs[x.teacher]) for x in levels]
+
+    @property
     def anchor_orders(self) -> Dict[str, Tuple[int, ...]]:
         """
         Index of each of the student's anchors among the teacher's, by the teacher's level. Levels
         with the same order, or with different anchors, are left out.
         """
-        orders = {}
-        for level in self.levels:
-            ours, theirs = (
-                x.anchors.get(k, ())
-                for x, k in ((self.student, level.student), (self.teacher, level.teacher))
-            )
-            order = anchor_order(ours, theirs)
-            if order and order != tuple(range(len(order))):
-                orders[level.teacher] = order
-        return orders
+        orders = {x.teacher: anchor_order(*anchors) for x, *anchors in self.anchors_of_levels}
+        return {k: x for k, x in orders.items() if x and x != tuple(range(len(x)))}
 
     @property
     def dense_levels(self) -> Tuple[LevelPair, ...]:

@@ -1,7 +1,7 @@
 """Faster, Mask and Cascade R-CNN: an RPN, then a head on each region."""
 
 from dataclasses import replace
-from typing import Any, FrozenSet, List, Optional, Sequence, Tuple
+from typing import Any, Callable, FrozenSet, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -80,10 +80,7 @@ class RCNNView(DetectorView):
         return self._part("sampled_proposals")
 
     def roi_predictions(self, boxes: Optional[List[Boxes]] = None) -> RoIPredictions:
-        self._check("roi_predictions")
-        if boxes is None:
-            return self._part("roi_predictions")
-        return self._of_boxes("roi_predictions", boxes, lambda: self._roi_predictions(boxes))
+        return self._own_or_of("roi_predictions", boxes, self._roi_predictions)
 
     @property
     def mask_proposals(self) -> List[Instances]:
@@ -91,16 +88,10 @@ class RCNNView(DetectorView):
         return self._part("mask_proposals")
 
     def mask_features(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
-        self._check("mask_features")
-        if boxes is None:
-            return self._part("mask_features")
-        return self._of_boxes("mask_features", boxes, lambda: self._mask_features(boxes))
+        return self._own_or_of("mask_features", boxes, self._mask_features)
 
     def mask_logits(self, boxes: Optional[List[Boxes]] = None) -> Tensor:
-        self._check("mask_logits")
-        if boxes is None:
-            return self._part("mask_logits")
-        return self._of_boxes("mask_logits", boxes, lambda: self._mask_logits(boxes))
+        return self._own_or_of("mask_logits", boxes, self._mask_logits)
 
     def regions(self, sampler: RegionSampler = RegionSampler()) -> Regions:
         self._check("regions")
@@ -110,6 +101,15 @@ class RCNNView(DetectorView):
         self._check("region_vectors")
         predictions = self.roi_predictions(None if self._is_student else regions.boxes)
         return predictions.feature.flatten(1)  # without FC layers it is a map
+
+    def _own_or_of(
+        self, word: str, boxes: Optional[List[Boxes]], compute: Callable[[List[Boxes]], Any]
+    ) -> Any:
+        """Of given boxes; None: from a student's own training pass."""
+        self._check(word)
+        if boxes is None:
+            return self._part(word)
+        return self._of_boxes(word, boxes, lambda: compute(boxes))
 
     def _roi_features(self, boxes: List[Boxes]) -> Tensor:
         regions = self._recorded.get("regions")

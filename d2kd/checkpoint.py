@@ -2,6 +2,7 @@
 
 import logging
 import os
+from itertools import zip_longest
 from typing import Any, Dict, List, Mapping, Optional
 from urllib.parse import parse_qs, urlparse
 
@@ -250,21 +251,11 @@ def _load(checkpointer: PlainCheckpointer, path: str, key: str, **kwargs: Any) -
 
 
 def _differences(saved: str, value: str) -> List[str]:
-    """Of two texts of a manifest; of two YAMLs' the keys that both Detectron2s know."""
+    """First lines of two texts of a manifest that differ; of two YAMLs all keys that both have."""
     if saved == value:
         return []
     if all(x.startswith(OF_YAML) for x in (saved, value)):
         return [f"{key}: {old!r}, now {new!r}" for key, old, new in changed_keys(saved, value)]
-    return [
-        f"checkpoint: {_first_difference(saved, value)}",
-        f"this run:   {_first_difference(value, saved)}",
-    ]
-
-
-def _first_difference(text: str, other: str) -> str:
-    """The first line of `text` that differs from the same line of `other`."""
-    lines, others = text.splitlines(), other.splitlines()
-    for i, line in enumerate(lines):
-        if i >= len(others) or line != others[i]:
-            return line.strip()
-    return text[:80]
+    lines = zip_longest(saved.splitlines(), value.splitlines(), fillvalue="")
+    old, new = next((x for x in lines if x[0] != x[1]), (saved[:80], value[:80]))
+    return [f"checkpoint: {old.strip()}", f"this run:   {new.strip()}"]

@@ -134,11 +134,8 @@ def _check(key: str, node: CfgNode, max_iter: int) -> None:
     why = "it is the fraction of LOSS_WEIGHT at the end of the decay"
     check_range(f"{key}.SCHEDULE.END_FACTOR", schedule.END_FACTOR, 0, 1, why)
     for name in ("WARMUP_ITERS", "DECAY_FROM"):
-        if not 0 <= schedule[name] <= max_iter:
-            raise ValueError(
-                f"{key}.SCHEDULE.{name} must be in [0, SOLVER.MAX_ITER = {max_iter}], got "
-                f"{schedule[name]}."
-            )
+        why = f"SOLVER.MAX_ITER is {max_iter}"
+        check_range(f"{key}.SCHEDULE.{name}", schedule[name], 0, max_iter, why)
     if schedule.DECAY != "none" and 0 < schedule.STOP_ITER <= schedule.DECAY_FROM:
         raise ValueError(
             f"{key}.SCHEDULE.DECAY is {schedule.DECAY!r} from iteration DECAY_FROM "

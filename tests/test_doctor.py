@@ -181,7 +181,7 @@ COCO = "[{'NAME': 'gone', 'JSON': 'gone.json', 'IMAGES': '.'}]"
         ),
         (
             ["DATASETS.TEST", "('d2kd_shapes_val',)", "DATASETS.SHAPES.NOISE", "-1.0"],
-            "DATASETS.SHAPES.NOISE is -1.0: must be in",
+            r"DATASETS.SHAPES.NOISE must be in \[0, 255\], got -1.0",
         ),
     ],
 )

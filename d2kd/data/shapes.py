@@ -24,6 +24,7 @@ import pycocotools.mask
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from ..utils.checks import check_range
 from .drawing import Drawing, draw
 from .outlines import CLASSES
 
@@ -134,8 +135,7 @@ def draw_one(settings: Dict[str, Any], index: int) -> Drawing:
 def read_settings(node: CfgNode, split: str) -> Dict[str, Any]:
     """Returns: all settings that the bytes of a split depend on, after checking their ranges."""
     for key, (low, high) in _ranges(node).items():
-        if not low <= node[key] <= high:
-            raise ValueError(f"DATASETS.SHAPES.{key} is {node[key]}: must be in [{low}, {high}]")
+        check_range(f"DATASETS.SHAPES.{key}", node[key], low, high)
     settings = {k: v for k, v in node.items() if k not in _NOT_DRAWN}
     if not node.MASKS:  # sets from before there were masks are these
         del settings["MASKS"]

@@ -165,7 +165,7 @@ class TestShapes(unittest.TestCase):
 
     def test_wrong_settings_are_named(self):
         for key, value in [("MIN_OBJECTS", 6), ("MIN_VISIBLE", 1.0), ("MIN_SIZE", 500)]:
-            with self.assertRaisesRegex(ValueError, rf"DATASETS.SHAPES.{key} is {value}: .*\["):
+            with self.assertRaisesRegex(ValueError, rf"SHAPES.{key} must be in .* got {value}"):
                 make_shapes(_cfg(self.root, **{key: value}), "val")
 
     def test_contact_sheet_of_a_small_set(self):

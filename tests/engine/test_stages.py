@@ -207,7 +207,7 @@ MISTAKES = [
     ({"OPTS": ["SOLVER.WARMUP_ITERS", 4]}, r"STAGES\[1\]: SOLVER.WARMUP_ITERS 4 is more than"),
     (
         {"OPTS": ["DISTILL.MGD.SCHEDULE.DECAY", "linear", "DISTILL.MGD.SCHEDULE.DECAY_FROM", 4]},
-        r"STAGES\[1\]: DISTILL.MGD.SCHEDULE.DECAY_FROM must be in \[0, SOLVER.MAX_ITER = 3\]",
+        r"STAGES\[1\]: DISTILL.MGD.SCHEDULE.DECAY_FROM must be in \[0, 3\], got 4: SOLVER.MAX_ITER",
     ),
 ]
 

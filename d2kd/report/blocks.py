@@ -1,6 +1,6 @@
 """What a page is made of; how it looks is for page.html to say."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, List, Sequence, Union
 
 
@@ -12,7 +12,7 @@ class Table:
     rows: Sequence[Sequence[Any]]
     numbers: Sequence[int]
     caption: str = ""
-    kind: str = field(default="table", init=False)
+    kind = "table"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Facts:
     """Names and values, which may be long."""
 
     rows: Sequence[Sequence[Any]]
-    kind: str = field(default="facts", init=False)
+    kind = "facts"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Text:
 
     text: str
     title: str = ""
-    kind: str = field(default="text", init=False)
+    kind = "text"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Picture:
     title: str
     source: str
     wide: bool = False
-    kind: str = field(default="picture", init=False)
+    kind = "picture"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from .views import describe_detector
+from .weights.coverage import has_neck, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +23,6 @@ PER_ANCHOR = (
     r"^(head|proposal_generator)\..*(cls_score|bbox_pred|objectness_logits|anchor_deltas)\."
 )
 BOXES = r"(bbox_pred|anchor_deltas)\."
-
-
-def part_of(key: str) -> str:
-    """The part of a detector that a state_dict entry belongs to: backbone, neck or head."""
-    if not key.startswith("backbone."):
-        return "head"
-    return "backbone" if key.startswith("backbone.bottom_up.") else "neck"
 
 
 @torch.no_grad()
@@ -53,7 +47,7 @@ def inherit(
     other_anchors = _have_other_anchors(student, teacher)
     rows, copied = [], []
     for part in parts:
-        keys = [k for k in target if part_of(k) == part]
+        keys = [k for k in target if part_of(k, has_neck(student)) == part]
         reasons = {
             k: _shape_mismatch(k, source, target)
             or _meaning_mismatch(k, student, teacher, same_classes, other_anchors)

@@ -12,7 +12,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from d2kd.data.outlines import CLASSES
-from d2kd.inherit import inherit, part_of
+from d2kd.inherit import inherit
+from d2kd.weights.coverage import part_of
 from tests.helpers.toys import NUM_CLASSES, detector_config, distill_config, write_teacher
 
 
@@ -51,6 +52,21 @@ def test_the_named_parts_are_copied_and_nothing_else(name: str, parts: List[str]
         expected = source[key] if part_of(key) in parts else before[key]
         assert torch.equal(value, expected), key
     assert all(torch.equal(v, source[k]) for k, v in teacher.state_dict().items())
+
+
+def test_a_detector_without_a_pyramid_inherits_no_neck() -> None:
+    """Not its whole backbone, which is no pyramid and is not to be inherited."""
+    values = {
+        "MODEL__BACKBONE__NAME": "build_resnet_backbone",
+        "MODEL__RESNETS__OUT_FEATURES": ["res4"],
+        "MODEL__RPN__IN_FEATURES": ["res4"],
+        "MODEL__ROI_HEADS__IN_FEATURES": ["res4"],
+        "MODEL__ROI_HEADS__NAME": "Res5ROIHeads",
+        "MODEL__ANCHOR_GENERATOR__SIZES": [[32, 64]],
+    }
+    student, teacher = (build("faster_rcnn", seed=seed, **values) for seed in (1, 2))
+    with pytest.raises(ValueError, match="no entry of the student's 'neck'"):
+        inherit(student, teacher, ["neck"])
 
 
 def test_entries_of_another_shape_are_skipped_and_listed(caplog: pytest.LogCaptureFixture) -> None:

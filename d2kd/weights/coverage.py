@@ -47,12 +47,22 @@ def report_coverage(
 
 
 def coverage(model: nn.Module, missing: Collection[str]) -> Dict[str, List[bool]]:
-    """Name of a part to whether each of its parameters is covered; "neck" is a pyramid's own."""
-    has_neck = hasattr(getattr(model, "backbone", None), "bottom_up")
+    """Name of a part to whether each of its parameters is covered; heads by their modules."""
     found: Dict[str, List[bool]] = {}
     for name, _ in model.named_parameters():
-        part = name.partition(".")[0]
-        if part == "backbone" and has_neck and not name.startswith("backbone.bottom_up."):
-            part = "neck"
+        part = part_of(name, has_neck(model))
+        part = name.partition(".")[0] if part == "head" else part
         found.setdefault(part, []).append(name not in missing)
     return found
+
+
+def has_neck(detector: nn.Module) -> bool:
+    """Whether its backbone is a pyramid on another one; that of a C4 detector is not."""
+    return hasattr(getattr(detector, "backbone", None), "bottom_up")
+
+
+def part_of(key: str, with_neck: bool = True) -> str:
+    """The part of a detector that a state_dict entry belongs to: backbone, neck or head."""
+    if not key.startswith("backbone."):
+        return "head"
+    return "neck" if with_neck and not key.startswith("backbone.bottom_up.") else "backbone"

@@ -6,7 +6,7 @@ from typing import Collection
 from torch import nn
 
 from ...distiller import Distiller
-from ...inherit import part_of
+from ...weights.coverage import has_neck, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,9 @@ def warn_of_own_pyramid(distiller: Distiller, missing: Collection[str]) -> None:
         distiller: has inherited
         missing: the student's parameters that MODEL.WEIGHTS did not cover
     """
-    neck = {k for k, _ in distiller.student.named_parameters() if part_of(k) == "neck"}
+    student = distiller.student
+    keys = [k for k, _ in student.named_parameters()]
+    neck = {k for k in keys if part_of(k, has_neck(student)) == "neck"}
     names = [name for name, head in distiller.heads.items() if compares_channels(head)]
     inherited = any("neck" in lesson.inherit_parts for lesson in distiller.lessons)
     # Some is missing where the file is of another kind of detector, with the same levels but one.

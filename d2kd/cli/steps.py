@@ -84,12 +84,14 @@ class Steps:
         """Run a command of d2kd, show its progress, return all it printed; stop if it fails."""
         label = f"  {name}: " if name else "  "
         print(f"$ d2kd {shlex.join(words)}", flush=True)
+        # One thread, unless the user's environment says more.
+        one_thread = {"OMP_NUM_THREADS": "1", **os.environ}
         process = subprocess.Popen(
             [sys.executable, "-m", "d2kd", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=_one_thread() if cfg.MODEL.DEVICE == "cpu" else None,
+            env=one_thread if cfg.MODEL.DEVICE == "cpu" else None,
         )
         self._running.append(process)
         lines = []
@@ -146,11 +148,6 @@ def mask_warning(gains: Mapping[str, float]) -> str:
         f"Boxes gain {box:+.1f} AP and masks lose {mask:+.1f}: what is imitated helps one at the "
         "cost of the other."
     )
-
-
-def _one_thread() -> Dict[str, str]:
-    """An environment in which a process computes with one thread, unless the user's says more."""
-    return {"OMP_NUM_THREADS": "1", **os.environ}
 
 
 def _resumable(cfg: CfgNode) -> List[str]:

@@ -77,8 +77,3 @@ def build_sampler(cfg: CfgNode, dataset_dicts: List[Dict[str, Any]], seed: int) 
     raise ValueError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}: use TrainingSampler or RepeatFactorTrainingSampler"
     )
-
-
-def aspect_ratio_groups(dataset_dicts: List[Dict[str, Any]]) -> List[int]:
-    """Returns: 1 for each image that is wider than high, otherwise 0."""
-    return [int(d["width"] > d["height"]) for d in dataset_dicts]

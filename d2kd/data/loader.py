@@ -9,7 +9,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
-from .batches import ResumableBatchSampler, aspect_ratio_groups, build_sampler
+from .batches import ResumableBatchSampler, build_sampler
 from .mapper import CheckedMapper
 from .seeded import SeededDataset
 from .unlabelled import batch_sizes, find_unlabelled
@@ -73,8 +73,9 @@ class ResumableLoader:
         self.dataset = SeededDataset(dataset_dicts, mapper, seed)
         self.sampler = sampler
         self.total_batch_size = total_batch_size
-        same = [0] * len(dataset_dicts)
-        self.groups = aspect_ratio_groups(dataset_dicts) if aspect_ratio_grouping else same
+        self.groups = [
+            int(aspect_ratio_grouping and x["width"] > x["height"]) for x in dataset_dicts
+        ]
         self.num_workers = num_workers
         self.pin_memory = pin_memory
 

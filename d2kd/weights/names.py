@@ -106,7 +106,7 @@ def describe(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> str:
 
 def advice(names: Collection[str], wanted: Collection[str]) -> str:
     """What to do when no name fits."""
-    prefixes = Counter(prefix for name in names for prefix in _fitting_prefixes(name, wanted))
+    prefixes = Counter(x[: -len(end)] for x in names for end in _ends(x) if end in wanted)
     if prefixes:
         prefix, count = prefixes.most_common(1)[0]
         return (
@@ -125,10 +125,6 @@ def advice(names: Collection[str], wanted: Collection[str]) -> str:
             "Detectron2's repository makes a .pkl of such a backbone."
         )
     return "d2kd renames no weights of other projects: train or convert the detector in Detectron2."
-
-
-def _fitting_prefixes(name: str, wanted: Collection[str]) -> List[str]:
-    return [name[: -len(end)] for end in _ends(name) if end in wanted]
 
 
 def _ends(name: str) -> List[str]:

@@ -131,13 +131,9 @@ class PlainCheckpointer(DetectionCheckpointer):
 
 
 class TeacherManifest:
-    """Identifies the teacher of a run; refuses to resume with another."""
+    """Identifies the teacher of a run, a Distiller's; refuses to resume with another."""
 
     def __init__(self, manifest: Dict[str, str]):
-        """
-        Args:
-            manifest: of a :class:`Distiller`
-        """
         self.manifest = manifest
 
     def state_dict(self) -> Dict[str, str]:

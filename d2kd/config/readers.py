@@ -24,10 +24,7 @@ class Reader(NamedTuple):
 
 
 def value_of(cfg: CfgNode, key: str) -> Any:
-    """
-    Args:
-        key: dotted name
-    """
+    """Of a key by its dotted name."""
     return reduce(lambda node, name: node[name], key.split("."), cfg)
 
 

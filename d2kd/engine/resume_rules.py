@@ -79,8 +79,5 @@ RULES = (
 
 
 def rule_of(key: str) -> Rule:
-    """
-    Args:
-        key: dotted name
-    """
+    """Of a key by its dotted name."""
     return next(x for x in RULES if any(fnmatchcase(key, pattern) for pattern in x.patterns))

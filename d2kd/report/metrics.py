@@ -28,13 +28,9 @@ class Curve(NamedTuple):
 
 
 class Metrics:
-    """Scalars of a run, by name."""
+    """Scalars of a run, by name, from its OUTPUT_DIR."""
 
     def __init__(self, folder: str):
-        """
-        Args:
-            folder: OUTPUT_DIR
-        """
         curves: Dict[str, Curve] = {}
         # Lines that were written together are in no order, but those of one scalar are. The one
         # with the total loss is of the latest iteration: whatever is beyond it was lost, also of

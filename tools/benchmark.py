@@ -36,7 +36,7 @@ GUIDE = """
 Every round runs each arm once, on the same batch, odd rounds in reverse order:
   student     forward, backward and optimizer step of the plain student          (a)
   teacher     the part the head reads, without gradients: the pyramid's
-              features; "with dense": and the predictions at every cell          (b)
+              features; "of NAME": and what it reads of each cell's predictions  (b)
   head NAME   forward, backward and optimizer step of the head alone, on
               recorded features                                                  (h)
   with NAME   the whole distillation step, as training runs it                   (c)

@@ -7,7 +7,18 @@ import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, FrozenSet, List, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+)
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +40,14 @@ from d2kd.lesson import Lesson
 from d2kd.teacher import Teacher, TeacherOptions
 from d2kd.teacher.options import PRECISIONS
 from d2kd.teacher.speed_up import with_options
-from d2kd.views import Regions, describe_detector, find_view
+from d2kd.views import (
+    DensePredictions,
+    Regions,
+    RoIPredictions,
+    Towers,
+    describe_detector,
+    find_view,
+)
 from d2kd.views.map_tensors import map_tensors
 
 Step = Callable[[], None]
@@ -189,7 +207,8 @@ def look(distiller: Distiller, inputs: Any, losses: Dict[str, Tensor]) -> None:
 
 
 def teacher_arm(distiller: Distiller) -> str:
-    return "teacher with dense" if reads_dense(distiller) else "teacher"
+    # Of the predictions at every cell, heads read different ones.
+    return f"teacher of {'+'.join(distiller.heads)}" if reads_dense(distiller) else "teacher"
 
 
 def reads_dense(distiller: Distiller) -> bool:
@@ -200,15 +219,20 @@ def reads_dense(distiller: Distiller) -> bool:
 
 
 def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
-    """The parts of a teacher's view that are computed once per batch."""
+    """The parts of a teacher's view that are computed once per batch, where the heads read them."""
+    lists: Sequence[str] = ()
+    if reads_dense(distiller):
+        with autocast(cfg), torch.no_grad():
+            distiller(batch)
+        lists = distiller.last_step.teacher.dense().computed
 
     def step() -> None:
         with autocast(cfg):
             view = distiller.view_of_teacher(batch)
             for level in distiller.read_levels(distiller.lessons[0]) or view.features:
                 view.features[level]
-            if reads_dense(distiller):
-                view.dense()
+            for name in lists:
+                getattr(view.dense(), name)
 
     return step
 
@@ -252,10 +276,24 @@ class HeadAlone:
         """Every tensor that is there before the head runs: recorded ones, parameters, buffers."""
         tensors: List[Tensor] = []
         for view in (self.student, self.teacher):
-            map_tensors(tensors.append, view._recorded)
+            tensors += tensors_in(view._recorded)
         for module in (self.heads, self.student.detector, self.teacher.detector):
             tensors += [*module.parameters(), *module.buffers()]
         return tensors
+
+
+def tensors_in(part: Any) -> Iterator[Tensor]:
+    """Of what a view has recorded; what was put off is computed."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, DensePredictions):
+        yield from tensors_in([part.logits, part.deltas, part.tower, part.centerness])
+    elif isinstance(part, Mapping):
+        yield from tensors_in(list(part.values()))
+    elif isinstance(part, (list, tuple)):
+        yield from itertools.chain(*map(tensors_in, part))
+    elif isinstance(part, (RoIPredictions, Towers)):
+        yield from tensors_in(list(vars(part).values()))
 
 
 def autocast(cfg: CfgNode) -> ContextManager:

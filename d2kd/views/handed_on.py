@@ -32,9 +32,6 @@ class HandedOnView(WrappedView):
         super().__init__(view)
         self._device, self._dtype = device, dtype
         self._teacher_device = next(view.detector.parameters()).device
-        # Not a method: a level that nobody reads keeps what would compute it, and with this view in
-        # it that were a circle. All maps of the step would wait for Python's garbage collector.
-        self._ask = partial(_ask, device, dtype)
 
     @property
     def features(self) -> Mapping[str, Tensor]:
@@ -84,6 +81,12 @@ class HandedOnView(WrappedView):
 
         return self._ask_of_boxes("region_vectors", regions.boxes, ask)
 
+    def _ask(self, ask: Callable[..., Any], *args: Any) -> Any:
+        # A level that nobody reads keeps the function that it waits for. With this view in it that
+        # were a circle: all maps of the step would wait for Python's garbage collector.
+        device, dtype = self._device, self._dtype
+        return map_tensors(lambda x: x.to(device, dtype).contiguous(), ask(*args))
+
     def _ask_of_boxes(
         self, name: str, boxes: List[Boxes], ask: Callable[[List[Boxes]], Any]
     ) -> Any:
@@ -95,12 +98,6 @@ class HandedOnView(WrappedView):
         """As the teacher takes them, with gradient; integers stay integers."""
         to = self._teacher_device
         return [x.to(to, self._dtype if x.is_floating_point() else None) for x in tensors]
-
-
-def _ask(
-    device: torch.device, dtype: Optional[torch.dtype], ask: Callable[..., Any], *args: Any
-) -> Any:
-    return map_tensors(lambda x: x.to(device, dtype).contiguous(), ask(*args))
 
 
 def _tensors(boxes: Sequence[Boxes]) -> List[Tensor]:

@@ -68,6 +68,10 @@ class Later:
         refuse_changed("A map of the teacher", [(self._map, self._version)])
         return self._map
 
+    @property
+    def is_there(self) -> bool:
+        return self._map is not None
+
     def then(self, function: Callable[[Tensor], Tensor]) -> "Later":
         """The map after a function, which is called when that is asked for."""
         return Later(lambda: function(self()), self.device_type)

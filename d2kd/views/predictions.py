@@ -68,8 +68,17 @@ class DensePredictions:
         }
         return DensePredictions(self.levels, **{**self._parts, **changed})
 
+    @property
+    def computed(self) -> List[str]:
+        """The lists that are there, for a head has read them or what is computed from them."""
+        return [k for k, x in self._parts.items() if x is not None and all(map(_is_there, x))]
+
     def _read(self, part: str) -> List[Tensor]:
         return [x() if isinstance(x, Later) else x for x in self._parts[part]]
+
+
+def _is_there(x: Union[Tensor, Later]) -> bool:
+    return not isinstance(x, Later) or x.is_there
 
 
 def _after(x: Union[Tensor, Later], function: Callable[[Tensor], Tensor]) -> Union[Tensor, Later]:

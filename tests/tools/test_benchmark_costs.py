@@ -13,6 +13,8 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import DetectorView, Distiller
 from d2kd.lesson import Lesson
+from d2kd.views import DensePredictions, LazyLevels
+from d2kd.views.lazy_levels import Later
 
 
 @pytest.fixture
@@ -128,6 +130,9 @@ def test_given_are_recorded_tensors_parameters_and_buffers(
     detector.register_buffer("mean", mean)
     alone.heads = empty
     alone.student = SimpleNamespace(_recorded={"dense": [recorded]}, detector=detector)
-    alone.teacher = SimpleNamespace(_recorded={}, detector=empty)
-    expected = [recorded, weight, mean]
+    level, logits = torch.zeros(1), torch.zeros(1)
+    dense = DensePredictions(["p3"], [Later(lambda: logits, "cpu")], [], [])
+    levels = LazyLevels({"p3": Later(lambda: level, "cpu")})
+    alone.teacher = SimpleNamespace(_recorded={"a": levels, "b": dense}, detector=empty)
+    expected = [recorded, level, logits, weight, mean]
     assert [id(x) for x in alone.given()] == [id(x) for x in expected]

@@ -385,7 +385,7 @@ def test_level_of_a_teacher_that_one_head_changed_in_place_is_refused_to_the_nex
     view.features["p4"]
     view.features["p3"].float().sub_(1)
     assert view.features["p4"].isfinite().all()
-    with pytest.raises(RuntimeError, match="level of the pyramid was changed in place"):
+    with pytest.raises(RuntimeError, match="map of the teacher was changed in place"):
         view.features["p3"]
 
 

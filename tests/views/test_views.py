@@ -389,8 +389,13 @@ def test_level_of_a_teacher_that_one_head_changed_in_place_is_refused_to_the_nex
         view.features["p3"]
 
 
-def test_predictions_of_a_teacher_that_one_head_changed_in_place_are_the_teachers() -> None:
+def test_predictions_of_a_teacher_that_one_head_changed_in_place_are_refused_to_the_next() -> None:
     view = view_of_teacher(build_teacher("retinanet"), batch())
+    change_deltas(view)
+    with pytest.raises(RuntimeError, match="map of the teacher was changed in place"):
+        view.dense().deltas
+    # What is recorded as it runs, here an RPN's, is the teacher's too.
+    view = view_of_teacher(build_teacher("faster_rcnn"), batch())
     view.dense()
     change_deltas(view)
     with pytest.raises(RuntimeError, match="teacher's 'dense' was changed in place"):

@@ -40,7 +40,7 @@ class Recording:
         self._answers: Dict[Hashable, Any] = {}
         self._is_student = False
         self._with_gradient = False
-        self._autocast = autocast_now(next(detector.parameters()).device.type)
+        self._autocast = autocast_now(next((x.device.type for x in detector.parameters()), "cpu"))
 
     @contextmanager
     def record(self, requires: FrozenSet[str]) -> Iterator[None]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
+from torch import nn
 
 from d2kd.conformance.batches import batch
 from d2kd.conformance.detectors import (
@@ -61,7 +62,7 @@ class FeatureView(DetectorView):
     """What a head that reads features alone needs of a DetectorView, without a detector."""
 
     def __init__(self, features: Mapping[str, torch.Tensor], image_sizes: Sequence[Any] = ()):
-        super().__init__(detector=None)
+        super().__init__(nn.Module())
         self._features = features
         self._image_sizes = image_sizes
 

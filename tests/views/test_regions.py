@@ -203,10 +203,6 @@ class ToyDetector(nn.Module):
     )
     box2box_transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))  # it is where its weights are
-
 
 class ToyView(DenseView):
     """

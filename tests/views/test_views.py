@@ -391,6 +391,7 @@ def test_level_of_a_teacher_that_one_head_changed_in_place_is_refused_to_the_nex
 
 def test_predictions_of_a_teacher_that_one_head_changed_in_place_are_refused_to_the_next() -> None:
     view = view_of_teacher(build_teacher("retinanet"), batch())
+    view.dense()
     change_deltas(view)
     with pytest.raises(RuntimeError, match="map of the teacher was changed in place"):
         view.dense().deltas

@@ -10,14 +10,16 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import cv2
 import numpy as np
 
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.config import CfgNode
+from detectron2.data import Metadata, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
 from ..checkpoint import load_whole_detector
 from ..config import load_config, student_config
-from ..data import register_datasets
+from ..data import class_names, register_datasets
+from ..data.class_lists import num_classes
 from ..panel.tiles import write_picture
 from ..utils.command_line import add_overrides, count, parse_command_line, picture
 from .common import add_plugin_option, command_parser, import_plugins
@@ -61,25 +63,39 @@ def draw_detections(
     name = configs[0].DATASETS.TEST[0]
     images = get_detection_dataset_dicts([name])
     images = images[:: max(len(images) // rows, 1)][:rows]
-    canvases = [_canvas(x, name) for x in images]
+    shown = MetadataCatalog.get(name)
+    canvases = [_canvas(x, shown) for x in images]
     truth = [canvas.draw_dataset_dict(x) for canvas, x in zip(canvases, images)]
     columns = [_column("ground truth", truth)]
     for (title, _, weights), cfg in zip(panels, configs):
         cfg.MODEL.WEIGHTS = ""  # Detectron2 would run what is in the file, and load a part of it
         predictor, drawn = DefaultPredictor(cfg), []
         load_whole_detector(predictor.model, weights, f"--detector {title}", cfg)
+        names = _names(cfg, shown)
         for record in images:
             instances = predictor(read_image(record["file_name"], "BGR"))["instances"].to("cpu")
             instances = instances[instances.scores > threshold]
-            drawn.append(_canvas(record, name).draw_instance_predictions(instances))
+            drawn.append(_canvas(record, names).draw_instance_predictions(instances))
         columns.append(_column(title, drawn))
     write_picture(path, np.hstack(columns)[..., ::-1])
 
 
-def _canvas(record: Dict[str, Any], name: str) -> Visualizer:
+def _names(cfg: CfgNode, shown: Metadata) -> Metadata:
+    """
+    What a detector's classes are called: as in its own config, since they need not be those of the
+    set that is shown; where that does not tell, as there if they are as many, else by number.
+    """
+    count = num_classes(cfg, cfg.MODEL.META_ARCHITECTURE)
+    for names in (class_names(cfg), shown.get("thing_classes", ())):
+        if names and count in (None, len(names)):
+            return Metadata(thing_classes=list(names))
+    return Metadata()
+
+
+def _canvas(record: Dict[str, Any], names: Metadata) -> Visualizer:
     image = read_image(record["file_name"], "RGB")
     scale = WIDTH / image.shape[1]
-    return Visualizer(image, MetadataCatalog.get(name), scale=scale, instance_mode=ColorMode.IMAGE)
+    return Visualizer(image, names, scale=scale, instance_mode=ColorMode.IMAGE)
 
 
 def _column(title: str, drawn: List[VisImage]) -> np.ndarray:

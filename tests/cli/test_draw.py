@@ -17,7 +17,7 @@ from d2kd.cli import draw as draw_module
 from d2kd.cli import draw_detections
 from d2kd.data.outlines import CLASSES
 from tests.helpers.runs import SHAPES_CLASSES, run, run_config
-from tests.helpers.toy_sets import write_set
+from tests.helpers.toy_sets import NAMES, write_set
 from tests.helpers.toys import detector_config, write_teacher
 
 
@@ -225,3 +225,40 @@ def test_a_detector_that_wants_proposals_is_refused(tmp_path: Path) -> None:
     words = [str(tmp_path / "a.png"), "--detector", "given", str(path), "weights.pth"]
     with pytest.raises(ValueError, match="--detector given: MODEL.LOAD_PROPOSALS is True"):
         draw_detections.main(words)
+
+
+def test_each_detector_names_its_own_classes(
+    folder: Path,
+    finished: Path,
+    teacher: List[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forget_sets: None,
+) -> None:
+    # The first detector's test set is shown. The second has two other classes; the third, whose
+    # config names no data set that is here, as many as the set; the fourth more.
+    write_set(tmp_path, "pets")
+    pets = {"JSON": str(tmp_path / "pets.json"), "IMAGES": str(tmp_path / "pets")}
+    words, counts = [], {"pets": 2, "unnamed": SHAPES_CLASSES, "many": SHAPES_CLASSES + 1}
+    for name, count in counts.items():
+        values = {"MODEL__RETINANET__NUM_CLASSES": count, "MODEL__RETINANET__NORM": ""}
+        write_teacher(tmp_path, "retinanet", **values)
+        if name == "pets":
+            values["DATASETS__COCO_FORMAT"] = [{"NAME": name, **pets}]
+            values["DATASETS__TRAIN"] = (name,)
+        cfg = detector_config("retinanet", **values)
+        (tmp_path / f"{name}.yaml").write_text(cfg.dump())
+        weights = (tmp_path / "retinanet.pth").rename(tmp_path / f"{name}.pth")
+        words += ["--detector", name, str(tmp_path / f"{name}.yaml"), str(weights)]
+    first = ["--detector", "shapes", str(finished / "config.yaml")]
+    words = [*first, str(finished / "model_final.pth"), *words]
+    drawn, names = draw_detections.Visualizer.draw_instance_predictions, []
+
+    def draw(self: Any, instances: Any) -> Any:
+        names.append(tuple(self.metadata.get("thing_classes", ())))
+        return drawn(self, instances)
+
+    monkeypatch.setattr(draw_detections.Visualizer, "draw_instance_predictions", draw)
+    draw_detections.main([str(tmp_path / "a.png"), *words, "--rows", "1", "--threshold", "0.0"])
+    assert names == [tuple(CLASSES), NAMES, tuple(CLASSES), ()]
+    assert (tmp_path / "a.png").stat().st_size > 1000

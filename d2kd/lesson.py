@@ -156,10 +156,13 @@ def check_claims(lessons: Sequence[Lesson], cfg: CfgNode) -> None:
         ValueError: two teachers would teach the same class, by class logits or by detections in
             place of labels
     """
+    detects = cfg.DISTILL.UNLABELLED.SETS and cfg.DISTILL.UNLABELLED.BOX_SCORE
+    rest = "heads that compare features need no such choice."
+    if detects:
+        rest = "what each detects stands in for boxes (DISTILL.UNLABELLED.BOX_SCORE)."
     claims: Dict[int, str] = {}
     for lesson in lessons:
         names = [name.rpartition("/")[2] for name in lesson.heads]
-        detects = cfg.DISTILL.UNLABELLED.SETS and cfg.DISTILL.UNLABELLED.BOX_SCORE
         if not (detects or any(compares_logits(head_class(x)) for x in names)):
             continue
         for index, name in lesson.pair.taught_classes.items():
@@ -167,7 +170,7 @@ def check_claims(lessons: Sequence[Lesson], cfg: CfgNode) -> None:
                 raise ValueError(
                     f"DISTILL.TEACHERS: the class {name!r} would be taught by both {claims[index]} "
                     f"and {lesson.name}. Say in TEACHER.FOR_CLASSES of each which of the student's "
-                    "classes it is for; heads that compare features need no such choice."
+                    f"classes it is for; {rest}"
                 )
             claims[index] = lesson.name
 

@@ -444,6 +444,19 @@ def test_class_claimed_by_two_is_refused_where_it_matters(
     assert losses["loss_left_pkd"] > 0 and losses["loss_right_pkd"] > 0
 
 
+def test_two_that_detect_one_class_in_place_of_labels_are_told_that_features_do_not_excuse_them(
+    tmp_path: Path, two: Callable[..., List[Entry]]
+) -> None:
+    entries = two()
+    for entry in entries:
+        entry["TEACHER"]["FOR_CLASSES"] = []
+    values = {"SETS": [str(tmp_path)], "BOX_SCORE": 0.5}
+    values = {f"DISTILL__UNLABELLED__{k}": v for k, v in values.items()}
+    with pytest.raises(ValueError, match="taught by both left and right.*BOX_SCORE") as refused:
+        build("retinanet", ["FGD"], DISTILL__TEACHERS=entries, **values)
+    assert "need no such choice" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "keys, expected",
     [

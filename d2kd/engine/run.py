@@ -116,7 +116,7 @@ def preflight_stage(stage: Stage) -> None:
         distiller = build_model(stage.cfg)
         distiller.inherit_from_teacher()
         apply_options(stage.cfg, distiller)
-        check_teachers(stage.cfg, distiller)
+        check_teachers(stage.cfg, distiller, stage.name)
 
 
 def _ready(
@@ -137,7 +137,7 @@ def _ready(
     trainer.start_from(point)
     if trainer.start_iter == stage.start and trainer.distiller and not teacher_is_checked:
         with stage.in_errors():
-            check_teachers(stage.cfg, trainer.distiller)
+            check_teachers(stage.cfg, trainer.distiller, stage.name)
     return trainer
 
 

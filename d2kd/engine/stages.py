@@ -40,6 +40,11 @@ class Stage:
         return self.cfg is self.run
 
     @property
+    def name(self) -> str:
+        """ "stage_1" and so on, in logs and names of files; "" where the run has none."""
+        return "" if self.is_whole_run else f"stage_{self.index}"
+
+    @property
     def file_prefix(self) -> str:
         """Prefix of its checkpoints; model_final.pth is the end of the run, never of a stage."""
         return "model" if self.index == self.count else f"model_stage_{self.index}"

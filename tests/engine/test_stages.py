@@ -284,6 +284,28 @@ def test_teacher_is_evaluated_until_its_stage_has_begun(
         assert evaluated == again, dies_in
 
 
+def test_teachers_are_told_apart_before_training_and_their_pictures_kept(
+    staged: CfgNode,
+    stronger: Dict[str, str],
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Teachers of the data's 6 classes, which random weights detect with some score each.
+    values = {"MODEL__RETINANET__NUM_CLASSES": 6, "MODEL__RETINANET__SCORE_THRESH_TEST": 0.0}
+    weak = write_teacher(tmp_path, "retinanet", MODEL__RETINANET__NORM="", **values)
+    teacher = {"CONFIG_FILE": weak[1], "WEIGHTS": weak[3]}
+    staged.DISTILL.TEACHER.merge_from_list([x for pair in teacher.items() for x in pair])
+    staged.DISTILL.STAGES[1]["TEACHER"] = teacher
+    staged.DISTILL.TEACHER.EVAL_IMAGES, staged.DISTILL.TEACHER.MIN_AP = 2, 0.0
+    staged.DATASETS.TEST = ("d2kd_shapes_val",)
+    caplog.set_level("INFO", logger="d2kd")
+    train_stages(staged, Interrupt(0))
+    for name in ("stage_1", "stage_2"):
+        assert f"The teacher {name} has " in caplog.text
+        assert (Path(staged.OUTPUT_DIR) / f"teacher_{name}_worst.png").stat().st_size > 1000
+
+
 def test_teacher_of_a_run_without_stages_is_evaluated_once(
     staged: CfgNode, evaluated: List[str]
 ) -> None:

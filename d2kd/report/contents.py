@@ -58,7 +58,8 @@ def overview(run: Run) -> Section:
     state = f"{done} of {wanted} iterations" if done < wanted else f"finished, {wanted} iterations"
     rows = [["state", state]]
     if run.distils:
-        rows.append(["heads", ", ".join(run.config["DISTILL.HEADS"])])
+        heads = [head for lesson in run.lessons() for head in lesson["heads"]]
+        rows.append(["heads", ", ".join(dict.fromkeys(heads or run.config["DISTILL.HEADS"]))])
     rows += [
         ["trained on", ", ".join(run.config["DATASETS.TRAIN"])],
         ["evaluated on", ", ".join(run.config["DATASETS.TEST"]) or "nothing"],

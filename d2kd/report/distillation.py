@@ -1,6 +1,6 @@
 """What a run with a teacher tells of it."""
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from ..engine.monitor.loss_gradients import LossGradient, LossGradients, table
 from ..engine.preflight.disagreement import HEADERS, MOST_CLASSES
@@ -22,10 +22,9 @@ def teacher(run: Run) -> Part:
     checks = {x["weights_sha256"]: x for x in run.facts_of("teacher_ap")}
     blocks, lessons = [], run.lessons()
     for lesson in lessons:
-        what = "teacher" if lesson.get("teacher") else "stage"
-        name = f"{lesson[what]}, heads {', '.join(lesson['heads'])}"
+        what, name = _whose(lesson)
         rows = [
-            *([[what, name]] if len(lessons) > 1 else []),
+            *([[what, f"{name}, heads {', '.join(lesson['heads'])}"]] if len(lessons) > 1 else []),
             ["config", lesson["config_file"]],
             ["weights", lesson["weights"] or "of the model zoo"],
             ["sha256", lesson["weights_sha256"] or "random weights"],
@@ -43,7 +42,10 @@ def levels(run: Run) -> Part:
     if not run.distils:
         return ALONE
     blocks: List[Any] = []
-    for lesson in run.lessons():
+    lessons = run.lessons()
+    for lesson in lessons:
+        if len(lessons) > 1:
+            blocks.append(Facts([_whose(lesson)]))
         rows = [
             [x[f"{side}{what}"] for side in SIDES for what in ("", "_stride", "_channels")]
             for x in lesson["levels"]
@@ -54,6 +56,12 @@ def levels(run: Run) -> Part:
             Table(MODULE_HEADERS, lesson["modules"], numbers=[2]),
         ]
     return Section("What learns from what", blocks) if blocks else NOT_BUILT
+
+
+def _whose(lesson: Dict[str, Any]) -> Tuple[str, Any]:
+    """What tells a lesson from the others of its run: its teacher's name, or its stage."""
+    what = "teacher" if lesson.get("teacher") else "stage"
+    return what, lesson[what]
 
 
 def gradients(run: Run) -> Part:

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 import d2kd_cli
 from d2kd.cli import report, train
 from d2kd.report import gather, render
-from d2kd.report.blocks import Picture, Section
+from d2kd.report.blocks import Facts, Picture, Section
 from d2kd.report.metrics import Metrics
 from d2kd.report.outside import export_proof, verdict
 from tests.helpers.runs import interrupt, run, run_config
@@ -97,6 +97,21 @@ def test_finished_run_tells_everything(finished: Path) -> None:
     assert [row[0] for row in levels.rows] == [row[3] for row in levels.rows]
     assert {x.title for x in sections["Losses"]} >= {"total_loss", "loss_cwd"}
     assert [x.split(":")[0] for x in contents.absent] == ["Verdict", "Export"]
+
+
+def test_several_teachers_are_told_apart_and_the_heads_of_all_are_listed(
+    finished: Path, tmp_path: Path
+) -> None:
+    facts = [json.loads(x) for x in (finished / "facts.jsonl").read_text().splitlines()]
+    lesson = next(x for x in facts if x["kind"] == "distillation")
+    left = {**lesson, "teacher": "left", "heads": ["FGD"]}
+    right = {**lesson, "teacher": "right", "heads": ["PKD", "FGD"]}
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, (left, right))))
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())  # has CWD
+    sections = {x.title: x.blocks for x in gather(str(tmp_path)).sections}
+    assert ["heads", "FGD, PKD"] in sections[""][0].rows
+    facts = [x for x in sections["What learns from what"] if isinstance(x, Facts)]
+    assert [list(*x.rows) for x in facts] == [["teacher", "left"], ["teacher", "right"]]
 
 
 def test_page_is_one_file(finished: Path, tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ def _from_yaml(path: str, opts: List[Any], device: str) -> Built:
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         raise ValueError(
             f"DISTILL.TEACHER.CONFIG_FILE: {path!r} is itself a distillation run. Name a config of "
-            "a plain detector."
+            "a plain detector; for the student of that run set DISTILL.TEACHER.OPTS "
+            f"\"['MODEL.META_ARCHITECTURE', '{cfg.DISTILL.STUDENT_META_ARCHITECTURE}']\"."
         )
     refuse_unread_by_teacher(cfg, opts)
     cfg.MODEL.DEVICE = device

@@ -1,5 +1,7 @@
 """A teacher is whole and frozen, sees its own kind of images, or is refused by name."""
 
+import ast
+import re
 from pathlib import Path
 from typing import Any, Callable, List
 from unittest import mock
@@ -200,8 +202,13 @@ def test_an_imagenet_backbone_is_no_teacher(retinanet: List[Any], tmp_path: Path
 
 def test_a_distillation_run_is_no_teacher(retinanet: List[Any], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(distill_config("retinanet", retinanet).dump())
-    with pytest.raises(ValueError, match=r"run\.yaml' is itself a distillation run"):
+    with pytest.raises(ValueError, match=r"run\.yaml' is itself a distillation run") as refused:
         change(retinanet, CONFIG_FILE=str(tmp_path / "run.yaml"))()
+    # Its student may be one, by what the error advises.
+    opts = re.search('DISTILL.TEACHER.OPTS "(.*)"', str(refused.value)).group(1)
+    opts = ast.literal_eval(opts)
+    teacher = change(retinanet, CONFIG_FILE=str(tmp_path / "run.yaml"), OPTS=opts)()
+    assert type(teacher.model).__name__ == "RetinaNet"
 
 
 def test_random_weights_need_to_be_allowed(

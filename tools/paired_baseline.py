@@ -153,9 +153,9 @@ def make_report(
     rows, metrics = [], metrics_in(results)
     means = {arm: mean_of(results[arm], metrics) for arm in ARMS}
     for arm in ARMS:
-        rows.append([arm] + [f"{means[arm][k]:.1f}" for k in metrics])
+        rows.append([arm] + [number(means[arm][k]) for k in metrics])
     gains = {k: means["distilled"][k] - means["alone"][k] for k in metrics}
-    rows.append(["gain"] + [f"{gains[k]:+.1f}" for k in metrics])
+    rows.append(["gain"] + [number(gains[k], "+") for k in metrics])
     table = tabulate(rows, ["", *metrics], tablefmt="github", disable_numparse=True)
     seeds = [
         f"  seed {seed}: {results['alone'][seed]['AP']:.1f} alone, {x['AP']:.1f} distilled, "
@@ -167,6 +167,11 @@ def make_report(
         lines += filter(None, [f"Masks: {masks}", mask_warning(gains)])
     lines.append(f"(Student's t over seeds, {samples} bootstrap samples of the images.)")
     return "\n".join(lines)
+
+
+def number(value: float, sign: str = "") -> str:
+    """AP, or "-" where the test set has no object of that size."""
+    return "-" if math.isnan(value) else f"{value:{sign}.1f}"
 
 
 def mean_of(runs: Dict[int, Dict[str, float]], metrics: Sequence[str]) -> Dict[str, float]:

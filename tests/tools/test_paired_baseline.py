@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import subprocess
 from contextlib import redirect_stdout
@@ -149,6 +150,15 @@ def test_metrics_are_those_of_boxes_and_the_ap_of_masks_where_there_are_some(
         assert list(evaluation(given).values()) == [1, 2, 3, 4, 5, 6]
     blind = [x.replace("6,7,8,9,9", "nan,nan,nan,nan,nan") for x in masks]
     assert evaluation(lines + blind)["mask AP"] == 0.0
+
+
+def test_size_without_objects_has_a_dash(paired: ModuleType) -> None:
+    runs = {"AP": 30.0, "AP50": 50.0, "APs": 20.0, "APm": 40.0, "APl": math.nan}
+    results = {arm: {1: runs} for arm in paired.ARMS}
+    report = paired.make_report(results, paired.decide([0.0], 0.1), 10)
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in report.splitlines()[2:5]]
+    assert [row[1] for row in rows] == ["30.0", "30.0", "+0.0"]
+    assert [row[-1] for row in rows] == ["-"] * 3
 
 
 @pytest.mark.parametrize(

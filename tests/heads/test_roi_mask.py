@@ -8,6 +8,7 @@ from typing import Any, List, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -90,6 +91,10 @@ def test_teacher_of_another_resolution_is_interpolated() -> None:
     fine[..., 4:], coarse[..., 2:] = 20.0, 20.0
     assert loss(view(coarse, [[0]], 1), view(fine)) < 1e-3
     assert loss(view(coarse.transpose(2, 3), [[0]], 1), view(fine)) > 5
+    # The centre of a cell of half the resolution is where four of the others meet.
+    a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 8, 8)
+    expected = reference(a, F.avg_pool2d(b, 2), [1, 2])
+    assert loss(view(a, [[1, 2]]), view(b)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_object_gives_a_zero_that_reaches_the_student() -> None:

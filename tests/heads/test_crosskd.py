@@ -1,5 +1,6 @@
 """CrossKDHead beside its equations, the rest of the teacher's head by hand, and its limits."""
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
@@ -28,7 +29,7 @@ from tests.helpers.logit_references import (
     total,
     tower_by_hand,
 )
-from tests.helpers.toys import batch, distill_config, level_pairs, write_teacher
+from tests.helpers.toys import batch, distill_config, level_pairs, noise, write_teacher
 
 needs_fcos = pytest.mark.skipif(
     not hasattr(detectron2.modeling, "FCOS"), reason="this Detectron2 has no FCOS"
@@ -183,6 +184,19 @@ def test_cells_of_padding_have_no_part() -> None:
     towers = teacher.towers(1)
     teacher.dense, teacher.towers = lambda: theirs, lambda depth: towers
     assert total(losses_between(student, teacher)) == expected
+
+
+def test_of_fcos_padding_counts_and_the_centerness_of_objects_divides() -> None:
+    student, teacher = cell_view(0, SIZES), cell_view(5, SIZES)
+    labels = student.anchor_labels()
+    centerness = [noise(*x.shape).sigmoid() for x in labels.maps]
+    student.anchor_labels = lambda: replace(labels, centerness=centerness)
+    divisor = sum(x[on].sum().item() for x, on in zip(centerness, labels.on_objects))
+    assert 1 < divisor < 0.9 * positives(student)
+    losses = losses_between(student, teacher)
+    for key, expected in expected_of(cell_view(0), cell_view(5)).items():
+        expected = [x * positives(student) / divisor for x in expected]
+        assert [x.item() for x in losses[key].values()] == pytest.approx(expected, rel=1e-3)
 
 
 def test_teacher_gets_no_gradient() -> None:

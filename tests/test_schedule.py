@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from d2kd import load_config
-from d2kd.schedule import WeightSchedule, pixel_factor
+from d2kd.schedule import WeightSchedule, pixel_factor, scale_schedules
 
 
 def schedule(**keys: Any) -> WeightSchedule:
@@ -105,6 +105,22 @@ def test_decay_that_would_begin_after_the_end_is_refused() -> None:
     with pytest.raises(ValueError, match="DECAY_FROM 40 on, but the head is off from STOP_ITER 40"):
         from_yaml_keys(SCHEDULE__STOP_ITER=40, **keys)
     from_yaml_keys(SCHEDULE__STOP_ITER=41, **keys)
+
+
+def test_iterations_are_rounded_as_detectron2_rounds_max_iter() -> None:
+    # 7 / 2 is 4 for both: a schedule that ends with the run still does.
+    cfg = load_config(opts=["DISTILL.MGD.SCHEDULE.STOP_ITER", 7])
+    scale_schedules(cfg, 0.5)
+    assert cfg.DISTILL.MGD.SCHEDULE.STOP_ITER == 4
+
+
+def test_no_iteration_is_scaled_to_none() -> None:
+    # 1 / 8 is rounded to 0, which means no warm-up, and is refused as a stop.
+    keys = {"WARMUP_ITERS": 1, "DECAY_FROM": 0, "STOP_ITER": 1}
+    opts = [x for k, v in keys.items() for x in (f"DISTILL.MGD.SCHEDULE.{k}", v)]
+    cfg = load_config(opts=opts)
+    scale_schedules(cfg, 1 / 8)
+    assert {k: cfg.DISTILL.MGD.SCHEDULE[k] for k in keys} == keys
 
 
 # Weights at other sizes of the input --------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Initialising parts of the student from the teacher: exactly the fitting entries, said aloud."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Dict, List, Tuple
@@ -235,6 +236,16 @@ def test_rows_that_mean_other_anchors_or_boxes_are_left_alone(
     left = {k for k in snapshot(student) if part_of(k) == "head"} - set(copied)
     assert left == {f"{layer}.{x}" for layer in layers for x in ("weight", "bias")}
     assert all(f"{key} ({reason})" in caplog.text for key in left)
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_anchors_that_differ_on_one_level_are_other_anchors(level: int) -> None:
+    sizes = [[2.0 ** (i + 5)] for i in range(5)]  # of P3 to P7
+    ours, theirs = ({"MODEL__ANCHOR_GENERATOR__SIZES": copy.deepcopy(sizes)} for _ in range(2))
+    theirs["MODEL__ANCHOR_GENERATOR__SIZES"][level] = [100.0]
+    student, teacher = build("retinanet", seed=1, **ours), build("retinanet", seed=2, **theirs)
+    copied = inherit(student, teacher, ["head"])
+    assert copied and not any("cls_score" in k or "bbox_pred" in k for k in copied)
 
 
 def test_norms_of_another_kind_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:

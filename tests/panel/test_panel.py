@@ -189,7 +189,8 @@ def _state(distiller: Distiller) -> List[Tensor]:
     """Random generators, weights, and what the step has recorded."""
     numbers = torch.tensor([*random.getstate()[1], *np.random.get_state()[1].tolist()])
     features = [x.clone() for k in ("student", "teacher") for x in _features(distiller, k)]
-    return [torch.get_rng_state(), numbers, *distiller.state_dict().values(), *features]
+    weights = [x.clone() for x in distiller.state_dict().values()]
+    return [torch.get_rng_state(), numbers, *weights, *features]
 
 
 def _features(distiller: Distiller, side: str) -> List[Tensor]:

@@ -67,6 +67,7 @@ def test_interval_is_students_over_seeds_and_normal_over_images(rule: ModuleType
         ([5.0, 5.5, 6.0], 0.2, "GAIN: +5.5 AP, 95 % interval", "threshold +0.5."),
         ([0.0, 0.1, 0.0], 0.1, "NO GAIN: +0.0 AP", "threshold +0.5."),
         ([-5.0, -5.5, -6.0], 0.2, "NO GAIN: -5.5 AP", "It does harm."),
+        ([-0.2, -0.1, 0.0], 0.0, "NO GAIN: -0.1 AP", "threshold +0.5."),  # up to +0.1
         ([1.0, 3.0], 0.1, "INCONCLUSIVE: +2.0 AP", "About 4 more seeds would decide."),
         ([0.6, 0.7, 0.8], 2.0, "INCONCLUSIVE: +0.7", "not decide, more test images might."),
         ([9.0], 0.1, "INCONCLUSIVE: +9.0 AP of one seed", "Run at least two more."),
@@ -90,3 +91,4 @@ def test_seeds_that_are_said_to_decide_do(rule: ModuleType) -> None:
 def test_threshold_is_what_a_gain_must_exceed(rule: ModuleType) -> None:
     assert rule.decide([0.9, 1.0, 1.1], 0.0, threshold=0.0).decision == "GAIN"
     assert rule.decide([0.9, 1.0, 1.1], 0.0, threshold=2.0).decision == "NO GAIN"
+    assert rule.decide([1.0, 1.0], 0.0, threshold=1.0).decision == "INCONCLUSIVE"

@@ -3,7 +3,9 @@
 import json
 import math
 import random
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import numpy as np
@@ -16,11 +18,17 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 
 from d2kd.checkpoint import PlainCheckpointer
 from d2kd.engine import Trainer
 from d2kd.engine.evaluator import best_metric
-from d2kd.engine.hooks import BestCheckpointer, SeedEachIteration, seed_everything
+from d2kd.engine.hooks import (
+    BestCheckpointer,
+    KeepLossNormalizer,
+    SeedEachIteration,
+    seed_everything,
+)
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
 from tests.helpers.runs import (
     Interruption,
@@ -101,6 +109,36 @@ def test_draws_of_an_iteration_do_not_depend_on_what_was_drawn_before() -> None:
     assert draws[0] == draws[1]
 
 
+def test_iterations_and_processes_draw_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    hook, draws = SeedEachIteration(3), set()
+    for iteration, rank in product((5, 6), (0, 1)):
+        hook.trainer = SimpleNamespace(iter=iteration)
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        hook.before_step()
+        draws.add(float(torch.rand(())))
+    assert len(draws) == 4
+
+
+def test_running_mean_is_kept_for_every_checkpoint_and_the_last_one() -> None:
+    hook, kept = KeepLossNormalizer(SimpleNamespace(loss_normalizer=7.0), period=2), []
+    for iteration in range(5):
+        hook.values, hook.trainer = [], SimpleNamespace(iter=iteration, max_iter=5)
+        hook.after_step()
+        kept.append(hook.state_dict()["values"])
+    assert kept == [[], [7.0], [], [7.0], [7.0]]
+
+
+@pytest.mark.parametrize("processes, rank, expected", [(2, 0, 2.0), (2, 1, 6.0), (1, 0, 4.0)])
+def test_running_mean_comes_back_to_its_process_or_is_averaged_for_another_number_of_them(
+    processes: int, rank: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    monkeypatch.setattr(comm, "get_rank", lambda: rank)
+    detector = SimpleNamespace(loss_normalizer=100.0)
+    KeepLossNormalizer(detector, period=2).load_state_dict({"values": [2.0, 6.0]})
+    assert detector.loss_normalizer == expected
+
+
 def test_draws_of_an_iteration_are_the_same_after_resume(folder: Path, tmp_path: Path) -> None:
     whole, resumed = Draws(), Draws()
     run(run_config(folder, OUTPUT_DIR=str(tmp_path / "whole")), whole)
@@ -121,6 +159,28 @@ def test_best_checkpoint_is_the_student_of_the_best_evaluation(
     student = build_model(cfg)
     DetectionCheckpointer(student).load(str(tmp_path / "model_best.pth"))
     assert_same_tensors(student.state_dict(), weights(tmp_path, "model_0000001"))
+
+
+def test_larger_values_alone_are_the_best_and_none_of_an_iteration_that_failed() -> None:
+    saved: List[int] = []
+    checkpointer = SimpleNamespace(save=lambda name, iteration: saved.append(iteration))
+    hook = BestCheckpointer(1, checkpointer, "bbox/AP")
+
+    def evaluated(iteration: int, value: float) -> None:
+        storage = SimpleNamespace(latest=lambda: {"bbox/AP": (value, iteration)})
+        hook.trainer = SimpleNamespace(iter=iteration, max_iter=7, storage=storage)
+
+    for iteration, value in enumerate([math.nan, 5.0, 3.0, math.nan, 5.0, 6.0]):
+        evaluated(iteration, value)
+        hook.after_step()
+    assert saved == [1, 5]
+    evaluated(6, 9.0)
+    hook.after_step()  # the evaluation of the end is still to come
+    hook.after_train()  # a trainer that has come to its end is at iteration 7
+    assert saved == [1, 5]
+    evaluated(7, 9.0)
+    hook.after_train()
+    assert saved == [1, 5, 7]
 
 
 def test_best_checkpoint_is_never_the_one_to_resume_from(

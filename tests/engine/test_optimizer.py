@@ -10,7 +10,7 @@ from torch import nn
 from detectron2.config import CfgNode
 
 from d2kd import load_config
-from d2kd.engine.optimizer import OPTIMIZERS, build_optimizer
+from d2kd.engine.optimizer import OPTIMIZERS, build_optimizer, parameter_names, placed_state
 from tests.helpers.runs import (
     assert_same_checkpoint,
     at,
@@ -97,6 +97,21 @@ def test_adamw_steps_as_pytorchs() -> None:
         torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name))
 
 
+def test_state_goes_to_the_parameter_of_its_name_in_other_groups() -> None:
+    net = model()
+    alike = dict.fromkeys(RULES, 0.05)  # one group
+    before, after = (build_optimizer(solver("ADAMW", **x), net) for x in (alike, RULES))
+    names = [parameter_names(x, net) for x in (before, after)]
+    assert names[0] != names[1] and sorted(names[0]) == sorted(names[1])
+    for i, p in enumerate(net.parameters()):
+        p.grad = torch.full_like(p, i)
+    before.step()
+    after.load_state_dict(placed_state(after, names[1], before.state_dict(), names[0]))
+    for i, p in enumerate(net.parameters()):
+        # (1 - 0.9) of the first gradient
+        torch.testing.assert_close(after.state[p]["exp_avg"], torch.full_like(p, 0.1 * i))
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("clip_type, norm", [("value", None), ("norm", 0.5), ("full_model", 0.5)])
 def test_gradients_are_clipped_before_the_step(kind: str, clip_type: str, norm: Any) -> None:
@@ -113,6 +128,16 @@ def test_gradients_are_clipped_before_the_step(kind: str, clip_type: str, norm: 
         norms = torch.stack([x.norm() for x in gradients])
         seen = norms if clip_type == "norm" else norms.norm()
         torch.testing.assert_close(seen, torch.full_like(seen, norm))
+
+
+def test_norm_over_the_whole_model_is_of_the_type_that_is_named() -> None:
+    net = model()
+    clip = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 0.5, "NORM_TYPE": 1.0}
+    optimizer = build_optimizer(solver("SGD", clip), net)
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 9.0)
+    optimizer.step()
+    assert sum(p.grad.abs().sum().item() for p in net.parameters()) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -17,7 +17,7 @@ from d2kd.engine import Trainer
 from d2kd.engine.resume import RunRecord, fingerprint
 from d2kd.engine.resume_rules import PASSED_OVER, REFUSED, RULES, TAKEN, UNUSED, rule_of
 from d2kd.utils.plugin import import_file
-from tests.helpers.runs import at, build_trainer, run, run_config
+from tests.helpers.runs import assert_same_tensors, at, build_trainer, run, run_config
 
 DONE = 4  # iterations behind the checkpoint
 
@@ -217,8 +217,7 @@ def test_checkpoint_without_a_config_is_resumed_and_that_is_said(
     trainer, expected = resumed(old, "SOLVER.MAX_ITER", 10), resumed(begun, "SOLVER.MAX_ITER", 10)
     assert trainer.start_iter == DONE
     assert groups(trainer) == groups(expected)
-    buffers = momentum(expected)
-    assert all(torch.equal(x, buffers[name]) for name, x in momentum(trainer).items())
+    assert_same_tensors(momentum(trainer), momentum(expected))
     assert "no config in it" in warnings(caplog)
     with pytest.raises(ValueError, match="SEED: 1, now 8"):
         resumed(old, "SEED", 8)
@@ -230,6 +229,16 @@ def test_optimizer_of_other_parameters_is_refused_by_the_name_of_one(
     other = edited(begun, tmp_path, lambda x: x.update(parameters=["a", *x["parameters"][1:]]))
     with pytest.raises(ValueError, match="optimizer trained other parameters: a is not in both"):
         resumed(other)
+
+
+def test_groups_without_names_are_compared_by_their_sizes(begun: CfgNode, tmp_path: Path) -> None:
+    def move_one(state: Dict[str, Any]) -> None:
+        del state["parameters"]
+        first, last = (state["_trainer"]["optimizer"]["param_groups"][i] for i in (0, -1))
+        last["params"].append(first["params"].pop())
+
+    with pytest.raises(ValueError, match="optimizer trained other parameters"):
+        resumed(edited(begun, tmp_path, move_one))
 
 
 def test_images_that_changed_behind_the_same_name_are_refused(

@@ -165,11 +165,12 @@ def test_area_is_that_of_the_mask_where_there_is_one(tmp_path: Path) -> None:
     whole = {"counts": [0, 64 * 48], "size": [48, 64]}
     masks = [None, [], triangle, two_points, triangle + two_points, whole]
     annotations = [{**base, "id": i, "segmentation": x} for i, x in enumerate(masks)]
-    annotations.append({**base, "id": 9, "area": 7.5, "segmentation": triangle})
+    for i, area in ((9, 7.5), (10, 0)):
+        annotations.append({**base, "id": i, "area": area, "segmentation": triangle})
     truth = truth_of(tmp_path, annotations)
-    areas = [truth.anns[i]["area"] for i in range(1, 8)]
-    assert areas == [200, 200, pytest.approx(100, abs=12), 200, areas[2], 64 * 48, 7.5]
-    assert [x["iscrowd"] for x in truth.loadAnns(truth.getAnnIds())] == [0] * 7
+    areas = [truth.anns[i]["area"] for i in range(1, 9)]
+    assert areas == [200, 200, pytest.approx(100, abs=12), 200, areas[2], 64 * 48, 7.5, 0]
+    assert [x["iscrowd"] for x in truth.loadAnns(truth.getAnnIds())] == [0] * 8
 
 
 @pytest.mark.parametrize("line", [[10, 10], [10, 10, 30, 20], [10, 10, 30, 10, 10]])

@@ -58,7 +58,9 @@ def test_interval_is_students_over_seeds_and_normal_over_images(rule: ModuleType
     assert only_seeds.high - 2 == pytest.approx(4.3027 / math.sqrt(3), abs=1e-3)
     only_images = rule.decide([2.0, 2.0, 2.0], 0.4)
     assert only_images.low == pytest.approx(2 - 1.96 * 0.4)
-    assert rule.decide(gains, 0.4).high > only_seeds.high
+    # Cochran: each quantile by its share of the variance
+    half = (4.3027 * (1 / 3) + 1.96 * 0.16) / math.sqrt(1 / 3 + 0.16)
+    assert rule.decide(gains, 0.4).high - 2 == pytest.approx(half, abs=1e-3)
 
 
 @pytest.mark.parametrize(

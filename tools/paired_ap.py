@@ -18,8 +18,6 @@ class ImageAP:
             detections: as in Detectron2's coco_instances_results.json; may be empty
             task: "bbox" or "segm"
         """
-        if task == "segm":  # as Detectron2's evaluator: the areas are the masks', not the boxes'
-            detections = [{k: v for k, v in x.items() if k != "bbox"} for x in detections]
         # Without detections loadRes fails; nothing is found then, and every AP is 0.
         self.evaluation = COCOeval(truth, truth.loadRes(detections) if detections else COCO(), task)
         params = self.evaluation.params

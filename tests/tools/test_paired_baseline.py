@@ -93,6 +93,15 @@ def test_ap_of_some_images_is_that_of_pycocotools(ap: ModuleType, images: List[i
     assert ap.ImageAP(coco, found)(images) == pytest.approx(expected) and 5 < expected < 95
 
 
+def test_class_without_an_object_in_these_images_does_not_count(ap: ModuleType) -> None:
+    coco = truth(12)
+    found = detections(coco, noise=4.0)
+    measure = ap.ImageAP(coco, found)
+    assert any(len({x["category_id"] for x in coco.imgToAnns[i]}) == 1 for i in range(12))
+    for i in range(12):
+        assert measure([i]) == pytest.approx(of_pycocotools(coco, found, [i]))
+
+
 def test_image_that_is_drawn_twice_counts_twice(ap: ModuleType) -> None:
     coco = truth(4)
     measure = ap.ImageAP(coco, detections(coco, noise=4.0))

@@ -62,9 +62,9 @@ def lively_teacher(folder: Path, **overrides: Any) -> List[Any]:
     return opts
 
 
-def reverse_anchors(rows: Tensor) -> Tensor:
-    """(3*E, ...) -> the same with the last of three anchors first."""
-    return rows.unflatten(0, (3, -1)).flip(0).flatten(0, 1)
+def rotate_anchors(rows: Tensor) -> Tensor:
+    """(3*E, ...) -> the last of three anchors, then the others: not its own inverse."""
+    return rows.unflatten(0, (3, -1)).roll(1, dims=0).flatten(0, 1)
 
 
 def test_order_in_which_a_teacher_lists_its_anchors_does_not_matter(
@@ -72,18 +72,18 @@ def test_order_in_which_a_teacher_lists_its_anchors_does_not_matter(
 ) -> None:
     expected = terms(build(plain, LOGITS_HEADS))
     assert len(expected) == 7 and min(expected.values()) > 1e-3
-    reversed_ = lively_teacher(tmp_path, **{RATIOS: [[2.0, 1.0, 0.5]]})
+    rotated = lively_teacher(tmp_path, **{RATIOS: [[2.0, 0.5, 1.0]]})
     for layer in ("head.cls_score", "head.bbox_pred"):
-        rewrite_rows(reversed_, layer, reverse_anchors)
-    distiller = build(reversed_, LOGITS_HEADS)
+        rewrite_rows(rotated, layer, rotate_anchors)
+    distiller = build(rotated, LOGITS_HEADS)
     assert set(distiller.lessons[0].anchor_orders) == {f"p{i}" for i in range(3, 8)}
-    assert set(distiller.lessons[0].anchor_orders.values()) == {(2, 1, 0)}
+    assert set(distiller.lessons[0].anchor_orders.values()) == {(1, 2, 0)}
     assert terms(distiller) == pytest.approx(expected, rel=1e-4)
     # Taken in their own order, all losses would be others; but for CrossKD, which compares the
     # teacher's head with itself, and only in what it counts has anchors of the student's.
     distiller.lessons[0].anchor_orders = {}
     for key, value in terms(distiller).items():
-        assert "crosskd" in key or value != pytest.approx(expected[key], rel=5e-4), key
+        assert "crosskd" in key or value != pytest.approx(expected[key], rel=2e-4), key
 
 
 @pytest.mark.parametrize(

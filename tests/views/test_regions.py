@@ -382,8 +382,9 @@ def test_positives_do_not_fill_up_what_negatives_leave() -> None:
 
 @pytest.mark.parametrize("threshold, expected", [(0.5, 1), (0.51, 0)])
 def test_overlap_of_exactly_the_threshold_is_positive(threshold: float, expected: int) -> None:
-    # IoU of HALF and ONE is 0.5; no positive may be taken, so a positive is left out.
-    view = ToyView({(0, "p3", 1, 1): (HALF, 0.0), (0, "p3", 4, 4): (FAR, 0.0)}, [[ONE], []])
+    # IoU of HALF and each of two objects is 0.5, and they do not add up; no positive may be taken,
+    # so a positive is left out.
+    view = ToyView({(0, "p3", 1, 1): (HALF, 0.0), (0, "p3", 4, 4): (FAR, 0.0)}, [[ONE, ONE], []])
     sampler = EVERY._replace(iou_threshold=threshold, positive_fraction=1e-9, per_image=5)
     assert [len(x) for x in view.regions(sampler).boxes] == [2 - expected, 0]
 

@@ -85,6 +85,16 @@ def test_rows_are_compared_with_the_baseline_on_the_set_of_the_table(
     assert all("NO GAIN: -" in x for x in lines)
 
 
+def test_each_budget_is_compared_by_itself(
+    place: Path, tool: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = write(place, ITERATIONS=[4, 8], SEEDS=[1, 2])
+    finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.2})
+    tool("bench_verdict").main([path, "--rows", "better", "--samples", "2"])
+    found = [x.partition(":")[0] for x in capsys.readouterr().out.splitlines()]
+    assert found == [f"better, {x} iterations, 2 seeds" for x in (4, 8)]
+
+
 def test_run_that_is_not_finished_is_left_out(
     place: Path, tool: Callable, capsys: pytest.CaptureFixture
 ) -> None:

@@ -68,6 +68,12 @@ def test_detections_on_a_crowd_are_left_out_and_a_crowd_is_no_box() -> None:
     assert matches.hits.tolist() == [False]
 
 
+def test_all_detections_of_an_image_count_and_not_the_first_100() -> None:
+    boxes = [annotation(1, 1, (x, 0, 1, 1)) for x in range(120)]
+    matches = match(truth_of(boxes), [{**x, "score": 0.5} for x in boxes])[1]
+    assert matches.hits.sum() == len(matches.hits) == 120
+
+
 @pytest.mark.parametrize("image, category", [(2, 1), (1, 2)])
 def test_another_image_or_class_is_no_hit(image: int, category: int) -> None:
     matches = match(

@@ -90,6 +90,7 @@ def test_best_f1_as_trying_every_score(seed: int) -> None:
     [
         (gate_of([0.9] * 50, [True] * 50, 50, 0.9), []),
         (gate_of([0.9] * 5, [True] * 5, 50, 0.9), ["unsure: 50 boxes, 5 detections"]),
+        (gate_of([0.9] * 10, [True] * 9 + [False], 9, 0.9), ["unsure: 9 boxes, 10 detections"]),
         (gate_of([0.9] * 50, [False] * 49 + [True], 50, 0.9), ["no labels, .*0.020, not 0.9"]),
         (gate_of([], [], 5, 0.9), ["no labels, because nothing was detected"]),
     ],

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from d2kd.labelling import ClassMatches, Gate
-from d2kd.labelling.sheet import draw_sheet
-from d2kd.labelling.worst import list_worst, worst_images
+from d2kd.labelling.sheet import FALSE_ALARM, FOUND, MISS, draw_sheet
+from d2kd.labelling.worst import ImageErrors, list_worst, worst_images
+from d2kd.panel.tiles import GAP
 
 NAMES = {1: "cat", 2: "dog"}
 
@@ -66,6 +67,19 @@ def test_every_image_has_a_place_on_the_sheet(tmp_path: Path) -> None:
     dark = (sheet.max(axis=2) < 30).sum()
     area = 320 * 213  # of an image
     assert 0.7 * count * area < dark < count * area
+
+
+def test_boxes_are_where_they_are_in_the_colour_of_their_kind(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.png")
+    cv2.imwrite(path, np.zeros((240, 320, 3), dtype=np.uint8))
+    left = {FOUND: 20, MISS: 120, FALSE_ALARM: 220}
+    boxes = [entry(i, 2, 1, bbox=[x, 60, 40, 100], score=0.5) for i, x in enumerate(left.values())]
+    sheet = draw_sheet([ImageErrors(2, boxes[:2], boxes[1:2], boxes[2:])], {2: path}, NAMES)
+    row = sheet[-240 - GAP + 130, GAP : GAP + 320].astype(int)  # below the texts
+    for colour, x in left.items():
+        # Lines are drawn half transparent.
+        near = np.flatnonzero(np.abs(2 * row - colour).max(axis=1) < 60)
+        assert near[0] == pytest.approx(x, abs=3) and near[-1] == pytest.approx(x + 40, abs=3)
 
 
 @pytest.mark.parametrize("size", [(8, 6000), (6000, 8)])

@@ -122,7 +122,7 @@ def test_default_sample_is_of_these_boxes_too(name: str) -> None:
 
 @pytest.mark.parametrize("name", DENSE)
 def test_vector_of_a_region_is_that_of_its_cell(name: str) -> None:
-    view = record(build(name), batch())
+    view = record(build(name), batch(width=96))  # rows and columns differ
     regions = view.regions(RegionSampler(per_image=40))
     vectors, dense = view.region_vectors(regions), view.dense()
     tower = {view.strides[k]: x for k, x in zip(dense.levels, dense.tower)}

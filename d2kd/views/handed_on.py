@@ -95,9 +95,8 @@ class HandedOnView(WrappedView):
         return once(f"{name} handed on", boxes, lambda: self._ask(ask, own))
 
     def _given(self, tensors: Sequence[Tensor]) -> List[Tensor]:
-        """As the teacher takes them, with gradient; integers stay integers."""
-        to = self._teacher_device
-        return [x.to(to, self._dtype if x.is_floating_point() else None) for x in tensors]
+        """As the teacher takes them, with gradient."""
+        return [x.to(self._teacher_device, self._dtype) for x in tensors]
 
 
 def _tensors(boxes: Sequence[Boxes]) -> List[Tensor]:

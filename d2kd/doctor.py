@@ -33,7 +33,7 @@ from .data.unlabelled import batch_sizes, find_unlabelled
 from .distiller import Distiller
 from .engine.initialise import initialise
 from .engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
-from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, misled, suggest
+from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, suggest
 from .engine.optimizer import build_optimizer
 from .engine.preflight.check_config import check_config
 from .engine.preflight.summary import summary
@@ -123,8 +123,6 @@ def examine(cfg: CfgNode, num_images: int) -> None:
     found, cost = try_out(cfg, distiller, num_images)
     print("\nLosses on noise, in the first step:\n" + describe(found))
     print(suggest(found, distiller.schedules, 0, cfg.DISTILL.LIVENESS.WANTED_SHARE))
-    for warning in misled(found, distiller.levels_of_heads):
-        print(warning)
     print("\n" + _estimate(cfg, cost))
     batch = noise_batch(cost.images, *cost.size, 4, distiller.pair.student.num_classes)
     amp = cfg.SOLVER.AMP.ENABLED

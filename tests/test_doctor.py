@@ -103,6 +103,16 @@ def test_images_without_labels_are_among_those_of_noise(
         assert "--images 1: a batch has labelled and unlabelled" in capsys.readouterr().err
 
 
+def test_noise_tells_nothing_of_the_levels_on_which_objects_lie(
+    forget: None, capsys: pytest.CaptureFixture
+) -> None:
+    # Its boxes are of at most half of the height; those of the user's objects may be of all of it.
+    words = ["--config-file", "configs/quickstart/mgd.yaml", "DISTILL.LEVELS", "[]"]
+    assert doctor.main([*words, "SOLVER.IMS_PER_BATCH", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "loss_mgd" in text and "no object" not in text and "DISTILL.LEVELS" not in text
+
+
 def test_images_without_labels_that_cannot_be_read_are_told(
     config_file: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -139,9 +139,10 @@ def misled(found: LossGradients, levels: Mapping[str, Sequence[LevelPair]]) -> L
     """
     Heads with over 80 % of their gradient on levels where the student's own losses have next to
     none, and what to set. There no object is learnt, and features of a teacher without norms may
-    have any size.
+    have any size. This is of one step: a small batch may have no object where others have some.
 
     Args:
+        found: of images of the run; the boxes of noise tell nothing
         levels: those of the pair, of each head
     """
     own = found.losses[TASK]
@@ -154,9 +155,9 @@ def misled(found: LossGradients, levels: Mapping[str, Sequence[LevelPair]]) -> L
             left = [[p.student, p.teacher] for p in levels[name] if p.student not in idle]
             words.append(
                 f"{name} has {there / whole:.0%} of its gradient at {', '.join(idle)}, where the "
-                "student's own losses have none: no object is learnt there, and what the teacher "
-                "has there drowns the rest."
-                + (f' DISTILL.LEVELS "{left}" leaves it out.' if left else "")
+                "student's own losses have none: no object of this step is learnt there, and what "
+                "the teacher has there drowns the rest."
+                + (f' If so in others, DISTILL.LEVELS "{left}" leaves it out.' if left else "")
             )
     return words
 

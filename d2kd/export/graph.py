@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling.roi_heads import cascade_rcnn
 from detectron2.structures import Instances
 
+from ..modeling.deform_conv2d import as_traced
 from .onnx_operators import opset_of
 from .student import fixed_images, load_student
 
@@ -56,7 +57,7 @@ def export_graph(cfg: CfgNode, weights: str, name: str, folder: str) -> Dict[str
     try:
         from detectron2.export import TracingAdapter  # which may import packages for Caffe2
 
-        with torch.no_grad(), TemporaryDirectory() as scratch:
+        with torch.no_grad(), as_traced(), TemporaryDirectory() as scratch:
             other = os.path.join(scratch, os.path.basename(path))
             for file, any_score in ((path, False), (other, True)):
                 student = load_student(cfg, weights, any_score)

@@ -1,12 +1,29 @@
 """Deformable convolution for the CPU: torchvision's, as one sparse and one dense product."""
 
-from typing import Optional, Tuple
+from contextlib import contextmanager
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
+
+_ours = True  # on a CPU
+
+
+@contextmanager
+def as_traced() -> Iterator[None]:
+    """
+    Inside, a detector computes with torchvision's on a CPU too, as its graphs do: ours has the same
+    values but for rounding.
+    """
+    global _ours
+    _ours = False
+    try:
+        yield
+    finally:
+        _ours = True
 
 
 def deform_conv2d(
@@ -20,14 +37,15 @@ def deform_conv2d(
     mask: Optional[Tensor] = None,
 ) -> Tensor:
     """
-    As torchvision's, which is used on a GPU and where it is traced, as exporters know it by name.
+    As torchvision's, which is used on a GPU, where it is traced, as exporters know it by name, and
+    inside :func:`as_traced`.
 
     It is written for GPUs: it finds the four cells around each place that the kernel reads, and
     their shares, anew for every channel. Here they are found once, and each moves a whole row of
     channels: an eighth to a fifth of the time, half on maps of a few cells. What the kernel reads
     is kept for the backward.
     """
-    if x.is_cuda or torch.jit.is_tracing():
+    if x.is_cuda or torch.jit.is_tracing() or not _ours:
         how = stride, padding, dilation
         return torchvision.ops.deform_conv2d(x, offset, weight, bias, *how, mask)
     kernel = tuple(weight.shape[2:])

@@ -11,6 +11,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 import torch
+import torchvision
 import yaml
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -24,6 +25,7 @@ from d2kd.export import export_student, graph, verify, why_no_yaml
 from d2kd.export.__main__ import main
 from d2kd.export.graph import _count_alike, export_graph
 from d2kd.export.student import find_weights
+from d2kd.modeling.deform_conv2d import as_traced, deform_conv2d
 from tests.helpers.forks import run_python
 from tests.helpers.runs import run, run_config
 from tests.helpers.toys import detector_config, stock_backbone, write_teacher
@@ -164,6 +166,23 @@ def test_torchscript_detects_what_a_student_of_two_stages_does(
     assert boxes.shape == (len(scores), 4) and scores.dtype == torch.float32
     assert classes.shape == scores.shape and classes.dtype == torch.int64
     assert size.tolist() == [64, 96]
+
+
+def test_torchscript_of_reppoints_is_proved_to_the_bit_where_the_student_convolves_otherwise(
+    saved: Any, tmp_path: Path
+) -> None:
+    # On a CPU its points are read by a faster function than the graph's, which rounds otherwise.
+    cfg, weights = saved(
+        "reppoints", MODEL__REPPOINTS__NORM="", MODEL__REPPOINTS__SCORE_THRESH_TEST=0.0
+    )
+    found = export_graph(cfg, weights, "torchscript", str(tmp_path))
+    assert found.get("verified") and found["equal"] == found["detections"] > 0, found
+    x, offset = torch.rand(1, 8, 9, 9), torch.rand(1, 18, 7, 7)
+    weight = torch.rand(8, 8, 3, 3)
+    with as_traced():
+        inside = deform_conv2d(x, offset, weight)
+    assert torch.equal(inside, torchvision.ops.deform_conv2d(x, offset, weight))
+    assert not torch.equal(inside, deform_conv2d(x, offset, weight))
 
 
 PROPOSALS = {

@@ -302,7 +302,7 @@ def test_teachers_are_told_apart_before_training_and_their_pictures_kept(
     caplog.set_level("INFO", logger="d2kd")
     train_stages(staged, Interrupt(0))
     for name in ("stage_1", "stage_2"):
-        assert f"The teacher {name} has " in caplog.text
+        assert f"{name}: The teacher has " in caplog.text
         assert (Path(staged.OUTPUT_DIR) / f"teacher_{name}_worst.png").stat().st_size > 1000
 
 

@@ -69,7 +69,7 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair], of: st
     """Evaluate and log the AP; returns an error message if it is too low, else ""."""
     node = cfg.DISTILL.TEACHER
     classes = None if pair is None or pair.same_classes else pair.classes
-    who = f"The teacher {of}" if of else "The teacher"
+    whose = f"{of}: " if of else ""
     reason = _reason_to_skip(cfg, teacher)
     # Before the classes are compared: loading the set registers their names with Detectron2.
     images = (
@@ -80,7 +80,7 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair], of: st
         what = "object of the common classes" if classes else "object"
         reason = f"there is no {what} in {len(images)} images of {cfg.DATASETS.TEST[0]}"
     if reason:
-        logger.warning(f"{who} is not evaluated: {reason}.")
+        logger.warning(f"{whose}The teacher is not evaluated: {reason}.")
         _write_result(cfg, teacher, not_evaluated=reason)
         return ""
     name = cfg.DATASETS.TEST[0]
@@ -90,7 +90,7 @@ def _problem(cfg: CfgNode, teacher: Teacher, pair: Optional[DistillPair], of: st
         where += f", {evaluated} of its {len(classes.student_names)} classes,"
     ap, mask_ap, by_class = _evaluate(cfg, teacher, of, images, classes)
     masks = "" if mask_ap is None else f", {mask_ap:.1f} of masks,"
-    logger.info(f"{who} has {ap:.1f} AP{masks} {where.rstrip(',')}.")
+    logger.info(f"{whose}The teacher has {ap:.1f} AP{masks} {where.rstrip(',')}.")
     found = {"ap": ap, "mask_ap": mask_ap, "by_class": by_class}
     _write_result(cfg, teacher, where=where.rstrip(","), **found)
     if ap >= node.MIN_AP:

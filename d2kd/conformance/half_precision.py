@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..distiller import Distiller
 from ..heads.registry import compares_logits
+from ..utils.autocast import autocast_now
 from ..views import DetectorView, Regions
 from ..views.map_tensors import map_tensors
 from .case import Case, seed_all
@@ -94,8 +95,8 @@ def compare(case: Case, inputs: Sequence[Any] = ()) -> Tuple[Step, Step]:
     for dtype in (torch.float32, torch.float16):
         distiller.heads[case.name] = copy.deepcopy(head)
         leaves: List[Tensor] = []
-        views = _view(student, dtype, leaves), _view(teacher, dtype, leaves)
         with cuda_autocast() if dtype == torch.float16 else nullcontext():
+            views = _view(student, dtype, leaves), _view(teacher, dtype, leaves)
             steps.append(_step(case, distiller, views, leaves))
     return steps[0], steps[1]
 
@@ -143,6 +144,7 @@ def _view(view: DetectorView, dtype: torch.dtype, leaves: List[Tensor]) -> Detec
         return changed[id(x)]
 
     found = copy.copy(view)
+    found._autocast = autocast_now("cpu")
     found._recorded, found._versions = map_tensors(change, view._recorded), {}
     # A teacher's cached results are constants. A student's are recomputed, except for the regions:
     # they are random, and the teacher's results belong to them.

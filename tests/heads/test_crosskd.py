@@ -139,22 +139,22 @@ def test_sure_logits_give_the_finite_loss_of_float64_and_a_finite_gradient(
     assert all(not x.grad.isnan().any() for x in student.logits.values())
 
 
+def filled(at: str, where: Tensor, value: float) -> Callable[[str, Tensor], Tensor]:
+    return lambda level, x: x.masked_fill(where, value) if level == at else x
+
+
 @pytest.mark.parametrize("level", ["p3", "p4"])
 def test_ignored_anchors_have_no_part(level: str) -> None:
     student, teacher = cell_view(0), cell_view(5)
     expected = {k: sum(v.values()) for k, v in losses_between(student, teacher).items()}
     own = teacher.predict_from
     ignored = student.labels[level] == -1  # (N, A, H, W)
-    of_classes = ignored.repeat_interleave(3, dim=1)
+    of_classes, of_sides = (ignored.repeat_interleave(count, dim=1) for count in (3, 4))
 
     def with_garbage(depth: int, towers: Any) -> Any:
         predictions = own(depth, towers)
-        i = list(student.logits).index(level)
-        predictions.logits[i] = predictions.logits[i].masked_fill(of_classes, 50.0)
-        moved = predictions.deltas[i] + 100
-        of_sides = ignored.repeat_interleave(4, dim=1)
-        predictions.deltas[i] = moved.where(of_sides, predictions.deltas[i])
-        return predictions
+        predictions = predictions.map(filled(level, of_classes, 50.0), ("logits",))
+        return predictions.map(filled(level, of_sides, 100.0), ("deltas",))
 
     assert ignored.any()
     teacher.predict_from = with_garbage
@@ -173,14 +173,12 @@ def test_cells_of_padding_have_no_part() -> None:
     outside[0] = outside[1, :, :2, :3] = False  # 9 x 17 pixels are 2 x 3 cells of p3
 
     def with_garbage(depth: int, towers: Any) -> Any:
-        predictions = own(depth, towers)
-        predictions.logits[0] = predictions.logits[0].masked_fill(outside, 50.0)
-        predictions.deltas[0] = predictions.deltas[0].masked_fill(outside, 1000.0)
-        return predictions
+        predictions = own(depth, towers).map(filled("p3", outside, 50.0), ("logits",))
+        return predictions.map(filled("p3", outside, 1000.0), ("deltas",))
 
     teacher.predict_from = with_garbage
-    theirs.logits[0] = theirs.logits[0].masked_fill(outside, 9.0)
-    theirs.deltas[0] = theirs.deltas[0] - 5.0 * outside
+    theirs = theirs.map(filled("p3", outside, 9.0), ("logits",))
+    theirs = theirs.map(filled("p3", outside, -5.0), ("deltas",))
     towers = teacher.towers(1)
     teacher.dense, teacher.towers = lambda: theirs, lambda depth: towers
     assert total(losses_between(student, teacher)) == expected

@@ -15,6 +15,7 @@ from detectron2.utils.events import get_event_storage
 from .config import student_config
 from .config.lessons import lesson_configs
 from .heads.build import build_head
+from .heads.fit import OF_BOXES
 from .heads.registry import compared_levels, compares_logits
 from .inherit import inherit
 from .lesson import Lesson, Views, check_claims
@@ -227,7 +228,7 @@ class Distiller(nn.Module):
         """The student does not see them in a forward of its own, which would take losses."""
         batched_inputs = [dict(x) for x in batched_inputs]  # which get "instances"
         teachers = [self.view_of_teacher(batched_inputs, lesson) for lesson in self.lessons]
-        if self.box_score:
+        if self.box_score and self.requires & OF_BOXES:
             found = [
                 confident(view.detections(), self.box_score, lesson.pair.classes)
                 for view, lesson in zip(teachers, self.lessons)

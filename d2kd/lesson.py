@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode
 
 from .config.lessons import LessonConfig
-from .heads.fit import requires_of, unlabelled_misfit
+from .heads.fit import OF_BOXES, requires_of, unlabelled_misfit
 from .heads.registry import compares_logits, head_class
 from .pairing.classes import common_classes
 from .pairing.levels import pair_levels
@@ -156,7 +156,8 @@ def check_claims(lessons: Sequence[Lesson], cfg: CfgNode) -> None:
         ValueError: two teachers would teach the same class, by class logits or by detections in
             place of labels
     """
-    detects = cfg.DISTILL.UNLABELLED.SETS and cfg.DISTILL.UNLABELLED.BOX_SCORE
+    node, needs_boxes = cfg.DISTILL.UNLABELLED, any(x.requires & OF_BOXES for x in lessons)
+    detects = node.SETS and node.BOX_SCORE and needs_boxes
     rest = "heads that compare features need no such choice."
     if detects:
         rest = "what each detects stands in for boxes (DISTILL.UNLABELLED.BOX_SCORE)."

@@ -455,6 +455,7 @@ def test_two_that_detect_one_class_in_place_of_labels_are_told_that_features_do_
     with pytest.raises(ValueError, match="taught by both left and right.*BOX_SCORE") as refused:
         build("retinanet", ["FGD"], DISTILL__TEACHERS=entries, **values)
     assert "need no such choice" not in str(refused.value)
+    build("retinanet", ["PKD"], DISTILL__TEACHERS=entries, **values)  # it needs no boxes
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from d2kd.distiller import Distiller
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.pairing.classes import match_classes
 from d2kd.teacher.stand_in import confident
+from d2kd.views import DenseView
 from tests.helpers.runs import (
     assert_same_tensors,
     assert_two_train_as_one,
@@ -165,6 +166,21 @@ def test_teacher_s_features_are_those_of_the_pass_that_detects(tmp_path: Path) -
     backbone.bottom_up.register_forward_hook(lambda *args: calls.append(1))
     losses_of(distiller, without_labels(batch()))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("head, detects", [("PKD", False), ("FGD", True), ("RoIFI", True)])
+def test_teacher_detects_for_heads_that_need_boxes(
+    head: str, detects: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, own = [], DenseView.detections
+
+    def count(view: DenseView) -> List[Instances]:
+        asked.append(1)
+        return own(view)
+
+    monkeypatch.setattr(DenseView, "detections", count)
+    losses_of(build(tmp_path, heads=[head], **WITH_BOXES), without_labels(batch()))
+    assert bool(asked) == detects
 
 
 def detections(scores: Sequence[float], classes: Sequence[int]) -> Instances:

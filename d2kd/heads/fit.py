@@ -36,6 +36,10 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
     return _other_logits(name, pair) if compares_logits(cls) else None
 
 
+# What of a view comes from boxes, of images without labels from the teacher's detections
+OF_BOXES = frozenset({"gt_instances", "regions"})
+
+
 def unlabelled_misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
     """Why the head cannot learn from images without labels, a sentence; None: it can."""
     requires, key = requires_of(head_class(name), cfg, pair), "DISTILL.UNLABELLED.SETS"
@@ -49,7 +53,7 @@ def unlabelled_misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[st
             f"{key}: {name} needs {_listed(missing)}, which a {pair.student.name} has of labelled "
             "images only. Take heads that need none of these (docs/unlabelled.md), or no such sets."
         )
-    needs_boxes = requires & {"gt_instances", "regions"}
+    needs_boxes = requires & OF_BOXES
     if needs_boxes and not cfg.DISTILL.UNLABELLED.BOX_SCORE:
         return (
             f"{key}: {name} needs the boxes of each image. Set DISTILL.UNLABELLED.BOX_SCORE, such "

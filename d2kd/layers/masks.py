@@ -22,8 +22,9 @@ class MaskRule:
     Attributes:
         ratio: in [0, 1): the share to hide; published for MGD: 0.65 dense, 0.45 two-stage
         rule: "ratio": hide a fixed share, so that methods differ only in where they hide;
-            "threshold": hide where attention is above THRESHOLD, a share that depends on the image
-        threshold: attention has mean 1, so 1.0 hides entries above average
+            "threshold": hide where attention is THRESHOLD or more, a share that depends on the
+            image
+        threshold: attention has mean 1, so 1.0 hides entries of the average or above
         hide: "sampled": drawn in each step, in proportion to attention. The abstracts ask to
             rebuild important regions, but the "most" attended ones are always the same, and hidden
             entries get no gradient, so the student would never learn them (MODEL_ZOO.md: 8 AP for

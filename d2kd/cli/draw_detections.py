@@ -77,7 +77,7 @@ def draw_detections(
             instances = instances[instances.scores > threshold]
             drawn.append(_canvas(record, names).draw_instance_predictions(instances))
         columns.append(_column(title, drawn))
-    write_picture(path, np.hstack(columns)[..., ::-1])
+    write_picture(path, np.hstack(columns))
 
 
 def _names(cfg: CfgNode, shown: Metadata) -> Metadata:
@@ -99,11 +99,11 @@ def _canvas(record: Dict[str, Any], names: Metadata) -> Visualizer:
 
 
 def _column(title: str, drawn: List[VisImage]) -> np.ndarray:
-    """Returns: a title over pictures of one width, (H, W, 3) BGR."""
+    """Returns: a title over pictures of one width, (H, W, 3) RGB."""
     head = np.full((28, WIDTH, 3), 255, dtype=np.uint8)
     cv2.putText(head, title, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
     pictures = [head]
-    for image in (x.get_image()[..., ::-1] for x in drawn):
+    for image in (x.get_image() for x in drawn):
         pictures.append(cv2.resize(image, (WIDTH, WIDTH * image.shape[0] // image.shape[1])))
     return np.vstack([cv2.copyMakeBorder(x, *[GAP] * 4, 0, value=(255,) * 3) for x in pictures])
 

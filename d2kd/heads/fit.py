@@ -11,6 +11,9 @@ from ..utils.checks import shown
 from ..views import DetectorInfo, anchor_order
 from .registry import compares_logits, head_class
 
+# What of a view comes from boxes, of images without labels from the teacher's detections
+OF_BOXES = frozenset({"gt_instances", "regions"})
+
 
 def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
     """Why the head cannot take the pair, a sentence; None: it can."""
@@ -34,10 +37,6 @@ def misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:
         if problem:
             return problem
     return _other_logits(name, pair) if compares_logits(cls) else None
-
-
-# What of a view comes from boxes, of images without labels from the teacher's detections
-OF_BOXES = frozenset({"gt_instances", "regions"})
 
 
 def unlabelled_misfit(name: str, cfg: CfgNode, pair: DistillPair) -> Optional[str]:

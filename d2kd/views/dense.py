@@ -145,7 +145,7 @@ class DenseView(DetectorView):
     def _compute_dense(self) -> DensePredictions:
         head = self.detector.head
         if _depths(self.requires) or not can_be_put_off(head):
-            return super()._compute_dense()
+            return super()._compute_dense()  # towers are collected as the head runs, whole
         features = self._part("backbone")[1]
         maps = lazy_head(head, [features[k] for k in self.pooled_levels])
         return DensePredictions(

@@ -49,8 +49,9 @@ def report_coverage(
 def coverage(model: nn.Module, missing: Collection[str]) -> Dict[str, List[bool]]:
     """Name of a part to whether each of its parameters is covered; heads by their modules."""
     found: Dict[str, List[bool]] = {}
+    with_neck = has_neck(model)
     for name, _ in model.named_parameters():
-        part = part_of(name, has_neck(model))
+        part = part_of(name, with_neck)
         part = name.partition(".")[0] if part == "head" else part
         found.setdefault(part, []).append(name not in missing)
     return found

@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import time
-from typing import Dict, List
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 
@@ -24,9 +24,10 @@ COLUMNS += ("commit", "dirty", "d2kd", "detectron2", "torch", "hardware", "date"
 COLUMNS += ("key", "recipe")
 
 Row = Dict[str, str]
+Group = Dict[int, Row]  # by seed
 
 
-def read_results(path: str) -> List[Row]:
+def read_results(path: str, columns: Sequence[str] = COLUMNS) -> List[Row]:
     """
     Raises:
         ValueError: a file of other columns
@@ -35,20 +36,34 @@ def read_results(path: str) -> List[Row]:
         return []
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or COLUMNS  # none yet: the first row is about to be written
+        found = reader.fieldnames or columns  # none yet: the first row is about to be written
         rows = list(reader)
-    if tuple(columns) != COLUMNS:
-        raise ValueError(f"{path} has the columns {columns}, not {list(COLUMNS)}.")
+    if tuple(found) != tuple(columns):
+        raise ValueError(f"{path} has the columns {found}, not {list(columns)}.")
     return rows
 
 
-def append_result(path: str, row: Row) -> None:
+def groups(results: Sequence[Row]) -> Dict[Tuple[str, int], Group]:
+    """
+    Seeds of one row and budget. Where a row was run again with another config, the last one counts:
+    figures of two recipes make no mean.
+    """
+    found: Dict[Tuple[str, int], Group] = {}
+    for x in results:
+        place = (x["row"], int(x["iterations"]))
+        if any(other["recipe"] != x["recipe"] for other in found.get(place, {}).values()):
+            found[place] = {}
+        found.setdefault(place, {})[int(x["seed"])] = x
+    return found
+
+
+def append_result(path: str, row: Row, columns: Sequence[str] = COLUMNS) -> None:
     """Add a row, in one piece also where several benches write at a time."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)

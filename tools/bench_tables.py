@@ -3,7 +3,8 @@
 Write the figures of tools/bench.py into the documents.
 
 Between <!-- bench:NAME --> and <!-- /bench --> stands what configs/bench/NAME.yaml and its CSV
-give; <!-- bench:NAME by grid --> has one line for all settings that a GRID lists.
+give; <!-- bench:NAME by grid --> has one line for all settings that a GRID lists, and
+<!-- bench:NAME verdicts against ROW | ROW --> what bench_verdict.py says from what it has kept.
 """
 
 import argparse
@@ -16,17 +17,18 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from tabulate import tabulate
 
 from bench_cells import Table, read_table
-from bench_results import Row, read_results
+from bench_results import Group, Row, groups, read_results
+from bench_samples import read_samples, verdict_on
 from d2kd.cli.common import command_parser
 from d2kd.utils.atomic_file import atomic_write
 from d2kd.utils.user_mistakes import run_command
+from paired_verdict import INCONCLUSIVE, Verdict
 from quickstart import ROOT
 from student_t import t_interval
 
-MARKED = re.compile(r"(<!-- bench:([\w-]+)( by grid)? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+KIND = " by grid| verdicts against [^>]+"
+MARKED = re.compile(rf"(<!-- bench:([\w-]+)({KIND})? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 COMMON = ["run", "YAML", "iterations", "seeds"]
-
-Group = Dict[int, Row]  # by seed
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -64,17 +66,23 @@ def differing(paths: Sequence[str], tables: str, root: str) -> Dict[str, str]:
             text = file.read()
         if text.count("<!-- bench:") != len(MARKED.findall(text)):
             raise ValueError(f"{path}: a <!-- bench:NAME --> has no <!-- /bench --> behind it.")
-        new = MARKED.sub(lambda x: x[1] + block(tables, x[2], root, bool(x[3])) + x[5], text)
+        new = MARKED.sub(lambda x: x[1] + block(tables, x[2], root, x[3] or "") + x[5], text)
         if new != text:
             found[path] = new
     return found
 
 
-def block(tables: str, name: str, root: str, by_grid: bool) -> str:
+def block(tables: str, name: str, root: str, kind: str) -> str:
     """What belongs between the marks of a table."""
     table = read_table(os.path.join(tables, f"{name}.yaml"))
-    make = make_grid_table if by_grid else make_table
-    return f"\n{make(table, read_results(os.path.join(root, table.results)))}\n\n"
+    table = table._replace(results=os.path.join(root, table.results))
+    _, is_verdicts, baselines = kind.partition(" verdicts against ")
+    if is_verdicts:
+        text = make_verdict_table(table, [x.strip() for x in baselines.split("|")])
+    else:
+        make = make_grid_table if kind else make_table
+        text = make(table, read_results(table.results))
+    return f"\n{text}\n\n"
 
 
 def make_table(table: Table, results: Sequence[Row]) -> str:
@@ -114,6 +122,31 @@ def make_grid_table(table: Table, results: Sequence[Row]) -> str:
         lines.append([*cells, by_setting(settings), minutes_of(rows)])
     header = [*COMMON, "AP on val by setting", "minutes"]
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
+def make_verdict_table(table: Table, baselines: Sequence[str]) -> str:
+    """
+    A Markdown table of a line for each row and budget that has two seeds or more beside a baseline.
+    """
+    found, lines = read_samples(table), []
+    for name in table.rows:
+        for (row, iterations), runs in sorted(found.items()):
+            if row == name:
+                others = [found.get((x, iterations), {}) if x != row else {} for x in baselines]
+                told = [verdict_on(runs, x) for x in others]
+                counts = sorted({seeds for seeds, _ in told if seeds > 1})
+                cells = [verdict_cell(x) if seeds > 1 else "" for seeds, x in told]
+                if counts:
+                    lines.append([row, str(iterations), "/".join(map(str, counts)), *cells])
+    if not lines:
+        return "No verdict of this table is there."
+    header = ["run", "iterations", "seeds", *(f"against {x}" for x in baselines)]
+    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
+def verdict_cell(verdict: Verdict) -> str:
+    decision = verdict.decision if verdict.decision == INCONCLUSIVE else f"**{verdict.decision}**"
+    return f"{decision} {verdict.gain:+.1f} ({verdict.low:+.1f} to {verdict.high:+.1f})"
 
 
 def by_setting(settings: Dict[str, Group]) -> str:
@@ -165,20 +198,6 @@ def minutes_of(rows: Sequence[Row]) -> str:
 def mean_of(values: Sequence[float], sign: str = "") -> str:
     mean, half = t_interval(values)
     return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
-
-
-def groups(results: Sequence[Row]) -> Dict[Tuple[str, int], Group]:
-    """
-    Seeds of one row and budget. Where a row was run again with another config, the last one counts:
-    figures of two recipes make no mean.
-    """
-    found: Dict[Tuple[str, int], Group] = {}
-    for x in results:
-        place = (x["row"], int(x["iterations"]))
-        if any(other["recipe"] != x["recipe"] for other in found.get(place, {}).values()):
-            found[place] = {}
-        found.setdefault(place, {})[int(x["seed"])] = x
-    return found
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -1,23 +1,23 @@
 #!/usr/bin/env python
 """
 Say of each row of a bench whether it is better than the baseline: GAIN, NO GAIN or INCONCLUSIVE, by
-the rule of paired_baseline.py, over the seeds that both have finished. Needs the runs' folders.
+the rule of paired_baseline.py, over the seeds that both have finished.
+
+Of each run that is finished it keeps the AP on samples of the images in a CSV beside the table's
+results, so that a verdict can be told again, and against another baseline, without the runs.
 """
 
 import argparse
-import os
 import sys
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
-from pycocotools.coco import COCO
-
-from bench_cells import Cell, Table, named_rows, read_table
+from bench_cells import Table, named_rows, read_table
+from bench_samples import BOXES, MASKS, keep_samples, read_samples, verdict_on
 from d2kd.cli.common import command_parser
-from d2kd.utils.silent import silent
 from d2kd.utils.user_mistakes import run_command
-from paired_ap import ImageAP, image_error, read_detections
-from paired_baseline import check_rule, truth_of
-from paired_verdict import Verdict, decide
+from paired_ap import SAMPLES
+from paired_baseline import check_rule
+from paired_verdict import Verdict
 
 EPILOG = """
 Example:
@@ -39,61 +39,28 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if not compared:
         raise ValueError(
             f"{table.output} has no finished run of these rows beside one of the baseline "
-            f"{args.baseline or table.baseline!r} with the same budget and seed. A verdict needs "
-            f"the runs' detections, which the CSV does not have: d2kd bench {args.table}"
+            f"{args.baseline or table.baseline!r} with the same budget and seed, and none is kept. "
+            f"A verdict needs the runs' detections, which the CSV does not have: "
+            f"d2kd bench {args.table}"
         )
 
 
 def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int, int, Verdict]]:
     """Yields: row, iterations, number of seeds, and the verdict on them."""
-    finished = {(x.row, x.iterations, x.seed): x for x in table.cells if _detections(table, x)}
     rows, baseline = named_rows(table, args.rows), args.baseline or table.baseline
     named_rows(table._replace(grids={}), [baseline], "--baseline")  # one row, no GRID
-    truth: Optional[COCO] = None
-    base: Dict[Tuple[int, int], ImageAP] = {}
-    for row, iterations in dict.fromkeys((x.row, x.iterations) for x in table.cells):
-        if row == baseline or row not in rows:
-            continue
-        seeds = [
-            seed
-            for name, budget, seed in finished
-            if (name, budget) == (row, iterations) and (baseline, budget, seed) in finished
-        ]
-        if not seeds:
-            continue
-        if truth is None:
-            cfg = finished[row, iterations, seeds[0]].cfg
-            cfg.DATASETS.TEST = (table.test,) if table.test else cfg.DATASETS.TEST
-            truth = truth_of(cfg)
-        with silent():
-            for seed in seeds:
-                if (iterations, seed) not in base:
-                    cell = finished[baseline, iterations, seed]
-                    base[iterations, seed] = _ap(truth, table, cell, args.masks)
-            alone = [base[iterations, seed] for seed in seeds]
-            runs = [finished[row, iterations, seed] for seed in seeds]
-            found = [_ap(truth, table, x, args.masks) for x in runs]
-            everything = list(range(found[0].num_images))
-            gains = [ours(everything) - theirs(everything) for ours, theirs in zip(found, alone)]
-            verdict = decide(gains, image_error(alone, found, args.samples), args.threshold)
-        yield row, iterations, len(seeds), verdict
-
-
-def _ap(truth: COCO, table: Table, cell: Cell, masks: bool) -> ImageAP:
-    path = _detections(table, cell)
-    found = read_detections(path)
-    if masks and any("segmentation" not in x for x in found):
-        raise ValueError(f"--masks: {cell.row} detects boxes alone, see {path}.")
-    return ImageAP(truth, found, "segm" if masks else "bbox")
-
-
-def _detections(table: Table, cell: Cell) -> str:
-    """File of the set that the table reports; "" where the run has not got so far."""
-    parts: List[str] = ["test"] if table.test else []
-    folder = table.folder(cell)
-    done = os.path.join(folder, "test.json" if table.test else "val.json")
-    path = os.path.join(folder, *parts, "inference", "coco_instances_results.json")
-    return path if os.path.isfile(done) and os.path.isfile(path) else ""
+    keep_samples(table, [*rows, baseline])
+    found = read_samples(table, MASKS if args.masks else BOXES)
+    if args.masks:
+        for row, _ in read_samples(table):
+            if row in (*rows, baseline) and row not in dict(found):
+                raise ValueError(f"--masks: {row} detects boxes alone.")
+    for row in rows:
+        for iterations in sorted(budget for name, budget in found if name == row != baseline):
+            base = found.get((baseline, iterations), {})
+            seeds, verdict = verdict_on(found[row, iterations], base, args.threshold, args.samples)
+            if verdict:
+                yield row, iterations, seeds, verdict
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -103,10 +70,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--rows", nargs="+", default=[], metavar="ROW", help="default: all")
     add("--baseline", default="", metavar="ROW", help="default: the table's BASELINE")
     add("--threshold", type=float, default=0.5, metavar="AP", help="no more is no gain (0.5)")
-    add("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
+    add("--samples", type=int, default=SAMPLES, metavar="N", help=f"of the images ({SAMPLES})")
     add("--masks", action="store_true", help="of masks, not of boxes")
     args = parser.parse_args(argv)
     check_rule(parser, args)
+    if args.samples > SAMPLES:
+        parser.error(f"--samples: {SAMPLES} are kept of each run, got {args.samples}")
     return args
 
 

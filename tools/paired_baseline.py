@@ -27,7 +27,7 @@ from d2kd.utils.command_line import parse_command_line
 from d2kd.utils.distils import distils
 from d2kd.utils.silent import silent
 from d2kd.utils.user_mistakes import run_command
-from paired_ap import ImageAP, image_error, read_detections
+from paired_ap import SAMPLES, ImageAP, image_error, read_detections
 from paired_verdict import Verdict, decide
 from quickstart import MASK_AP, Steps, mask_warning, metrics_of
 
@@ -129,13 +129,14 @@ def have_masks(results: Results) -> bool:
 def verdict_of(
     args: argparse.Namespace, truth: COCO, results: Results, task: str = "bbox"
 ) -> Verdict:
-    found: Dict[str, List[ImageAP]] = {arm: [] for arm in ARMS}
+    found: Dict[str, List[np.ndarray]] = {arm: [] for arm in ARMS}
     for arm in ARMS:
         for seed in args.seeds:
             folder = load_config(args.config_file, opts_of(arm, seed, args)).OUTPUT_DIR
             path = os.path.join(folder, "inference", "coco_instances_results.json")
-            found[arm].append(ImageAP(truth, read_detections(path), task))
-    error = image_error(found["alone"], found["distilled"], args.samples)
+            measure = ImageAP(truth, read_detections(path), task)
+            found[arm].append(measure.samples(args.samples))
+    error = image_error(found["alone"], found["distilled"])
     key = MASK_AP if task == "segm" else "AP"
     gains = [results["distilled"][x][key] - results["alone"][x][key] for x in args.seeds]
     return decide(gains, error, args.threshold)
@@ -217,7 +218,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
     add("--output", default="", metavar="FOLDER", help="default: OUTPUT_DIR of the YAML + _paired")
-    add("--samples", type=int, default=200, help="of the bootstrap; default %(default)s")
+    add("--samples", type=int, default=SAMPLES, help="of the bootstrap; default %(default)s")
     add("--threshold", type=float, default=0.5, help="AP that a gain exceeds; default %(default)s")
     add("--fresh", action="store_true", help="train anew what was trained before")
     args = parse_command_line(parser, argv)

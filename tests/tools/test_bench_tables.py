@@ -111,6 +111,45 @@ def test_settings_of_a_grid_share_a_line(tables: ModuleType, folder: Path, add: 
     ]
 
 
+def test_verdicts_are_those_on_the_samples_that_are_kept(
+    tables: ModuleType, tool: Callable, folder: Path
+) -> None:
+    """
+    Two seeds that gain 8 and 12, on each sample of the images the same: a standard deviation of
+    2.83, so 10 +- 12.7 x 2.83 / sqrt(2).
+    """
+    samples = tool("bench_samples")
+    text = "<!-- bench:pairs verdicts against alone | mgd -->\n<!-- /bench -->\n"
+    (folder / "README.md").write_text(text)
+    tables.main(["--root", str(folder)])
+    assert "No verdict of this table is there." in (folder / "README.md").read_text()
+    for row, seed, ap in [("alone", 1, 20), ("alone", 2, 20), ("mgd", 1, 28), ("mgd", 2, 32)] + [
+        ("later", 1, 32),
+        ("later", 2, 36),
+        ("gone", 1, 1),
+        ("gone", 2, 1),
+    ]:
+        said = {"row": row, "seed": seed, "iterations": 100, "task": "bbox", "AP": ap}
+        drawn = " ".join(f"{ap + x:.2f}" for x in range(200))
+        row_of = {**said, "samples": drawn, "key": f"{row}{seed}", "recipe": row}
+        path = str(folder / "configs/bench/pairs_samples.csv")
+        tool("bench_results").append_result(path, row_of, samples.COLUMNS)
+    tables.main(["--root", str(folder)])
+    head, _, *rows = cells_of(folder / "README.md")
+    assert head == ["run", "iterations", "seeds", "against alone", "against mgd"]
+    assert rows == [
+        ["alone", "100", "2", "", "INCONCLUSIVE -10.0 (-35.4 to +15.4)"],
+        ["mgd", "100", "2", "INCONCLUSIVE +10.0 (-15.4 to +35.4)", ""],
+        [
+            "later",
+            "100",
+            "2",
+            "INCONCLUSIVE +14.0 (-11.4 to +39.4)",
+            "**GAIN** +4.0 (+4.0 to +4.0)",
+        ],
+    ]
+
+
 def test_table_without_a_run_says_so(tables: ModuleType, folder: Path) -> None:
     tables.main(["--root", str(folder)])
     assert "No run of this table is finished." in (folder / "README.md").read_text()

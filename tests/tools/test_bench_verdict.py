@@ -1,6 +1,7 @@
 """The verdict on runs of a bench: which runs it takes, and of which set."""
 
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, List
@@ -118,13 +119,61 @@ def test_table_whose_runs_are_not_there_says_so(place: Path, tool: Callable) -> 
         tool("bench_verdict").main([path])
 
 
-@pytest.mark.parametrize("words", [["--samples", "1"], ["--threshold", "-1"]])
+def test_verdict_is_told_again_without_the_runs_and_against_another_baseline(
+    place: Path, tool: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(place)
+    finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.3})
+    verdict = tool("bench_verdict")
+    verdict.main([path, "--rows", "better"])
+    first = capsys.readouterr().out
+    kept = (place / "x_samples.csv").read_text()
+    assert len(kept.splitlines()) == 1 + 2 * 3, "of the row and of the baseline"
+    verdict.main([path])
+    assert first in capsys.readouterr().out
+    # What is kept is not measured again.
+    assert (place / "x_samples.csv").read_text().startswith(kept)
+    shutil.rmtree(place / "runs")
+    verdict.main([path, "--rows", "better"])
+    assert capsys.readouterr().out == first
+    verdict.main([path, "--rows", "same", "--baseline", "better"])
+    assert "same, 4 iterations, 3 seeds: NO GAIN: -" in capsys.readouterr().out
+
+
+def test_what_is_kept_gives_the_verdict_of_the_runs(place: Path, tool: Callable) -> None:
+    """Beside ImageAP on the detections themselves: kept are two decimals."""
+    path = write(place, SEEDS=[1, 2])
+    finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.2})
+    ap, samples, table = (
+        tool("paired_ap"),
+        tool("bench_samples"),
+        tool("bench_cells").read_table(path),
+    )
+    samples.keep_samples(table, table.rows)
+    found = samples.read_samples(table)
+    measures: Dict[str, List[Any]] = {"alone": [], "better": []}
+    coco = tool("paired_baseline").truth_of(table.cells[0].cfg)
+    for cell in table.cells:
+        if cell.row in measures:
+            inference = Path(table.folder(cell), "inference", "coco_instances_results.json")
+            measures[cell.row].append(ap.ImageAP(coco, ap.read_detections(str(inference))))
+    everything = range(6)
+    gains = [b(everything) - a(everything) for a, b in zip(*measures.values())]
+    drawn = {k: [x.samples(50) for x in v] for k, v in measures.items()}
+    expected = tool("paired_verdict").decide(gains, ap.image_error(*drawn.values()), 2.0)
+    seeds, told = samples.verdict_on(found["better", 4], found["alone", 4], 2.0, 50)
+    assert seeds == 2 and told.decision == expected.decision
+    assert list(told[1:4]) == pytest.approx(list(expected[1:4]), abs=0.02)
+
+
+@pytest.mark.parametrize("words", [["--samples", "1"], ["--threshold", "-1"], ["--samples", "201"]])
 def test_what_makes_no_verdict_is_refused(
     words: List[str], place: Path, tool: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit):
         tool("bench_verdict").main([write(place), *words])
-    assert f"{words[0]} must be" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{words[0]} must be" in said or "--samples: 200 are kept of each run, got 201" in said
 
 
 def test_unknown_row_is_refused_with_those_there_are(place: Path, tool: Callable) -> None:
@@ -139,5 +188,5 @@ def test_unknown_row_is_refused_with_those_there_are(place: Path, tool: Callable
 def test_masks_of_detectors_without_any_are_refused(place: Path, tool: Callable) -> None:
     path = write(place)
     finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.2})
-    with pytest.raises(ValueError, match="--masks: alone detects boxes alone, see .*results.json"):
+    with pytest.raises(ValueError, match="--masks: alone detects boxes alone"):
         tool("bench_verdict").main([path, "--masks"])

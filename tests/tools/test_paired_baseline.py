@@ -128,13 +128,13 @@ def drawn(coco: COCO, found: List[Dict[str, Any]], images: List[int]) -> float:
 def test_error_is_that_of_data_sets_with_the_drawn_images(ap: ModuleType) -> None:
     coco = truth(8)
     bad, good = (detections(coco, noise, seed) for noise, seed in ((6.0, 1), (3.0, 2)))
-    measures = [ap.ImageAP(coco, x) for x in (bad, good)]
+    samples = [ap.ImageAP(coco, x).samples(6) for x in (bad, good)]
     random, gains = np.random.default_rng(0), []
     for _ in range(6):
         images = list(random.integers(8, size=8))
         assert len(set(images)) < 8
         gains.append(drawn(coco, good, images) - drawn(coco, bad, images))
-    found = ap.image_error(measures[:1], measures[1:], samples=6)
+    found = ap.image_error(samples[:1], samples[1:])
     assert found == pytest.approx(np.std(gains, ddof=1)) and found > 0
 
 
@@ -260,9 +260,9 @@ def test_detector_that_finds_nothing_has_0_on_any_images(ap: ModuleType) -> None
 
 def test_equal_detectors_have_no_error_and_unlike_ones_have(ap: ModuleType) -> None:
     coco = truth(30)
-    good, bad = (ap.ImageAP(coco, detections(coco, noise)) for noise in (1.0, 8.0))
-    assert ap.image_error([bad], [bad], samples=20) == 0.0
-    assert ap.image_error([bad, bad], [good, good], samples=50) > 0.0
+    good, bad = (ap.ImageAP(coco, detections(coco, x)).samples(50) for x in (1.0, 8.0))
+    assert ap.image_error([bad], [bad]) == 0.0
+    assert ap.image_error([bad, bad], [good, good]) > 0.0
 
 
 class Process:

@@ -1,10 +1,11 @@
 """Find overrides of known keys that have no effect in this config."""
 
 from fnmatch import fnmatchcase
-from typing import Any, List, Sequence
+from typing import AbstractSet, Any, List, Sequence
 
 from detectron2.config import CfgNode
 
+from ..heads.fit import OF_BOXES
 from ..heads.registry import head_class, head_names
 from ..utils.distils import distils
 from . import leaves, load_config, student_config
@@ -91,8 +92,12 @@ def _why_unread_in_distillation(key: str, cfg: CfgNode) -> str:
         if owner not in heads:
             return f"where {owner!r} is in DISTILL.HEADS, which is {heads}"
         return _why_unread_in_head(key, cfg)
-    if owner == "REGIONS" and not any(_may_read_regions(x) for x in heads):
+    if owner == "REGIONS" and not any(_may_require(x, {"regions"}) for x in heads):
         return f"by heads that use regions; DISTILL.HEADS is {heads}"
+    if owner == "UNLABELLED" and key != "DISTILL.UNLABELLED.SETS" and not node.UNLABELLED.SETS:
+        return "with DISTILL.UNLABELLED.SETS"
+    if key == "DISTILL.UNLABELLED.BOX_SCORE" and not any(_may_require(x, OF_BOXES) for x in heads):
+        return f"by heads that need boxes; DISTILL.HEADS is {heads}"
     if key == "DISTILL.STAGE_LR" and not node.STAGES:
         return "with DISTILL.STAGES"
     if key == "DISTILL.TEACHER.BACKBONE_STRIDES" and not (node.TEACHER.BACKBONE or several):
@@ -123,8 +128,9 @@ def _heads(cfg: CfgNode) -> List[str]:
     return list(dict.fromkeys(name for names in named for name in names if isinstance(name, str)))
 
 
-def _may_read_regions(name: str) -> bool:
+def _may_require(name: str, quantities: AbstractSet[str]) -> bool:
+    """Whether a head may read one of them."""
     if name not in head_names():  # another check reports it
         return True
     requires = getattr(head_class(name), "requires", ())
-    return callable(requires) or "regions" in requires
+    return callable(requires) or not quantities.isdisjoint(requires)

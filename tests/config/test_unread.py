@@ -88,6 +88,7 @@ def run_yaml(tmp_path: Path) -> Dict[str, Any]:
 UNREAD = [
     ("DISTILL.MGD.LOSS_WEIGHT", 1.0, r"where 'MGD' is in DISTILL.HEADS, which is \['PKD'\]"),
     ("DISTILL.REGIONS.PER_IMAGE", 8, "by heads that use regions"),
+    ("DISTILL.UNLABELLED.SHARE", 0.3, "with DISTILL.UNLABELLED.SETS"),
     ("DISTILL.PKD.SCHEDULE.DECAY_FROM", 8, "with DISTILL.PKD.SCHEDULE.DECAY linear or cosine"),
     ("DISTILL.STAGE_LR", "continue", "with DISTILL.STAGES"),
     ("MODEL.FCOS.SCORE_THRESH_TEST", 0.3, "by FCOS"),
@@ -126,6 +127,14 @@ def test_override_is_read_where_its_reader_is(teacher: List[Any]) -> None:
     cfg = distill_config("retinanet", [], ["PKD"])
     cfg.merge_from_list(opts)
     refuse_unread(cfg, opts, "The command line")
+
+
+@pytest.mark.parametrize("head, who", [("PKD", "by heads that need boxes"), ("FGD", "")])
+def test_score_of_boxes_is_read_where_a_head_needs_boxes(head: str, who: str) -> None:
+    opts = ["DISTILL.UNLABELLED.SETS", ["more"], "DISTILL.UNLABELLED.BOX_SCORE", 0.5]
+    cfg = distill_config("retinanet", [], [head])
+    cfg.merge_from_list(opts)
+    assert why_unread(opts[2], cfg).partition(";")[0] == who
 
 
 def test_student_alone_takes_the_overrides_of_the_distilled_one() -> None:

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """
-Write the figures of tools/bench.py into the documents.
+Write the figures of tools/bench.py into the documents. What stands between a mark and
+<!-- /bench --> is what configs/bench/NAME.yaml and its CSV give:
 
-Between <!-- bench:NAME --> and <!-- /bench --> stands what configs/bench/NAME.yaml and its CSV
-give; <!-- bench:NAME by grid --> has one line for all settings that a GRID lists, and
-<!-- bench:NAME verdicts against ROW | ROW --> what bench_verdict.py says from what it has kept.
+<!-- bench:NAME -->                             all runs, in the order of the table
+<!-- bench:NAME at 1000 -->                     those of so many iterations, the best first
+<!-- bench:NAME by grid -->                     a line for all settings that a GRID lists
+<!-- bench:NAME verdicts against ROW | ROW -->  what bench_verdict.py says of the runs it has kept
 """
 
 import argparse
@@ -26,7 +28,7 @@ from paired_verdict import INCONCLUSIVE, Verdict
 from quickstart import ROOT
 from student_t import t_interval
 
-KIND = " by grid| verdicts against [^>]+"
+KIND = r" by grid| at \d+| verdicts against [^>]+"
 MARKED = re.compile(rf"(<!-- bench:([\w-]+)({KIND})? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 COMMON = ["run", "YAML", "iterations", "seeds"]
 
@@ -76,23 +78,30 @@ def block(tables: str, name: str, root: str, kind: str) -> str:
     """What belongs between the marks of a table."""
     table = read_table(os.path.join(tables, f"{name}.yaml"))
     table = table._replace(results=os.path.join(root, table.results))
-    _, is_verdicts, baselines = kind.partition(" verdicts against ")
-    if is_verdicts:
-        text = make_verdict_table(table, [x.strip() for x in baselines.split("|")])
+    what, _, asked = kind.strip().partition(" ")
+    if what == "verdicts":
+        baselines = asked[len("against ") :].split("|")
+        text = make_verdict_table(table, [x.strip() for x in baselines])
+    elif what == "by":
+        text = make_grid_table(table, read_results(table.results))
     else:
-        make = make_grid_table if kind else make_table
-        text = make(table, read_results(table.results))
+        text = make_table(table, read_results(table.results), int(asked or 0))
     return f"\n{text}\n\n"
 
 
-def make_table(table: Table, results: Sequence[Row]) -> str:
-    """A Markdown table of mean and, over two seeds or more, its 95 % interval by Student's t."""
+def make_table(table: Table, results: Sequence[Row], budget: int = 0) -> str:
+    """
+    A Markdown table of mean and, over two seeds or more, its 95 % interval by Student's t.
+
+    Args:
+        budget: iterations of the runs to show, the best first; 0: of all, in the table's order
+    """
     found = groups(results)
     parts = ["val", "test"] if table.test else ["val"]
     lines, masks = [], any(x[f"{parts[-1]}_mask_AP"] for x in results)
     for name in table.rows:
         for (row, iterations), group in sorted(found.items()):
-            if row == name:
+            if row == name and budget in (0, iterations):
                 base = found.get((table.baseline, iterations), {}) if name != table.baseline else {}
                 lines.append(line_of(group, base, parts, bool(table.baseline), masks))
     if not lines:
@@ -100,6 +109,10 @@ def make_table(table: Table, results: Sequence[Row]) -> str:
     gain = [f"gain on {parts[-1]}"] if table.baseline else []
     header = COMMON + [f"AP on {x}" for x in parts[::-1]] + gain + ["AP50"]
     header += [*(["mask AP"] if masks else []), "minutes"]
+    if budget:
+        lines.sort(key=lambda x: -float(x[len(COMMON)].split()[0]))
+        place = COMMON.index("iterations")
+        header, *lines = ([*x[:place], *x[place + 1 :]] for x in (header, *lines))
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
 

@@ -91,6 +91,19 @@ def test_table_has_means_intervals_and_paired_gains(
     assert text.startswith("Before.\n") and text.endswith("<!-- /bench -->\n\nBehind.\n")
 
 
+def test_runs_of_one_budget_are_in_the_order_of_their_ap(
+    tables: ModuleType, folder: Path, add: Callable
+) -> None:
+    (folder / "README.md").write_text("<!-- bench:pairs at 100 -->\n<!-- /bench -->\n")
+    add([result("alone", seed, 9 + seed) for seed in (1, 2)])
+    add([result("mgd", 1, 8.0), result("later", 1, 30.0), result("later", 1, 50.0, iterations=50)])
+    assert tables.main(["--root", str(folder)]) == 0
+    head, _, *rows = cells_of(folder / "README.md")
+    assert head[:4] == ["run", "YAML", "seeds", "AP on test"]
+    assert [x[0] for x in rows] == ["later", "alone", "mgd"]
+    assert [x[3] for x in rows] == ["29.0", "9.5 ± 6.4", "7.0"]
+
+
 def test_settings_of_a_grid_share_a_line(tables: ModuleType, folder: Path, add: Callable) -> None:
     path = folder / "configs" / "bench" / "pairs.yaml"
     said = yaml.safe_load(path.read_text())

@@ -3,15 +3,16 @@
 from typing import Any, Callable, Dict, Iterable, Optional
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmark_parts import HeadAlone
 
 try:
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils import flop_counter
 except ImportError:  # torch 2.0
-    FlopCounterMode = None
+    flop_counter = None
 
 
 def head_costs(alone: HeadAlone) -> Dict[str, Any]:
@@ -29,11 +30,26 @@ def head_costs(alone: HeadAlone) -> Dict[str, Any]:
 
 def count_flops(step: Callable[[], Any]) -> Optional[int]:
     """Of convolutions and matrix products, 2 for a multiply-add; None with torch 2.0."""
-    if FlopCounterMode is None:
+    if flop_counter is None:
         return None
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=_fused_on_cpu()) as counter:
         step()
     return counter.get_total_flops()
+
+
+def _fused_on_cpu() -> Dict[Any, Callable[..., int]]:
+    """PyTorch counts the products in fused attention of a GPU, and not in that of a CPU."""
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return flop_counter.sdpa_flop_count(query, key, value)
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
+
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    counts = {name: forward, f"{name}_backward": backward}
+    aten = torch.ops.aten  # torch 2.1 has no such operator
+    return {getattr(aten, x): count for x, count in counts.items() if hasattr(aten, x)}
 
 
 class _Saved:

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -32,6 +33,23 @@ class ToyHead(nn.Module):
     def forward(self, student: DetectorView, teacher: DetectorView) -> Dict[str, Tensor]:
         difference = self.adapter(student.features["p3"]) - teacher.features["p3"]
         return {"loss_toy": difference.square().sum()}
+
+
+def test_products_of_attention_are_counted_however_it_is_computed(costs: ModuleType) -> None:
+    """
+    Queries x keys and weights x values; in the backward two gradients of each, and once more the
+    weights, which fused attention does not keep.
+    """
+    pytest.importorskip("torch.utils.flop_counter")
+    inputs = [torch.randn(2, 1, 40, 16, requires_grad=True) for _ in range(3)]
+    product = 2 * 2 * 40 * 40 * 16
+
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(*inputs)
+
+    with torch.no_grad():
+        assert costs.count_flops(forward) == 2 * product
+    assert costs.count_flops(lambda: forward().sum().backward()) == (2 + 5) * product
 
 
 def test_costs_of_a_head_on_what_detectors_recorded(
@@ -89,7 +107,7 @@ def test_chunks_save_less_and_compute_more(
 def test_flops_are_unknown_without_a_counter(
     costs: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "FlopCounterMode", None)
+    monkeypatch.setattr(costs, "flop_counter", None)
     assert costs.count_flops(lambda: None) is None
 
 

@@ -518,6 +518,17 @@ def test_a_teacher_detects_once_for_all_heads() -> None:
     assert len(passes) == 1
 
 
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_detections_are_in_pixels_of_the_input_also_of_a_file_of_another_size(name: str) -> None:
+    keys = ("RETINANET", "ROI_HEADS")
+    detector = build_teacher(name, **{f"MODEL__{x}__SCORE_THRESH_TEST": 0.0 for x in keys})
+    inputs = batch()
+    resized = [{**x, "height": 2 * x["height"], "width": 3 * x["width"]} for x in inputs]
+    for x, y in zip(*(view_of_teacher(detector, z).detections() for z in (inputs, resized))):
+        assert y.image_size == (64, 64) and len(x) > 0
+        assert torch.equal(x.pred_boxes.tensor, y.pred_boxes.tensor)
+
+
 def test_answer_for_boxes_that_are_gone_is_given_to_no_others() -> None:
     # A list that is freed may leave its id to the next one.
     view = view_of_teacher(build_teacher("retinanet"), batch())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2kd.views import DensePredictions, DetectorView, HandedOnView, Regions
+from d2kd.views.regions import Source
 from tests.helpers.toys import batch
 from tests.helpers.view_toys import build_teacher, some_boxes, view_of_teacher
 
@@ -22,7 +23,16 @@ ASKED = {
     "RoI features": ("faster_rcnn", lambda view: view.roi_features(some_boxes())),
     "RoI predictions": ("faster_rcnn", lambda view: view.roi_predictions(some_boxes())),
     "vectors": ("faster_rcnn", lambda view: view.region_vectors(Regions(some_boxes()))),
+    "vectors of cells": ("retinanet", lambda view: view.region_vectors(some_cells())),
+    "mask logits": ("mask_rcnn", lambda view: view.mask_logits(some_boxes())),
+    "mask features": ("mask_rcnn", lambda view: view.mask_features(some_boxes())),
 }
+
+
+def some_cells() -> Regions:
+    """Regions that a dense student predicted on p3 and p4 of a 64 x 64 image."""
+    source = Source(*torch.tensor([[8, 8, 16, 8, 16], [0, 7, 1, 2, 3], [5, 0, 3, 2, 1], [0] * 5]))
+    return Regions(some_boxes(), source)
 
 
 def tensors(x: Any) -> Iterator[Tensor]:
@@ -79,6 +89,24 @@ def test_answers_are_given_once() -> None:
     assert view.dense() is view.dense()
     assert view.roi_predictions(boxes) is view.roi_predictions(boxes)
     assert view.roi_predictions(boxes) is not view.roi_predictions(some_boxes())
+
+
+def test_towers_of_each_depth_are_given_as_what_they_are() -> None:
+    detector = build_teacher("retinanet", MODEL__RETINANET__NUM_CONVS=2)
+    plain = view_of_teacher(detector, batch())
+    view = HandedOnView(view_of_teacher(detector, batch()), torch.device("cpu"), torch.float32)
+    for depth in (1, 2):
+        for x, y in zip(tensors(view.towers(depth)), tensors(plain.towers(depth))):
+            assert torch.equal(x, y), depth
+
+
+def test_boxes_and_cells_inside_an_image_are_on_the_student_s_device() -> None:
+    inputs = batch(1) + batch(1, width=96)
+    detector = build_teacher("retinanet", MODEL__RETINANET__SCORE_THRESH_TEST=0.0)
+    view = HandedOnView(view_of_teacher(detector, inputs), torch.device("meta"), None)
+    assert view.inside_image("p3").device.type == "meta"
+    assert all(x.gt_boxes.device.type == "meta" for x in view.gt_instances)
+    assert all(x.pred_boxes.device.type == "meta" for x in view.detections())
 
 
 def test_maps_are_freed_with_the_view_also_where_a_level_was_not_read() -> None:

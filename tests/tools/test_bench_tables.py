@@ -104,6 +104,17 @@ def test_runs_of_one_budget_are_in_the_order_of_their_ap(
     assert [x[3] for x in rows] == ["29.0", "9.5 ± 6.4", "7.0"]
 
 
+def test_mask_ap_has_a_column_that_is_empty_of_detectors_without_masks(
+    tables: ModuleType, folder: Path, add: Callable
+) -> None:
+    add([result("mgd", seed, 30.0, test_mask_AP=10 + seed) for seed in (1, 2)])
+    add([result("alone", 1, 20.0)])
+    tables.main(["--root", str(folder)])
+    head, _, *rows = cells_of(folder / "README.md")
+    assert head[-2] == "mask AP"
+    assert [x[-2] for x in rows] == ["", "11.5 ± 6.4"]
+
+
 def test_settings_of_a_grid_share_a_line(tables: ModuleType, folder: Path, add: Callable) -> None:
     path = folder / "configs" / "bench" / "pairs.yaml"
     said = yaml.safe_load(path.read_text())
@@ -161,6 +172,24 @@ def test_verdicts_are_those_on_the_samples_that_are_kept(
             "**GAIN** +4.0 (+4.0 to +4.0)",
         ],
     ]
+
+
+def test_single_seed_beside_a_baseline_has_no_verdict_in_the_table(
+    tables: ModuleType, tool: Callable, folder: Path
+) -> None:
+    """Of three baselines one has two seeds in common with the run, one a single seed, one none."""
+    samples = tool("bench_samples")
+    text = "<!-- bench:pairs verdicts against alone | later | gone -->\n<!-- /bench -->\n"
+    (folder / "README.md").write_text(text)
+    for row, seed in [("mgd", 1), ("mgd", 2), ("alone", 1), ("alone", 2), ("later", 2)]:
+        said = {"row": row, "seed": seed, "iterations": 100, "task": "bbox", "AP": 20}
+        row_of = {**said, "samples": "20 20", "key": f"{row}{seed}", "recipe": row}
+        path = str(folder / "configs/bench/pairs_samples.csv")
+        tool("bench_results").append_result(path, row_of, samples.COLUMNS)
+    tables.main(["--root", str(folder)])
+    rows = {x[0]: x[2:] for x in cells_of(folder / "README.md")[2:]}
+    assert rows["mgd"] == ["2", "**NO GAIN** +0.0 (+0.0 to +0.0)", "", ""]
+    assert "later" not in rows
 
 
 def test_table_without_a_run_says_so(tables: ModuleType, folder: Path) -> None:

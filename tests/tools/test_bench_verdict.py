@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, List
 
+import numpy as np
+import pycocotools.mask
 import pytest
 import yaml
 
@@ -164,6 +166,27 @@ def test_what_is_kept_gives_the_verdict_of_the_runs(place: Path, tool: Callable)
     seeds, told = samples.verdict_on(found["better", 4], found["alone", 4], 2.0, 50)
     assert seeds == 2 and told.decision == expected.decision
     assert list(told[1:4]) == pytest.approx(list(expected[1:4]), abs=0.02)
+
+
+def test_masks_are_kept_beside_boxes_with_an_ap_of_their_own(place: Path, tool: Callable) -> None:
+    cfg = load_config(str(place / "student.yaml"), ["DATASETS.SHAPES.MASKS", True])
+    (place / "student.yaml").write_text(cfg.dump())
+    path = write(place, SEEDS=[0])
+    finish(tool, path, "d2kd_shapes_val", {"alone": 1.0, "better": 0.0, "same": 0.0})
+    samples, table = tool("bench_samples"), tool("bench_cells").read_table(path)
+    (cell,) = [x for x in table.cells if x.row == "alone"]
+    file = Path(table.folder(cell), "inference", "coco_instances_results.json")
+    found = json.loads(file.read_text())
+    size = [cfg.DATASETS.SHAPES.IMAGE_SIZE] * 2
+    blank = pycocotools.mask.encode(np.zeros(size, dtype=np.uint8, order="F"))
+    for x in found:  # all boxes are right, and no mask is
+        x["segmentation"] = {"size": size, "counts": blank["counts"].decode()}
+    file.write_text(json.dumps(found))
+    samples.keep_samples(table, ["alone"])
+    for task, expected in ((samples.BOXES, 100), (samples.MASKS, 0)):
+        kept = samples.read_samples(table, task)["alone", 4][0]
+        assert float(kept["AP"]) == expected
+        assert {float(x) for x in kept["samples"].split()} == {expected}
 
 
 @pytest.mark.parametrize("words", [["--samples", "1"], ["--threshold", "-1"], ["--samples", "201"]])

@@ -93,6 +93,19 @@ def test_ap_of_some_images_is_that_of_pycocotools(ap: ModuleType, images: List[i
     assert ap.ImageAP(coco, found)(images) == pytest.approx(expected) and 5 < expected < 95
 
 
+def test_crowds_and_equal_scores_are_taken_as_pycocotools_takes_them(ap: ModuleType) -> None:
+    # A crowd is no object, and a detection on one neither right nor wrong.
+    coco = truth(12)
+    for x in coco.dataset["annotations"][::3]:
+        x["iscrowd"] = 1
+    coco.createIndex()
+    found = detections(coco, noise=2.0)
+    for x in found:
+        x["score"] = round(x["score"], 1)
+    images = list(range(12))
+    assert ap.ImageAP(coco, found)(images) == pytest.approx(of_pycocotools(coco, found, images))
+
+
 def test_class_without_an_object_in_these_images_does_not_count(ap: ModuleType) -> None:
     coco = truth(12)
     found = detections(coco, noise=4.0)

@@ -305,7 +305,8 @@ class View:
         self.features = {"p3": noise(1, 2, 2, 2)}
         self.logits, self.deltas = noise(3, K + 1).float(), noise(3, 4 * K).float()
         fields = {"gt_classes": torch.tensor([0, 2, 3]), "gt_boxes": Boxes(torch.zeros(3, 4))}
-        self.gt_instances = self.sampled_proposals = [Instances((8, 8), **fields)]
+        self.gt_instances = [Instances((8, 8), **fields)]
+        self.sampled_proposals = self.mask_proposals = self.gt_instances
 
     def _once(self, question: Any, compute: Any) -> Any:
         if question not in self.answers:
@@ -366,11 +367,21 @@ def test_labels_of_a_view_are_in_the_common_classes() -> None:
     labels = common.anchor_labels()
     assert labels.maps[0].tolist() == [[[[-1, 1], [2, 2]]]] and labels.num_classes == 2
     assert labels.mean_positives == 1, "the object of class 2 is background"
-    for name in ("gt_instances", "sampled_proposals"):
+    for name in ("gt_instances", "sampled_proposals", "mask_proposals"):
         (found,) = getattr(common, name)
         assert found.gt_classes.tolist() == [1, 2, 0] and len(found.gt_boxes) == 3
         (raw,) = getattr(view, name)
         assert raw.gt_classes.tolist() == [0, 2, 3], "the student's own loss reads these"
+
+
+def test_view_of_a_student_answers_each_of_several_teachers_in_their_common_classes() -> None:
+    view, groups = View(two_stage=True), ([[1, 3], [0]], [[2], [4]])
+    ours = [CommonClassesView(view, merge, merge) for merge in map(merge_of, groups)]
+    for boxes, logits in ((None, view.logits), (["boxes"], -view.logits)):
+        for common, chosen in zip(ours, groups):
+            expected = merge_of(chosen).softmax(logits)
+            assert torch.equal(common.roi_predictions(boxes).logits, expected)
+    assert [x.gt_instances[0].gt_classes.tolist() for x in ours] == [[1, 2, 0], [2, 0, 2]]
 
 
 def test_labels_of_a_teacher_s_view_are_told_in_the_student_s_classes() -> None:

@@ -4,7 +4,7 @@ from typing import List, Optional, Sequence
 
 import torch
 
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 
 from ..pairing.classes import CommonClasses
 
@@ -29,7 +29,5 @@ def confident(
         if classes is not None:
             new = to_student.to(new.device)[new]
         keep = (new >= 0) & (x.scores >= score)
-        # A teacher may have a precision of its own.
-        boxes = Boxes(x.pred_boxes.tensor[keep].float())
-        found.append(Instances(x.image_size, gt_boxes=boxes, gt_classes=new[keep]))
+        found.append(Instances(x.image_size, gt_boxes=x.pred_boxes[keep], gt_classes=new[keep]))
     return found

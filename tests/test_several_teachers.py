@@ -255,6 +255,19 @@ def test_teacher_whose_heads_are_off_does_not_run(two: Callable[..., List[Entry]
     assert calls == ["right"]
 
 
+def test_heads_that_are_off_have_the_name_of_their_teacher_and_a_gradient_of_0(
+    two: Callable[..., List[Entry]],
+) -> None:
+    distiller = build("retinanet", ["MGD"], DISTILL__TEACHERS=two())
+    names = set(losses_of(distiller, inputs_of()))
+    distiller.schedules = dict.fromkeys(distiller.schedules, lambda iteration: 0.0)
+    losses = losses_of(distiller, inputs_of())
+    assert set(losses) == names
+    assert losses["loss_left_mgd"] == losses["loss_right_mgd"] == 0
+    sum(losses.values()).backward()
+    assert all(not p.grad.any() for p in distiller.heads.parameters())
+
+
 # Images without labels ----------------------------------------------------------------------------
 
 

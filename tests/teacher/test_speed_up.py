@@ -58,6 +58,13 @@ def test_head_learns_the_same(name: str, pair: object, options: str) -> None:
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
 
 
+def test_teacher_with_a_device_of_its_own_stays_there() -> None:
+    distiller = with_teacher(find_case("PKD", RETINANETS), TeacherOptions(device="cpu"))
+    distiller.to("meta")  # a second device that every machine has
+    assert {p.device.type for p in distiller.student.parameters()} == {"meta"}
+    assert {p.device.type for p in distiller.teacher.model.parameters()} == {"cpu"}
+
+
 def test_own_detections_are_of_the_boxes_and_not_of_rounded_ones() -> None:
     # bfloat16 knows no number between 1008 and 1012.
     boxes = [Boxes(torch.tensor([[1010.0, 10.0, 1034.0, 30.0]]))]

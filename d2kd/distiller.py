@@ -296,11 +296,10 @@ class Distiller(nn.Module):
             share = len(student.image_sizes) / total
             share *= pixel_factor(self.reference_pixels.get(name, 0), student.image_sizes)
             for key, loss in head(student, teacher).items():
-                key, levels = lesson.loss_name(key), loss if isinstance(loss, dict) else {"": loss}
-                if share != 1:
-                    levels = {level: share * x for level, x in levels.items()}
-                before = terms.get(key, {})
-                terms[key] = {k: before[k] + x if k in before else x for k, x in levels.items()}
+                sums = terms.setdefault(lesson.loss_name(key), {})
+                for level, x in (loss if isinstance(loss, dict) else {"": loss}).items():
+                    x = share * x if share != 1 else x
+                    sums[level] = sums[level] + x if level in sums else x
         self.last_step.terms[name], self.last_step.maps[name] = terms, getattr(head, "maps", {})
         return {key: sum(levels.values()) * weight for key, levels in terms.items()}
 

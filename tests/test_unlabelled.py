@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Sequence
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -112,6 +113,29 @@ def test_mixed_batch_has_the_student_s_losses_of_the_labelled_and_the_mean_of_th
     torch.testing.assert_close(sum(terms.values()) * weight, mixed["loss_cwd"])
 
 
+class LevelOfItsOwn(nn.Module):
+    """A head that has 1 at one level of two images, and at another one of three."""
+
+    def forward(self, student: Any, teacher: Any) -> Dict[str, Any]:
+        return {"loss_pkd": {f"of {len(student.image_sizes)}": torch.ones(())}}
+
+
+def test_part_of_a_mixed_batch_counts_by_its_images_and_their_size_at_any_level(
+    tmp_path: Path,
+) -> None:
+    distiller = build(tmp_path)
+    distiller.heads["PKD"] = LevelOfItsOwn()
+    distiller.schedules["PKD"] = lambda iteration: 10.0
+    distiller.reference_pixels["PKD"] = 64 * 64
+    others = without_labels(batch(3, height=32))  # half as many pixels: twice the weight
+    losses = losses_of(distiller, [*batch(2), *others])
+    terms = distiller.last_step.losses["loss_pkd"]
+    assert {k: x.item() for k, x in terms.items()} == pytest.approx(
+        {"of 2": 2 / 5 * 1, "of 3": 3 / 5 * 2}
+    )
+    assert losses["loss_pkd"].item() == pytest.approx(10 * (2 / 5 + 6 / 5))
+
+
 @pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
 def test_gradient_of_unlabelled_images_reaches_the_student_and_never_the_teacher(
     name: str, tmp_path: Path
@@ -125,9 +149,13 @@ def test_gradient_of_unlabelled_images_reaches_the_student_and_never_the_teacher
     assert all(p.grad is None for p in distiller.teacher.model.parameters())
 
 
-def test_step_without_labels_and_with_every_head_off_changes_nothing(tmp_path: Path) -> None:
-    distiller = build(tmp_path)
-    distiller.schedules["PKD"] = lambda iteration: 0.0
+def test_step_without_labels_and_with_every_head_off_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller = build(tmp_path, heads=["FGD"], **WITH_BOXES)
+    distiller.schedules["FGD"] = lambda iteration: 0.0
+    distiller.heads["FGD"] = nn.Identity()  # one without parameters
+    monkeypatch.setattr(DenseView, "detections", lambda _: pytest.fail("the teacher is asked"))
     losses = losses_of(distiller, without_labels(batch()))
     sum(losses.values()).backward()
     assert all(not p.grad.any() for p in distiller.student.parameters())
@@ -151,6 +179,21 @@ def test_teacher_s_boxes_stand_in_for_labels(name: str, head: str, tmp_path: Pat
     for key, loss in losses.items():
         torch.testing.assert_close(loss, expected[key])
     assert "instances" not in images[0], "the batch is the loader's"
+
+
+def test_teacher_s_boxes_are_in_both_views_also_of_a_teacher_with_other_channels(
+    tmp_path: Path,
+) -> None:
+    distiller = build(tmp_path, heads=["FGD"], **WITH_BOXES)
+    distiller.teacher.image_format = "RGB"
+    images = without_labels(batch(seed=5))
+    losses_of(distiller, images)
+    found = confident(distiller.view_of_teacher(images).detections(), 0.01)
+    step = distiller.last_step
+    assert not torch.equal(*(x.batched_inputs[0]["image"] for x in (step.student, step.teacher)))
+    for view in (step.student, step.teacher):
+        for x, expected in zip(view.gt_instances, found):
+            assert len(x) > 0 and torch.equal(x.gt_boxes.tensor, expected.gt_boxes.tensor)
 
 
 def test_regions_of_a_dense_student_are_sampled_around_the_teacher_s_boxes(tmp_path: Path) -> None:

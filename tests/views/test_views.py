@@ -527,6 +527,7 @@ def test_detections_are_in_pixels_of_the_input_also_of_a_file_of_another_size(na
     for x, y in zip(*(view_of_teacher(detector, z).detections() for z in (inputs, resized))):
         assert y.image_size == (64, 64) and len(x) > 0
         assert torch.equal(x.pred_boxes.tensor, y.pred_boxes.tensor)
+    assert not hooked(detector)
 
 
 def test_answer_for_boxes_that_are_gone_is_given_to_no_others() -> None:
@@ -596,6 +597,7 @@ def test_teacher_s_parts_are_those_of_detectron2_s_modules(name: str) -> None:
         assert_same(dense.deltas, deltas)
     else:
         assert_rpn(dense, teacher, features)
+    assert not hooked(teacher)
 
 
 @pytest.mark.parametrize("name", TWO_STAGE)

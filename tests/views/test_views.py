@@ -352,6 +352,27 @@ def test_member_that_was_not_recorded_is_refused() -> None:
             ask()
 
 
+@pytest.mark.parametrize(
+    "name, word, ask",
+    [
+        ("retinanet", "regions", lambda view: view.regions()),
+        ("retinanet", "region_vectors", lambda view: view.region_vectors(view.regions())),
+        ("retinanet", "anchor_labels", lambda view: view.anchor_labels().maps),
+        ("retinanet", "tower_1", lambda view: view.towers(1).classes),
+        ("mask_rcnn", "regions", lambda view: view.regions()),
+        ("mask_rcnn", "region_vectors", lambda view: view.region_vectors(view.regions())),
+        ("mask_rcnn", "roi_predictions", lambda view: view.roi_predictions().logits),
+        ("mask_rcnn", "roi_predictions", lambda view: view.sampled_proposals),
+        ("mask_rcnn", "mask_logits", lambda view: view.mask_logits()),
+        ("mask_rcnn", "mask_features", lambda view: view.mask_features()),
+    ],
+)
+def test_head_may_require_a_single_member(
+    name: str, word: str, ask: Callable[[DetectorView], Any]
+) -> None:
+    assert len(ask(record(build(name), masked_batch(), frozenset({word})))) > 0
+
+
 def change_features(view: DetectorView) -> None:
     with torch.no_grad():
         view._recorded["backbone"][1]["p4"].add_(1)

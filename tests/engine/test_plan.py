@@ -118,7 +118,9 @@ def test_schedules_keep_their_place_in_a_run_that_is_scaled(
     opts = [x for k, v in keys.items() for x in (f"DISTILL.PKD.SCHEDULE.{k}", v)]
     cfg.DISTILL.TEACHERS = [{"OPTS": opts}]
     monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    cfg.freeze()
     scaled = RunPlan.resolve(cfg).cfg
+    assert scaled.is_frozen()
     # Twice as many processes take half as many iterations.
     wanted = {k: v if k == "DECAY" else v * 4 // processes for k, v in keys.items()}
     (lesson,) = lesson_configs(scaled)

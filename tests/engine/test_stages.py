@@ -236,6 +236,15 @@ def test_mistake_of_the_run_is_named(values: Dict[str, Any], message: str, stage
         check_config(staged)
 
 
+def test_what_just_fits_into_a_stage_is_taken(staged: CfgNode) -> None:
+    # As many processes as the config is for, a step at the run's end, a warm-up as long as a stage.
+    staged.merge_from_list(["SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.STEPS", (2, 6)])
+    staged.DISTILL.STAGES[1]["OPTS"] = ["SOLVER.WARMUP_ITERS", 3]
+    first, second = plan_stages(staged)
+    assert first.cfg.SOLVER.STEPS == second.cfg.SOLVER.STEPS == (1,)
+    assert second.cfg.SOLVER.WARMUP_ITERS == 3
+
+
 def test_learning_rate_of_a_stage_is_refused_where_the_run_has_one_schedule(
     staged: CfgNode,
 ) -> None:

@@ -50,6 +50,16 @@ def test_wrong_value_is_refused(
         check_config(cfg)
 
 
+def test_gpu_is_refused_where_there_is_none(
+    retinanet: List[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    cfg = distill_config("retinanet", retinanet)
+    cfg.DISTILL.TEACHER.DEVICE = "cuda"
+    with pytest.raises(ValueError, match="DEVICE is 'cuda', but PyTorch sees 0 GPUs"):
+        TeacherOptions.from_config(cfg)
+
+
 def test_one_gpu_cannot_have_the_teachers_of_all_processes(
     retinanet: List[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

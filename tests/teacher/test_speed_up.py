@@ -106,6 +106,15 @@ def test_own_precision_counts_under_the_student_s_mixed_precision(precision: str
     assert torch.equal(found, plain) == bool(precision)
 
 
+@pytest.mark.parametrize("precision", ["", "float32", "bfloat16"])
+def test_maps_are_float32_of_a_precision_of_its_own_and_else_as_they_are(precision: str) -> None:
+    options = TeacherOptions(channels_last=True, precision=precision)
+    distiller = with_teacher(find_case("PKD", RETINANETS), options)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = distiller.view_of_teacher(batch()).features["p4"]
+    assert found.dtype == (torch.float32 if precision else torch.bfloat16)
+
+
 class Detector(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ RULES = (
     # twice and others never, and no config would give the same run again.
     Rule(
         ("SEED", "SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "DATASETS.*")
-        + ("DATALOADER.*",),
+        + ("DATALOADER.*", "DISTILL.UNLABELLED.SHARE"),
         REFUSED,
         "the images and random draws of each iteration follow from it",
     ),

@@ -194,7 +194,7 @@ class Distiller(nn.Module):
                 for key, loss in self._distill(lesson, name, weights[name], views).items():
                     assert key not in losses, f"{name} returns {key!r}, a name that is taken"
                     losses[key] = loss
-        if not steps:  # no labelled image, and every head off: zeros, with or without heads' own
+        if not steps:  # no labelled image, and every head off: zeros, which DDP wants of each
             losses["loss_none"] = sum(0 * p.sum() for p in self.student.parameters())
         return losses
 

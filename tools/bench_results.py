@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import time
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, Iterable, List, Sequence, Tuple
 
 import torch
 
@@ -55,6 +55,11 @@ def groups(results: Sequence[Row]) -> Dict[Tuple[str, int], Group]:
             found[place] = {}
         found.setdefault(place, {})[int(x["seed"])] = x
     return found
+
+
+def in_order(found: Iterable[Tuple[str, int]], rows: Sequence[str]) -> List[Tuple[str, int]]:
+    """Row and budget of those of these rows, in the rows' order, then by budget."""
+    return sorted((x for x in found if x[0] in rows), key=lambda x: (rows.index(x[0]), x[1]))
 
 
 def append_result(path: str, row: Row, columns: Sequence[str] = COLUMNS) -> None:

@@ -19,7 +19,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from tabulate import tabulate
 
 from bench_cells import Table, read_table
-from bench_results import Group, Row, groups, read_results
+from bench_results import Group, Row, groups, in_order, read_results
 from bench_samples import read_samples, verdict_on
 from d2kd.cli.common import command_parser
 from d2kd.utils.atomic_file import atomic_write
@@ -99,11 +99,10 @@ def make_table(table: Table, results: Sequence[Row], budget: int = 0) -> str:
     found = groups(results)
     parts = ["val", "test"] if table.test else ["val"]
     lines, masks = [], any(x[f"{parts[-1]}_mask_AP"] for x in results)
-    for name in table.rows:
-        for (row, iterations), group in sorted(found.items()):
-            if row == name and budget in (0, iterations):
-                base = found.get((table.baseline, iterations), {}) if name != table.baseline else {}
-                lines.append(line_of(group, base, parts, bool(table.baseline), masks))
+    for row, iterations in in_order(found, table.rows):
+        if budget in (0, iterations):
+            base = found.get((table.baseline, iterations), {}) if row != table.baseline else {}
+            lines.append(line_of(found[row, iterations], base, parts, bool(table.baseline), masks))
     if not lines:
         return "No run of this table is finished."
     gain = [f"gain on {parts[-1]}"] if table.baseline else []
@@ -142,15 +141,13 @@ def make_verdict_table(table: Table, baselines: Sequence[str]) -> str:
     A Markdown table of a line for each row and budget that has two seeds or more beside a baseline.
     """
     found, lines = read_samples(table), []
-    for name in table.rows:
-        for (row, iterations), runs in sorted(found.items()):
-            if row == name:
-                others = [found.get((x, iterations), {}) if x != row else {} for x in baselines]
-                told = [verdict_on(runs, x) for x in others]
-                counts = sorted({seeds for seeds, _ in told if seeds > 1})
-                cells = [verdict_cell(x) if seeds > 1 else "" for seeds, x in told]
-                if counts:
-                    lines.append([row, str(iterations), "/".join(map(str, counts)), *cells])
+    for row, iterations in in_order(found, table.rows):
+        others = [found.get((x, iterations), {}) if x != row else {} for x in baselines]
+        told = [verdict_on(found[row, iterations], x) for x in others]
+        counts = sorted({seeds for seeds, _ in told if seeds > 1})
+        cells = [verdict_cell(x) if seeds > 1 else "" for seeds, x in told]
+        if counts:
+            lines.append([row, str(iterations), "/".join(map(str, counts)), *cells])
     if not lines:
         return "No verdict of this table is there."
     header = ["run", "iterations", "seeds", *(f"against {x}" for x in baselines)]

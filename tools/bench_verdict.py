@@ -12,6 +12,7 @@ import sys
 from typing import Iterator, Optional, Sequence, Tuple
 
 from bench_cells import Table, named_rows, read_table
+from bench_results import in_order
 from bench_samples import BOXES, MASKS, keep_samples, read_samples, verdict_on
 from d2kd.cli.common import command_parser
 from d2kd.utils.user_mistakes import run_command
@@ -55,12 +56,11 @@ def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int,
         for row, _ in read_samples(table):
             if row in (*rows, baseline) and row not in dict(found):
                 raise ValueError(f"--masks: {row} detects boxes alone.")
-    for row in rows:
-        for iterations in sorted(budget for name, budget in found if name == row != baseline):
-            base = found.get((baseline, iterations), {})
-            seeds, verdict = verdict_on(found[row, iterations], base, args.threshold, args.samples)
-            if verdict:
-                yield row, iterations, seeds, verdict
+    for row, iterations in in_order(found, [x for x in rows if x != baseline]):
+        base = found.get((baseline, iterations), {})
+        seeds, verdict = verdict_on(found[row, iterations], base, args.threshold, args.samples)
+        if verdict:
+            yield row, iterations, seeds, verdict
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """Work in processes that are fresh and cheap: forks of one that has imported and done no more."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -89,12 +90,15 @@ def _python(words: List[str], said: str) -> None:
     with open(said, "w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends a process without; temporary folders stayed
 
 
 def run_python(words: Sequence[str], **_: Any) -> "subprocess.CompletedProcess[str]":

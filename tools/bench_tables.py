@@ -156,7 +156,8 @@ def make_verdict_table(table: Table, baselines: Sequence[str]) -> str:
 
 def verdict_cell(verdict: Verdict) -> str:
     decision = verdict.decision if verdict.decision == INCONCLUSIVE else f"**{verdict.decision}**"
-    return f"{decision} {verdict.gain:+.1f} ({verdict.low:+.1f} to {verdict.high:+.1f})"
+    gain, low, high = (_rounded(x, "+") for x in (verdict.gain, verdict.low, verdict.high))
+    return f"{decision} {gain} ({low} to {high})"
 
 
 def by_setting(settings: Dict[str, Group]) -> str:
@@ -207,7 +208,11 @@ def minutes_of(rows: Sequence[Row]) -> str:
 
 def mean_of(values: Sequence[float], sign: str = "") -> str:
     mean, half = t_interval(values)
-    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+    return _rounded(mean, sign) + (f" ± {half:.1f}" if len(values) > 1 else "")
+
+
+def _rounded(value: float, sign: str) -> str:
+    return f"{round(value, 1) + 0.0:{sign}.1f}"  # + 0.0: what rounds to zero has no minus
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -91,6 +91,14 @@ def test_table_has_means_intervals_and_paired_gains(
     assert text.startswith("Before.\n") and text.endswith("<!-- /bench -->\n\nBehind.\n")
 
 
+def test_gain_that_rounds_to_zero_has_no_minus(
+    tables: ModuleType, folder: Path, add: Callable
+) -> None:
+    add([result("alone", 1, 20.04), result("mgd", 1, 20.0)])
+    tables.main(["--root", str(folder)])
+    assert cells_of(folder / "README.md")[3][6] == "+0.0"
+
+
 def test_runs_of_one_budget_are_in_the_order_of_their_ap(
     tables: ModuleType, folder: Path, add: Callable
 ) -> None:

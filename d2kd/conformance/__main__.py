@@ -43,6 +43,7 @@ Examples:
 CHECKS = (
     terms.check_names,
     terms.check_weight,
+    terms.check_batch_size,
     terms.check_zero_at_equal,
     gradients.check_gradients,
     gradients.check_without_boxes,

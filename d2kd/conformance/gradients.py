@@ -13,11 +13,12 @@ from .case import Case
 
 def check_gradients(case: Case) -> None:
     """
-    The loss has gradients for the student and every parameter of the head; the teacher stays
-    unchanged to the bit, frozen and in eval mode.
+    The loss has gradients for the student, by every image of the batch, and for every parameter of
+    the head; the teacher stays unchanged to the bit, frozen and in eval mode.
     """
     distiller = case.fresh(own_teacher=True)
     teacher = distiller.teacher.model
+    distiller.heads[case.name].register_forward_pre_hook(lambda *_: _retain(distiller))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     backward(case, distiller)
     grads = [(k, p.grad) for k, p in distiller.student.named_parameters() if p.grad is not None]
@@ -25,6 +26,7 @@ def check_gradients(case: Case) -> None:
         f"{case}: all gradients of the student from the head's loss are missing or 0. Look for "
         ".detach() or torch.no_grad() on the student's side."
     )
+    _check_images(case, distiller)
     check_head_gradients(case, distiller)
     _check_teacher(case, teacher, before)
 
@@ -78,6 +80,21 @@ def check_head_gradients(case: Case, distiller: Distiller, what: str = "") -> No
         f"{case}: {shown(idle)} of the head got no gradient{what}. DistributedDataParallel would "
         "hang. Remove unused parameters; a loss without samples must be a zero that is connected "
         "to every parameter."
+    )
+
+
+def _retain(distiller: Distiller) -> None:
+    for x in distiller.last_step.student.features.values():
+        x.retain_grad()
+
+
+def _check_images(case: Case, distiller: Distiller) -> None:
+    grads = [x.grad for x in distiller.last_step.student.features.values() if x.grad is not None]
+    taught = torch.stack([g.abs().flatten(1).sum(dim=1) for g in grads]).sum(dim=0) > 0
+    assert taught.all(), (
+        f"{case}: the loss has no gradient by the images {(~taught).nonzero().flatten().tolist()} "
+        f"of a batch of {len(taught)}, all with boxes. Look for an index [0] where the batch is "
+        "meant, and for a loop that returns in its first round."
     )
 
 

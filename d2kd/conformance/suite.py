@@ -11,7 +11,7 @@ from .gradients import check_gradients, check_other_channels, check_without_boxe
 from .half_precision import check_mixed_precision, runs_in_float16
 from .numerics import check_extreme_logits, check_image_sizes
 from .saving import check_checkpoint
-from .terms import check_names, check_weight, check_zero_at_equal
+from .terms import check_batch_size, check_names, check_weight, check_zero_at_equal
 from .two_processes import check_processes
 
 has_gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
@@ -76,7 +76,7 @@ class HeadSuite:
         of_head = (x for x in self._served() if x.name == case.name)
         first = next(x for x in of_head if kind(x) == kind(case))
         if case is not first:
-            pytest.skip(f"the same as {first.pair}, which is checked")
+            pytest.skip(f"the same as with {first.pair}")
         return case
 
     def _served(self) -> List[Case]:
@@ -101,6 +101,9 @@ class HeadSuite:
 
     def test_loss_weight_is_applied_once(self, one_case: Case) -> None:
         check_weight(one_case)
+
+    def test_loss_is_a_mean_over_images(self, one_case: Case) -> None:
+        check_batch_size(one_case)
 
     def test_gradient_reaches_student_and_head_but_not_the_teacher(
         self, telling_case: Case

@@ -1,22 +1,27 @@
 """Checks of a head's output: names, scalars, no loss weight, 0 for equal detectors."""
 
-from typing import Any, Iterator, Set, Tuple
+from typing import Any, Iterator, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..distiller import Distiller
+from ..views import DetectorView
+from .batches import batch
 from .case import Case
 from .requires import watch_views
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+# By how much a loss may change when each image is twice in the batch. A sum over images doubles;
+# measured maximum for d2kd's own heads, some of which draw other masks and regions then: 0.2.
+BATCH_BOUND = 0.4
 
 
 def check_names(case: Case) -> None:
     """
     `forward` returns {"loss_...": scalar, or {level: scalar}}: finite, float32, connected to the
     student, with names different from the student's own losses. It reads only what `requires`
-    declares, and leaves it as it is.
+    declares, and leaves it as it is. Maps in `self.maps` are (N, 1, H, W), detached.
     """
     distiller = case.fresh()
     watch_views(case, distiller)
@@ -24,7 +29,12 @@ def check_names(case: Case) -> None:
     seen = []
     distiller.student.register_forward_hook(lambda module, inputs, losses: own.update(losses))
     distiller.heads[case.name].register_forward_hook(
-        lambda module, inputs, output: seen.append(_check_output(case, output, own))
+        lambda module, inputs, output: seen.append(
+            _check_output(case, output, own, distiller.last_step.student)
+        )
+    )
+    distiller.heads[case.name].register_forward_hook(
+        lambda module, inputs, output: _check_maps(case, getattr(module, "maps", {}), inputs[0])
     )
     case.losses(distiller)
     assert seen, (
@@ -33,7 +43,7 @@ def check_names(case: Case) -> None:
     )
 
 
-def _check_output(case: Case, output: Any, own: Set[str]) -> None:
+def _check_output(case: Case, output: Any, own: Set[str], student: DetectorView) -> None:
     assert isinstance(output, dict) and output, (
         f"{case}: forward returns {type(output).__name__} {output!r:.60}; it must return a dict "
         'such as {"loss_' + case.name.lower() + '": scalar}, with at least one term.'
@@ -45,7 +55,21 @@ def _check_output(case: Case, output: Any, own: Set[str]) -> None:
         )
         assert key not in own, f"{case}: the student has its own loss {key!r}; use another name."
         for label, x in _scalars(case, key, value):
-            _check_scalar(case, label, x)
+            _check_scalar(case, label, x, list(student.features.values()))
+
+
+def _check_maps(case: Case, maps: Any, student: DetectorView) -> None:
+    count = len(student.image_sizes)
+    for name, levels in maps.items():
+        for level, x in levels.items():
+            label = f"{case}: self.maps[{name!r}][{level!r}]"
+            assert x.dim() == 4 and x.shape[:2] == (
+                count,
+                1,
+            ), f"{label} is {tuple(x.shape)}; a map of {count} images must be ({count}, 1, H, W)."
+            assert (
+                not x.requires_grad
+            ), f"{label} is not detached, and would keep the step's memory until the next."
 
 
 def _scalars(case: Case, key: str, value: Any) -> Iterator[Tuple[str, Any]]:
@@ -57,7 +81,7 @@ def _scalars(case: Case, key: str, value: Any) -> Iterator[Tuple[str, Any]]:
         yield f"{key}[{level!r}]", x
 
 
-def _check_scalar(case: Case, label: str, x: Any) -> None:
+def _check_scalar(case: Case, label: str, x: Any, features: Sequence[Tensor]) -> None:
     assert isinstance(x, Tensor) and x.shape == (), (
         f"{case}: {label} is {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}; "
         "reduce it to a tensor without dimensions (.mean() or .sum())."
@@ -67,7 +91,11 @@ def _check_scalar(case: Case, label: str, x: Any) -> None:
         "loss on x.float()."
     )
     assert x.isfinite(), f"{case}: {label} is {x.item()} on noise images; look for log(0), 0/0."
-    assert x.requires_grad, (
+    # Also where the gradient is 0, as of a softmax over a single cell, and not by an adapter alone.
+    assert x.requires_grad and any(
+        g is not None
+        for g in torch.autograd.grad(x, features, retain_graph=True, allow_unused=True)
+    ), (
         f"{case}: {label} is not connected to the student, which would not learn from it. Look for "
         ".detach(), .item(), .data or torch.no_grad() on the student's side."
     )
@@ -95,6 +123,18 @@ def check_weight(case: Case) -> None:
             f"{case}: {key} is {a:.6g}, and {b:.6g} with DISTILL.{case.name}.LOSS_WEIGHT doubled, "
             f"{b / a if a else float('nan'):.4g} times as much. The Distiller multiplies by "
             "LOSS_WEIGHT and the schedule; the head must return the loss without it."
+        )
+
+
+def check_batch_size(case: Case) -> None:
+    """The loss is a mean over images: with each of them twice in the batch it is about the same."""
+    inputs = batch()
+    once, twice = (case.terms(case.fresh(), images) for images in (inputs, inputs + inputs))
+    for key, a, b in ((k, x.item(), twice[k].item()) for k, x in once.items()):
+        assert abs(b - a) <= BATCH_BOUND * abs(a), (
+            f"{case}: {key} is {a:.4g}, and {b:.4g} with each image twice in the batch. Take the "
+            "mean over images, not the sum: the weight would depend on the number of images of a "
+            "process, and so on the number of GPUs."
         )
 
 

@@ -23,7 +23,12 @@ from d2kd.conformance.gradients import (
 from d2kd.conformance.half_precision import check_mixed_precision, runs_in_float16
 from d2kd.conformance.numerics import check_extreme_logits
 from d2kd.conformance.saving import check_checkpoint
-from d2kd.conformance.terms import check_names, check_weight, check_zero_at_equal
+from d2kd.conformance.terms import (
+    check_batch_size,
+    check_names,
+    check_weight,
+    check_zero_at_equal,
+)
 from d2kd.conformance.two_processes import check_processes
 from d2kd.heads import DistillPair
 from d2kd.heads.registry import head_names
@@ -83,6 +88,36 @@ class DetachesTheStudent(SoundHead):
     def forward(self, student, teacher):
         x = self.adapter(student.features["p3"].detach())
         return {"loss_defective": (x - teacher.features["p3"]).square().mean()}
+
+
+class DetachesALevel(SoundHead):
+    def forward(self, student, teacher):
+        x = self.adapter(student.features["p4"].detach()).float()
+        coarse = (x - teacher.features["p4"].float()).square().mean()
+        return {"loss_defective": {"p3": self.error(student, teacher), "p4": coarse}}
+
+
+class SeesTheFirstImage(SoundHead):
+    def error(self, student, teacher):
+        x = self.adapter(student.features["p3"]).float()
+        return (x[0] - teacher.features["p3"][0].float()).square().mean()
+
+
+class SumsOverImages(SoundHead):
+    def forward(self, student, teacher):
+        return {"loss_defective": len(student.image_sizes) * self.error(student, teacher)}
+
+
+class DrawsChannels(SoundHead):
+    def forward(self, student, teacher):
+        self.maps = {"error": {"p3": student.features["p3"].detach()}}
+        return super().forward(student, teacher)
+
+
+class KeepsTheGraph(SoundHead):
+    def forward(self, student, teacher):
+        self.maps = {"mean": {"p3": student.features["p3"].mean(dim=1, keepdim=True)}}
+        return super().forward(student, teacher)
 
 
 class WeighsItself(SoundHead):
@@ -233,10 +268,15 @@ DEFECTS = [
     (Misnamed, check_names, "key 'distance'.* must start with \"loss_\""),
     (Unreduced, check_names, r"loss_defective is \(2, 32, 8, 8\); reduce it"),
     (TakenName, check_names, "the student has its own loss 'loss_cls'|a name that is taken"),
+    (DetachesALevel, check_names, r"loss_defective\['p4'\] is not connected to the student"),
+    (DrawsChannels, check_names, r"maps\['error'\]\['p3'\] is \(2, 32, 8, 8\); .* \(2, 1, H, W\)"),
+    (KeepsTheGraph, check_names, r"maps\['mean'\]\['p3'\] is not detached"),
     (ReadsWhatItDoesNotRequire, check_names, r"reads `dense`, but `requires` is \['features'\]"),
     (CentresTheTeacher, check_names, r"changes teacher.features\['p3'\] in place"),
     (ScalesTheBoxes, check_names, r"changes student.gt_instances\[0\].gt_boxes in place"),
     (DetachesTheStudent, check_gradients, "all gradients of the student .* are missing or 0"),
+    (SeesTheFirstImage, check_gradients, r"no gradient by the images \[1\] of a batch of 2"),
+    (SumsOverImages, check_batch_size, "with each image twice .* Take the mean over images"),
     (WeighsItself, check_weight, "LOSS_WEIGHT doubled, 4 times as much"),
     (IsNeverTheSame, check_weight, "in the same step with the same seeds"),
     (TrainsTheTeacher, check_gradients, "gradient for head.* of the teacher. Detach"),

@@ -160,12 +160,34 @@ class ReadsWhatItDoesNotRequire(SoundHead):
         return {"loss_defective": self.error(student, teacher) + student.dense().logits[0].mean()}
 
 
+class ReadsLabelsOfTheBatch(SoundHead):
+    def forward(self, student, teacher):
+        boxes = sum(len(x["instances"]) for x in student.batched_inputs)
+        return {"loss_defective": self.error(student, teacher) * boxes}
+
+
 class CentresTheTeacher(SoundHead):
     def forward(self, student, teacher):
         losses = super().forward(student, teacher)
         target = teacher.features["p3"].float()
         target -= target.mean()
         return losses
+
+
+class CentresTheTower(SoundHead):
+    def forward(self, student, teacher):
+        tower = teacher.dense().tower[0]
+        tower -= tower.mean()
+        return super().forward(student, teacher)
+
+
+class CentresRegions(SoundHead):
+    requires = frozenset({"features", "gt_instances", "roi_features"})
+
+    def forward(self, student, teacher):
+        found = teacher.roi_features([x.gt_boxes for x in student.gt_instances])
+        found -= found.mean()
+        return super().forward(student, teacher)
 
 
 class ScalesTheBoxes(SoundHead):
@@ -271,6 +293,9 @@ DEFECTS = [
     (DetachesALevel, check_names, r"loss_defective\['p4'\] is not connected to the student"),
     (DrawsChannels, check_names, r"maps\['error'\]\['p3'\] is \(2, 32, 8, 8\); .* \(2, 1, H, W\)"),
     (KeepsTheGraph, check_names, r"maps\['mean'\]\['p3'\] is not detached"),
+    (ReadsLabelsOfTheBatch, check_names, "reads the labels in batched_inputs.*add 'gt_instances'"),
+    (CentresTheTower, check_names, r"changes teacher.dense\(\).tower of p3 in place"),
+    (CentresRegions, check_names, "changes teacher.roi_features in place"),
     (ReadsWhatItDoesNotRequire, check_names, r"reads `dense`, but `requires` is \['features'\]"),
     (CentresTheTeacher, check_names, r"changes teacher.features\['p3'\] in place"),
     (ScalesTheBoxes, check_names, r"changes student.gt_instances\[0\].gt_boxes in place"),

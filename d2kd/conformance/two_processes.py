@@ -12,13 +12,14 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.parallel import data_parallel
 from ..utils.compat import create_local_process_group
 from .batches import batch
 from .case import Case
-from .saving import step
+from .saving import equal, step
+from .terms import NORMS
 
 NUM_PROCESSES = 2
 TIMEOUT = 40.0  # seconds without progress; a toy step takes 0.05 s
@@ -28,7 +29,8 @@ DONE = "done"
 def check_processes(case: Case, together: Sequence[Case] = ()) -> None:
     """
     Three steps of two processes under DistributedDataParallel, one without boxes in the second and
-    with larger images in the third: no error, no deadlock, and both stay equal.
+    with larger images in the third: no error, no deadlock, and both stay equal, what the head
+    saves included.
 
     Args:
         together: cases to run in the same processes, including `case`
@@ -138,6 +140,7 @@ def _train(case: Case, rank: int, path: str) -> None:
     # At the end: DistributedDataParallel reports a missing gradient in the next forward pass.
     _compare({k: p.grad for k, p in distiller.named_parameters()}, "gradient")
     _compare(dict(distiller.named_parameters()), "value after the last step")
+    _compare_state(distiller.heads)
 
 
 def _batches(rank: int) -> List[List[Dict[str, Any]]]:
@@ -159,6 +162,24 @@ def _compare(tensors: Dict[str, Tensor], what: str) -> None:
     for name, *values in zip(flat, *(x.split(sizes) for x in everywhere)):
         if not torch.equal(*values):
             raise AssertionError(f"the {what} of {name} is not the same in both processes")
+
+
+def _compare_state(heads: nn.Module) -> None:
+    """
+    Raise in both processes if the heads would save other state, which all take from the main one
+    when they resume. Statistics of norms are each process's own, as those of the student.
+    """
+    norms = {name for name, x in heads.named_modules() if isinstance(x, NORMS)}
+    state = {k: x for k, x in heads.state_dict().items() if k.rpartition(".")[0] not in norms}
+    states: List[Any] = [None] * NUM_PROCESSES
+    dist.all_gather_object(states, state)
+    for key in state:
+        if not all(key in x and equal(x[key], states[0][key]) for x in states):
+            raise AssertionError(
+                f"{key} in the head's state_dict is not the same in both processes, which all "
+                "resume from the main one's: compute it from all processes' images, by "
+                "torch.distributed.all_reduce of sums and counts or by all_gather"
+            )
 
 
 def _write(path: str, text: str) -> None:

@@ -248,6 +248,41 @@ class ForgetsItsMemory(SoundHead):
         return {"loss_defective": self.error(student, teacher) * self.steps}
 
 
+class HidesItsQueue(SoundHead):
+    def __init__(self, cfg, pair):
+        super().__init__(cfg, pair)
+        self.queue = torch.zeros(100, 32)
+
+    def forward(self, student, teacher):
+        keys = teacher.features["p3"].mean(dim=(2, 3))
+        self.queue = torch.cat([self.queue[len(keys) :], keys])
+        is_full = bool(self.queue[0].any())
+        return {"loss_defective": self.error(student, teacher) * (1 + is_full * keys.mean())}
+
+
+class ForgetsWhereItWrites(SoundHead):
+    def __init__(self, cfg, pair):
+        super().__init__(cfg, pair)
+        self.register_buffer("queue", torch.zeros(100, 32))
+        self.oldest = 0
+
+    def forward(self, student, teacher):
+        loss = self.error(student, teacher) + self.queue.mean()
+        self.queue[self.oldest] = teacher.features["p3"].mean(dim=(0, 2, 3))
+        self.oldest += 1
+        return {"loss_defective": loss}
+
+
+class HasAMeanOfItsOwn(SoundHead):
+    def __init__(self, cfg, pair):
+        super().__init__(cfg, pair)
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, student, teacher):
+        self.mean = 0.9 * self.mean + 0.1 * teacher.features["p3"].mean(dim=(0, 2, 3))
+        return {"loss_defective": self.error(student, teacher) + self.mean.mean()}
+
+
 class HasAListOfModules(SoundHead):
     def __init__(self, cfg, pair):
         super().__init__(cfg, pair)
@@ -316,6 +351,9 @@ DEFECTS = [
     (ReturnsANumberWithoutBoxes, check_without_boxes, "loss_defective is not connected to the st"),
     (CallsItOtherwiseWithoutBoxes, check_without_boxes, "loss_background when .* else loss_obj"),
     (ForgetsItsMemory, check_checkpoint, "after a resume loss_defective is .*register_buffer"),
+    (HidesItsQueue, check_checkpoint, "queue of the head changes in training, and is not the same"),
+    (ForgetsWhereItWrites, check_checkpoint, "oldest of the head changes in training"),
+    (HasAMeanOfItsOwn, check_processes, "Defective.mean in the head's state_dict is not the same"),
     (HasAListOfModules, check_checkpoint, "after a resume loss_defective is .*nn.ModuleList"),
     (MultipliesInHalfPrecision, check_mixed_precision, "float16 under torch.autocast.*enabled"),
     (CancelsInHalfPrecision, check_mixed_precision, "in float32 and .* in float16. Compute"),
@@ -360,6 +398,22 @@ def test_head_without_defects_passes_what_the_others_do_not(build: Callable) -> 
     skipped = {check_zero_at_equal} | (set() if runs_in_float16() else {check_mixed_precision})
     for check in {check: None for _, check, _ in DEFECTS if check not in skipped}:
         check(case)
+
+
+def test_what_a_head_computes_again_need_not_be_saved(build: Callable) -> None:
+    class KeepsWhatItNeedNot(SoundHead):
+        def __init__(self, cfg, pair):
+            super().__init__(cfg, pair)
+            self.grid, self.latest, self.others = None, 0.0, [nn.ReLU()]
+
+        def forward(self, student, teacher):
+            if self.grid is None:
+                self.grid = torch.arange(8.0)
+            loss = self.others[0](self.error(student, teacher)) * self.grid.mean()
+            self.latest = loss.item()
+            return {"loss_defective": loss}
+
+    check_checkpoint(build(KeepsWhatItNeedNot))
 
 
 def test_curt_refusal_is_caught(build: Callable) -> None:

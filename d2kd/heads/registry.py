@@ -38,7 +38,8 @@ A head is an nn.Module with
   with the image, and adds the key REFERENCE_PIXELS;
 * `from_config(cls, cfg, pair)`, a class method, where it wants other facts, or refuses a
   :class:`DistillPair`: it returns the constructor's arguments, most of which come from
-  `head_arguments(cls, cfg, pair, **facts)`;
+  `d2kd.heads.head_arguments(cls, cfg, pair, **facts)`, such as `levels=pair.dense_levels`, those
+  with predictions of both;
 * `add_config(node)`, a static method that writes keys and defaults, LOSS_WEIGHT among them, where
   the keys cannot be those of the signature. Such a head is built as `MyHead(cfg, pair)`, which
   Detectron2's @configurable and a from_config take apart;
@@ -55,7 +56,9 @@ A head is an nn.Module with
 * `forward(student, teacher)`, given two :class:`DetectorView`, returning names that start with
   "loss_", the same in every step, to either a scalar or {level name: scalar}, whose sum is the
   loss. What it reads it leaves as it is: all heads share it. Unweighted: LOSS_WEIGHT and the
-  schedule are applied by the Distiller. Without boxes or positives it returns a zero that is
+  schedule are applied by the Distiller. A mean over images, or over the regions of all processes
+  (`Regions.mean_count`), never a sum: else the weight would depend on the number of GPUs, and of
+  images with and without labels. Without boxes or positives it returns a zero that is
   connected to the student, so that no process of a DDP run waits for a missing gradient. In a step
   with images without labels it is called twice, for these and for the labelled ones.
 
@@ -68,7 +71,9 @@ all of this.
 
 The head's own parameters (adapters, generators) are trained with the student, saved under
 "distill_heads" and dropped from the product. Those that it names in `no_weight_decay` are not
-decayed.
+decayed. What else it keeps between steps, such as a queue and the place where it writes next, is in
+its state_dict, too, and the same in all processes, computed from the images of all: the buffers are
+not broadcast, and a checkpoint has those of the main process.
 """
 
 

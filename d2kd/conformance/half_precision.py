@@ -3,10 +3,11 @@
 import copy
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..distiller import Distiller
@@ -24,6 +25,8 @@ VALUE_BOUND = 0.005
 GRADIENT_BOUND = 0.06
 # Loss scale, as with GradScaler; without it, gradients vanish in float16.
 SCALE = 1024.0
+# Of features that are larger than usual: float16 ends at 65504, below their squares.
+LARGE = 1000.0
 
 
 class Step(NamedTuple):
@@ -40,7 +43,8 @@ class Step(NamedTuple):
 def check_mixed_precision(case: Case) -> None:
     """
     Under CUDA's autocast (float16, loss scale 1024) losses are float32 and within 0.5 % of those in
-    float32, gradients within 6 %, for the same features, predictions and random draws.
+    float32, gradients within 6 %, for the same features, predictions and random draws; and losses
+    are finite for features of up to 1000.
     """
     exact, found = compare(case)
     for key, a in exact.values.items():
@@ -67,6 +71,12 @@ def check_mixed_precision(case: Case) -> None:
             "are divided later: compute them on x.float(). Draw random numbers with "
             "dtype=torch.float32, as float16 gives different ones."
         )
+    for key, x in _of_large_features(case).items():
+        assert x.isfinite(), (
+            f"{case}: {key} is {x.item()} under torch.autocast, in float16, for features of up to "
+            f"{LARGE:.0f}, whose squares float16 does not hold. Compute differences, products and "
+            "sums on x.float()."
+        )
 
 
 def runs_in_float16() -> bool:
@@ -86,10 +96,7 @@ def compare(case: Case, inputs: Sequence[Any] = ()) -> Tuple[Step, Step]:
     Args:
         inputs: a batch; empty: two images with two boxes each
     """
-    distiller = case.fresh()
-    head = copy.deepcopy(distiller.heads[case.name])  # as it was before the first step
-    with cuda_autocast():
-        case.losses(distiller, inputs)
+    distiller, head = _after_a_step(case, inputs)
     student, teacher = distiller.last_step.student, distiller.last_step.teacher
     steps = []
     for dtype in (torch.float32, torch.float16):
@@ -110,16 +117,38 @@ def relative_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     return difference / norm if norm else difference
 
 
+def _after_a_step(case: Case, inputs: Sequence[Any] = ()) -> Tuple[Distiller, nn.Module]:
+    """A Distiller with its views of a step in float16, and the head as it was before the step."""
+    distiller = case.fresh()
+    head = copy.deepcopy(distiller.heads[case.name])
+    with cuda_autocast():
+        case.losses(distiller, inputs)
+    return distiller, head
+
+
+def _of_large_features(case: Case) -> Dict[str, Tensor]:
+    """Losses in float16, the largest value of either pyramid being LARGE."""
+    distiller, head = _after_a_step(case)
+    distiller.heads[case.name] = head
+    views = []
+    with cuda_autocast():
+        for view in (distiller.last_step.student, distiller.last_step.teacher):
+            factor = LARGE / max(x.detach().abs().max().item() for x in view.features.values())
+            views.append(_view(view, torch.float16, []))
+            size, maps = views[-1]._recorded["backbone"]
+            views[-1]._recorded["backbone"] = size, map_tensors(
+                partial(torch.mul, other=factor), maps
+            )
+        return _terms(case, distiller, tuple(views))
+
+
 def _step(
     case: Case,
     distiller: Distiller,
     views: Tuple[DetectorView, DetectorView],
     leaves: Sequence[Tensor],
 ) -> Step:
-    head = distiller.heads[case.name]
-    seed_all(0)
-    terms = head(*(distiller.lessons[0].comparable(*views) if compares_logits(head) else views))
-    terms = {k: sum(v.values()) if isinstance(v, dict) else v for k, v in terms.items()}
+    head, terms = distiller.heads[case.name], _terms(case, distiller, views)
     weight = case.cfg.DISTILL[case.name].LOSS_WEIGHT
     (SCALE * weight * sum(terms.values())).backward()
     inputs, parameters = (
@@ -127,6 +156,15 @@ def _step(
         for tensors in (leaves, head.parameters())
     )
     return Step({k: v.detach() for k, v in terms.items()}, inputs, parameters)
+
+
+def _terms(
+    case: Case, distiller: Distiller, views: Tuple[DetectorView, DetectorView]
+) -> Dict[str, Tensor]:
+    head = distiller.heads[case.name]
+    seed_all(0)
+    terms = head(*(distiller.lessons[0].comparable(*views) if compares_logits(head) else views))
+    return {k: sum(v.values()) if isinstance(v, dict) else v for k, v in terms.items()}
 
 
 def _view(view: DetectorView, dtype: torch.dtype, leaves: List[Tensor]) -> DetectorView:

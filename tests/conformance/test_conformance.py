@@ -305,6 +305,12 @@ class CancelsInHalfPrecision(SoundHead):
         return {"loss_defective": (x - 1000).float().square().mean()}
 
 
+class SquaresInHalfPrecision(SoundHead):
+    def error(self, student, teacher):
+        difference = self.adapter(student.features["p3"]) - teacher.features["p3"]
+        return (difference * difference).mean().float()
+
+
 class OverflowsInTheBackward(SoundHead):
     def forward(self, student, teacher):
         total = self.adapter(student.features["p3"] * 1e4).float().square().sum()
@@ -357,6 +363,11 @@ DEFECTS = [
     (HasAListOfModules, check_checkpoint, "after a resume loss_defective is .*nn.ModuleList"),
     (MultipliesInHalfPrecision, check_mixed_precision, "float16 under torch.autocast.*enabled"),
     (CancelsInHalfPrecision, check_mixed_precision, "in float32 and .* in float16. Compute"),
+    (
+        SquaresInHalfPrecision,
+        check_mixed_precision,
+        "loss_defective is inf .* features of up to 1000",
+    ),
     (OverflowsInTheBackward, check_mixed_precision, "gradient of .* has a relative error of inf"),
     (PromisesZero, check_zero_at_equal, "zero_at_equal is declared, but the loss .* is"),
 ]

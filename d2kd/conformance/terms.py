@@ -63,13 +63,9 @@ def _check_maps(case: Case, maps: Any, student: DetectorView) -> None:
     for name, levels in maps.items():
         for level, x in levels.items():
             label = f"{case}: self.maps[{name!r}][{level!r}]"
-            assert x.dim() == 4 and x.shape[:2] == (
-                count,
-                1,
-            ), f"{label} is {tuple(x.shape)}; a map of {count} images must be ({count}, 1, H, W)."
-            assert (
-                not x.requires_grad
-            ), f"{label} is not detached, and would keep the step's memory until the next."
+            is_map = x.dim() == 4 and x.shape[:2] == (count, 1)
+            assert is_map, f"{label} is {tuple(x.shape)}; it must be ({count}, 1, H, W)."
+            assert not x.requires_grad, f"{label} is not detached: it keeps the step in memory."
 
 
 def _scalars(case: Case, key: str, value: Any) -> Iterator[Tuple[str, Any]]:

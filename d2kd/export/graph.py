@@ -23,9 +23,14 @@ FORMATS = ("torchscript", "onnx")
 # image (3, H, W) -> the tensors of its detections
 Graph = Callable[[Tensor], Sequence[Tensor]]
 
-# Tolerances within which two detections are equal: pixels per coordinate, and score. ONNX runtimes
-# round differently from PyTorch.
-BOX_TOLERANCE, SCORE_TOLERANCE = 0.05, 1e-3
+# Tolerances within which two detections are equal: pixels per coordinate, score, and probabilities
+# of its mask. ONNX runtimes round differently from PyTorch.
+BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-3, 0.01
+TOLERANCES = {
+    "scores": SCORE_TOLERANCE,
+    "pred_classes": 0.5,  # another class is beyond any tolerance
+    "pred_masks": MASK_TOLERANCE,
+}
 # Share of detections that must be equal: boxes near a threshold may be kept by only one of them.
 WANTED_SHARE = 0.95
 
@@ -148,15 +153,10 @@ def _count_alike(found: Instances, expected: Instances) -> int:
     """Number of expected detections that were found, in any order, within the tolerances."""
     if not (len(found) and len(expected)):
         return 0
-    scaled = [
-        torch.cat(
-            [
-                x.pred_boxes.tensor / BOX_TOLERANCE,
-                x.scores[:, None] / SCORE_TOLERANCE,
-                x.pred_classes[:, None] * 2.0,  # another class is beyond any tolerance
-            ],
-            dim=1,
+    alike = torch.ones(len(expected), len(found), dtype=torch.bool)
+    for name, values in expected.get_fields().items():  # whatever a graph returns is compared
+        ours, theirs = (
+            getattr(x, "tensor", x).float().reshape(len(x), -1) for x in (values, found.get(name))
         )
-        for x in (expected, found)
-    ]
-    return int((torch.cdist(*scaled, p=float("inf")).amin(dim=1) <= 1).sum())
+        alike &= torch.cdist(ours, theirs, p=float("inf")) <= TOLERANCES.get(name, BOX_TOLERANCE)
+    return int(alike.any(dim=1).sum())

@@ -311,6 +311,22 @@ def test_detections_are_equal_in_any_order_but_not_of_another_box_score_or_class
     assert _count_alike(expected[:0], expected) == _count_alike(expected, expected[:0]) == 0
 
 
+def test_detections_of_another_mask_or_other_keypoints_are_not_equal() -> None:
+    boxes = [[0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 30.0, 20.0], [5.0, 5.0, 30.0, 20.0]]
+    expected, found = (detections(boxes, [0.9, 0.8, 0.7], [0, 1, 2]) for _ in range(2))
+    expected.pred_masks = torch.linspace(0, 1, 3)[:, None, None, None].expand(-1, 1, 28, 28)
+    found.pred_masks = expected.pred_masks + 0.001
+    order = torch.tensor([2, 0, 1])
+    assert _count_alike(found[order], expected) == 3
+    found.pred_masks = found.pred_masks[[0, 2, 1]]
+    assert _count_alike(found[order], expected) == 1
+    found.pred_masks = expected.pred_masks
+    expected.pred_keypoints = torch.zeros(3, 17, 3)
+    found.pred_keypoints = torch.zeros(3, 17, 3)
+    found.pred_keypoints[1, 16, 0] = 1.0
+    assert _count_alike(found, expected) == 2
+
+
 def test_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint in .*OUTPUT_DIR.*--weights"):
         find_weights(detector_config("retinanet", OUTPUT_DIR=str(tmp_path)))

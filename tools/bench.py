@@ -40,6 +40,8 @@ training, commit, versions, hardware, command, and the key by which it is known 
 of the config, without its OUTPUT_DIR, keys that are off and heads not in use, of the weights of its
 teacher, and of what is in the PLUGIN: change what a run depends on, and it is another run.
 Detectron2's defaults count too: another version of it can have other keys.
+TEST is no part of the key, and neither is what is in the teacher's CONFIG_FILE: where one of them
+becomes another, give the table other RESULTS and another OUTPUT_DIR.
 Settings are chosen on val. On test nothing is chosen.
 
 The output of each run is in OUTPUT_DIR: val.txt and test.txt are what train_net.py said. Killed

@@ -45,7 +45,8 @@ def curves(rows: Sequence[str], results: Sequence[Row], part: str) -> Dict[str, 
         name of each row with a finished run to its curve, in the order of `rows`
     """
     found: Dict[str, Curve] = {}
-    for (row, iterations), group in groups(results).items():
+    measured = [x for x in results if x[f"{part}_AP"]]
+    for (row, iterations), group in groups(measured).items():
         if row in rows:
             values = [float(x[f"{part}_AP"]) for x in group.values()]
             mean = sum(values) / len(values)

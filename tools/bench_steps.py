@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -87,7 +88,7 @@ def run_cell(table: Table, cell: Cell, lock: IO, children: Children) -> Row:
         **{k: f"{v:.3f}" for k, v in scores.items()},
         "seconds": f"{training_seconds(folder, cell.iterations):.0f}",
         **how,
-        "command": " ".join(["python", "train_net.py", *cell.source, *cell.words]),
+        "command": shlex.join(["python", "train_net.py", *cell.source, *cell.words]),
         "key": cell.key,
         "recipe": cell.recipe,
     }

@@ -36,7 +36,8 @@ COMMON = ["run", "YAML", "iterations", "seeds"]
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns: the exit code; 1 where --check finds another text"""
     args = parse_args(argv)
-    found = differing(documents(args.root), os.path.join(args.root, "configs", "bench"), args.root)
+    root = os.path.abspath(args.root)  # the paths of tables are joined to it
+    found = differing(documents(root), os.path.join(root, "configs", "bench"), root)
     for path, text in found.items():
         if args.check:
             print(f"{path} is not what the CSV says; write it: python tools/bench_tables.py")
@@ -96,8 +97,9 @@ def make_table(table: Table, results: Sequence[Row], budget: int = 0) -> str:
     Args:
         budget: iterations of the runs to show, the best first; 0: of all, in the table's order
     """
-    found = groups(results)
     parts = ["val", "test"] if table.test else ["val"]
+    results = [x for x in results if x[f"{parts[-1]}_AP"]]  # TEST may be younger than a run
+    found = groups(results)
     lines, masks = [], any(x[f"{parts[-1]}_mask_AP"] for x in results)
     for row, iterations in in_order(found, table.rows):
         if budget in (0, iterations):

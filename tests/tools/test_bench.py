@@ -3,6 +3,7 @@
 import fcntl
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -103,6 +104,25 @@ def test_each_run_is_a_row_with_its_figures_and_how_they_came_about(
     assert first["recipe"] == rows[1]["recipe"]
     said = capsys.readouterr().out
     assert "2 cells, 0 finished, 2 to run" in said and "[2/2 cells] 8 of 8 iterations" in said
+
+
+def test_command_of_a_row_gives_its_words_back_to_a_shell(tool: Callable, place: Path) -> None:
+    values = ["DATASETS.SHAPES.ROOT", str(place / "a folder"), "SOLVER.STEPS", [1, 2]]
+    assert bench(tool, write(place, SEEDS=[1], OPTS=values)) == 0
+    words = shlex.split(results(tool, place)[0]["command"])
+    assert words[4:8] == list(map(str, values))
+
+
+def test_set_that_a_table_reports_may_be_added_later(tool: Callable, place: Path) -> None:
+    bench(tool, write(place, SEEDS=[1], TEST=""))
+    assert [x["test_AP"] for x in results(tool, place)] == [""]
+    table = write(place, SEEDS=[1])
+    bench(tool, table)
+    assert calls(place) == ["val", "test"], "what is trained is not trained again"
+    assert results(tool, place)[-1]["test_AP"] == "41.000"
+    bench(tool, table)
+    bench(tool, write(place, SEEDS=[1], TEST=""))
+    assert len(calls(place)) == len(results(tool, place)) == 2
 
 
 def test_finished_runs_are_not_repeated_and_changed_ones_are_run(

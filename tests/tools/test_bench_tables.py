@@ -70,6 +70,27 @@ def cells_of(path: Path) -> List[List[str]]:
     return [[x.strip() for x in line.strip("|").split("|")] for line in lines]
 
 
+def test_run_without_a_figure_on_the_tables_test_set_is_left_out(
+    tables: ModuleType, folder: Path, add: Callable, tool: Callable
+) -> None:
+    add([result("mgd", 1, 30.0), result("alone", 1, 20.0, test_AP="", test_AP50="")])
+    tables.main(["--root", str(folder)])
+    assert [x[0] for x in cells_of(folder / "README.md")[2:]] == ["mgd"]
+    rows = tool("bench_results").read_results(str(folder / "configs/bench/pairs.csv"))
+    curves = tool("bench_curves").curves
+    assert list(curves(["alone", "mgd"], rows, "test")) == ["mgd"]
+    assert list(curves(["alone", "mgd"], rows, "val")) == ["alone", "mgd"]
+
+
+def test_documents_may_be_named_from_another_folder(
+    tables: ModuleType, folder: Path, add: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add([result("mgd", 1, 30.0)])
+    monkeypatch.chdir(folder.parent)
+    assert tables.main(["--root", folder.name]) == 0
+    assert [x[0] for x in cells_of(folder / "README.md")[2:]] == ["mgd"]
+
+
 def test_table_has_means_intervals_and_paired_gains(
     tables: ModuleType, folder: Path, add: Callable
 ) -> None:

@@ -56,13 +56,15 @@ Rows = List[Dict[str, Any]]
 class Part:
     """
     `words`: what Python is started with; `read`: its output -> rows; `env`: more of the
-    environment. Once it has run, `state` is "ok", "failed" or "out of time".
+    environment; `file`: beside its output what `read` reads, if anything. Once it has run, `state`
+    is "ok", "failed" or "out of time".
     """
 
     name: str
     words: List[str]
     read: Callable[[str], Rows]
     env: Dict[str, str] = field(default_factory=dict)
+    file: Optional[Path] = None
     state: str = ""
     seconds: float = 0.0
     rows: Rows = field(default_factory=list)
@@ -120,7 +122,7 @@ def _benchmark(kind: str, pair: str, amp: str, output: Path, rehearse: bool) -> 
     def read(text: str) -> Rows:
         return benchmark_rows(json.loads(file.read_text()))
 
-    return Part(name, words, read)
+    return Part(name, words, read, file=file)
 
 
 def benchmark_rows(report: Dict[str, Any]) -> Rows:
@@ -161,7 +163,7 @@ def _training(amp: str, output: Path, rehearse: bool) -> Part:
         row = {"iterations": metrics.done, "s an iteration": median(seconds)} if seconds else {}
         return [{**row, "AP": ap[-1] if ap else None}]
 
-    return Part(name, words, read)
+    return Part(name, words, read, file=folder / "metrics.json")
 
 
 def run(part: Part, output: Path, seconds: float) -> None:
@@ -169,6 +171,8 @@ def run(part: Part, output: Path, seconds: float) -> None:
     if seconds <= 0:
         part.state = "out of time"
         return
+    if part.file:
+        part.file.unlink(missing_ok=True)  # an earlier check's would be taken for this one's
     start, log = time.monotonic(), output / part.log
     env = {**os.environ, **part.env, "PYTHONPATH": _with_root(os.environ.get("PYTHONPATH", ""))}
     with open(log, "w") as file:
@@ -244,7 +248,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # No part may take the time of all others.
         run(part, output, min(end - time.monotonic(), 24 * args.minutes))
         show(part)
-        rows = [{k: v for k, v in asdict(x).items() if k != "read"} for x in parts[: i + 1]]
+        rows = [{k: v for k, v in asdict(x).items() if k not in ("read", "file")} for x in parts[: i + 1]]
         (output / "gpu_check.json").write_text(json.dumps({**found, "parts": rows}, indent=2))
     return int(any(x.state != "ok" for x in parts))
 

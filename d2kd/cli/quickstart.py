@@ -98,7 +98,21 @@ def plan(args: argparse.Namespace) -> Tuple[Dict[str, Step], Dict[str, Step]]:
         ALONE: (args.student, [word for pair in alone for word in pair], ""),
         DISTILLED: (args.distilled, args.opts, ""),
     }
+    _check_folders(second)
     return first, second
+
+
+def _check_folders(steps: Dict[str, Step]) -> None:
+    """
+    Raises:
+        ValueError: one would overwrite the other's weights
+    """
+    folders = {load_config(yaml, opts).OUTPUT_DIR for yaml, opts, _ in steps.values()}
+    if len(folders) < len(steps):
+        raise ValueError(
+            f"OUTPUT_DIR: {' and '.join(steps)} would both be written to {folders.pop()!r}. Leave "
+            "it to their YAMLs, whose folders are below the one that the quickstart is run in."
+        )
 
 
 def runs_at_once(device: str) -> int:

@@ -51,6 +51,12 @@ def test_several_teachers_are_refused() -> None:
         quickstart.plan(args)
 
 
+def test_one_folder_for_both_students_is_refused() -> None:
+    args = quickstart.parse_args(["OUTPUT_DIR", "output/mine"])
+    with pytest.raises(ValueError, match="OUTPUT_DIR: .* would both be written to 'output/mine'"):
+        quickstart.plan(args)
+
+
 def test_another_student_has_no_shipped_end() -> None:
     args = quickstart.parse_args(["--student", "configs/quickstart/student_faster_rcnn.yaml"])
     assert list(quickstart.plan(args)[0]) == ["teacher"]
@@ -98,14 +104,17 @@ def write(script: Path, *lines: str) -> None:
 
 
 def test_a_mistake_in_one_ends_the_other(
-    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    scripted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     mistake = 'case "$*" in *cwd*) sleep 1; echo "DISTILL.X is wrong"; exit 2;; esac'
     write(scripted, mistake, "exec sleep 100")
     begin = time.monotonic()
     with pytest.raises(SystemExit) as ended:
-        opts = ["OUTPUT_DIR", str(tmp_path)]
-        quickstart.run_all(Steps(), steps(*opts), jobs=2)
+        quickstart.run_all(Steps(), steps(), jobs=2)
     assert ended.value.code == 2 and time.monotonic() - begin < 50
     assert capsys.readouterr().err == "DISTILL.X is wrong\n"
 

@@ -29,6 +29,25 @@ def test_part_that_fails_does_not_stop_the_others(
 
 
 @pytest.mark.process
+def test_part_that_fails_has_no_rows_of_an_earlier_check(
+    tool: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_check = tool("gpu_check")
+    monkeypatch.setattr(gpu_check.sys, "executable", "false")
+    for part in gpu_check.parts_of(tmp_path, rehearse=True):
+        if part.file:
+            part.file.parent.mkdir(exist_ok=True)
+            if part.name == "training":
+                part.file.write_text('{"iteration": 1, "time": 0.1, "total_loss": 1, "bbox/AP": 9}')
+            else:
+                part.file.write_text('{"seconds": {"student": [0.2]}, "peak_mib": {}}')
+            assert part.read("")[0] not in ({"AP": None}, {})
+        gpu_check.run(part, tmp_path, 60.0)
+        assert part.state == "failed"
+        assert part.rows in ([{"last line": "none"}], [{"AP": None}], [{"which": []}])
+
+
+@pytest.mark.process
 def test_part_that_hangs_is_ended(tool: Callable[[str], ModuleType], tmp_path: Path) -> None:
     gpu_check = tool("gpu_check")
     part = gpu_check.Part("hangs", ["-c", "import time; time.sleep(600)"], lambda text: [])

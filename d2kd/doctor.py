@@ -137,7 +137,7 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Tuple[LossGr
         gradients of the losses in the first step, and the cost of the steps after it
     """
     device, classes = torch.device(cfg.MODEL.DEVICE), distiller.pair.student.num_classes
-    height = cfg.INPUT.MIN_SIZE_TRAIN[0]
+    height = cfg.INPUT.MIN_SIZE_TRAIN[0] or 320  # 0: images stay as they are
     size = height, min(4 * height // 3, cfg.INPUT.MAX_SIZE_TRAIN)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
     batches = [noise_batch(num_images, *size, 4, classes, keypoints) for _ in range(STEPS)]

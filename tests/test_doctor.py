@@ -55,6 +55,14 @@ def test_run_that_works_is_described(
     assert sorted(x.name for x in tmp_path.iterdir()) == before, "nothing is written"
 
 
+def test_images_that_a_run_does_not_resize_are_of_some_size(
+    config_file: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = config_file("retinanet", "retinanet", ["PKD"])
+    assert doctor.main(["--config-file", path, "INPUT.MIN_SIZE_TRAIN", "(0,)"]) == 0
+    assert "images of 320x" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "values",
     [

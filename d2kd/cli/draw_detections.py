@@ -30,35 +30,38 @@ Example: a student of the quickstart beside its teacher
         --detector teacher configs/quickstart/teacher.yaml configs/quickstart/teacher.pth \\
         --detector student configs/quickstart/pkd.yaml output/quickstart/pkd/model_final.pth
 """
-Panel = Tuple[str, str, str]  # title, config file, weights
+Panel = Tuple[str, CfgNode, str]  # title, config, weights
 WIDTH, GAP = 288, 2  # of a picture and of the space around it, pixels
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     import_plugins(args)
-    draw_detections(args.detector, args.opts, args.rows, args.threshold, args.path)
+    panels = [(title, load_config(x, args.opts), weights) for title, x, weights in args.detector]
+    draw_detections(panels, args.rows, args.threshold, args.path)
     print(f"Wrote {args.path}")
 
 
-def draw_detections(
-    panels: Sequence[Panel], opts: Sequence[str], rows: int, threshold: float, path: str
-) -> None:
+def draw_detections(panels: Sequence[Panel], rows: int, threshold: float, path: str) -> None:
     """
     Args:
-        panels: the detectors, left to right
-        opts: config overrides for all of them
+        panels: the detectors, left to right; on the test set of the first
         rows: number of images
         threshold: lowest score that is drawn
         path: picture to write
     """
-    configs = [student_config(load_config(file, opts)) for _, file, _ in panels]
+    configs = [student_config(cfg) for _, cfg, _ in panels]
     for (title, _, _), cfg in zip(panels, configs):
         if cfg.MODEL.LOAD_PROPOSALS:
             raise ValueError(
                 f"--detector {title}: MODEL.LOAD_PROPOSALS is True: it needs proposals with each "
                 "image, and is given images alone."
             )
+    if not configs[0].DATASETS.TEST:
+        raise ValueError(
+            f"--detector {panels[0][0]}: DATASETS.TEST is empty: that of the first detector names "
+            "the images to draw."
+        )
     register_datasets(configs[0], configs[0].MODEL.META_ARCHITECTURE, parts=("TEST",))
     name = configs[0].DATASETS.TEST[0]
     images = get_detection_dataset_dicts([name])

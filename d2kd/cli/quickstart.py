@@ -62,11 +62,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     folder = os.path.dirname(load_config(args.student, args.opts).OUTPUT_DIR.rstrip("/")) or "."
     with open(os.path.join(folder, "table.md"), "w") as file:
         file.write(report + "\n")
-    panels = [
-        (name, yaml, weights or os.path.join(load_config(yaml, opts).OUTPUT_DIR, "model_final.pth"))
-        for name, (yaml, opts, weights) in {**second, **first}.items()
-    ]
-    draw_detections(panels, args.opts, rows=4, threshold=0.3, path=f"{folder}/detections.png")
+    panels = []
+    for name, (yaml, opts, weights) in {**second, **first}.items():
+        own = load_config(yaml, opts)
+        panels.append((name, own, weights or os.path.join(own.OUTPUT_DIR, "model_final.pth")))
+    draw_detections(panels, rows=4, threshold=0.3, path=f"{folder}/detections.png")
     print(
         f"\nTable: {folder}/table.md. Picture: {folder}/detections.png. "
         f"Curves: tensorboard --logdir {folder}"

@@ -227,6 +227,14 @@ def test_a_detector_that_wants_proposals_is_refused(tmp_path: Path) -> None:
         draw_detections.main(words)
 
 
+def test_a_detector_without_a_test_set_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "detector.yaml"
+    path.write_text(detector_config("retinanet", DATASETS__TEST=()).dump())
+    words = [str(tmp_path / "a.png"), "--detector", "mine", str(path), "weights.pth"]
+    with pytest.raises(ValueError, match="--detector mine: DATASETS.TEST is empty"):
+        draw_detections.main(words)
+
+
 def test_each_detector_names_its_own_classes(
     folder: Path,
     finished: Path,

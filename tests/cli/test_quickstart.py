@@ -57,6 +57,20 @@ def test_one_folder_for_both_students_is_refused() -> None:
         quickstart.plan(args)
 
 
+def test_each_detector_is_drawn_by_the_config_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "quickstart").mkdir(parents=True)
+    monkeypatch.setattr(quickstart, "register_datasets", lambda cfg: None)
+    monkeypatch.setattr(Steps, "run", lambda *_: dict.fromkeys(METRICS, 1.0))
+    drawn: List[tuple] = []
+    monkeypatch.setattr(quickstart, "draw_detections", lambda panels, **_: drawn.extend(panels))
+    quickstart.main(["MODEL.RETINANET.NUM_CONVS", "7"])
+    students = {title for title, cfg, _ in drawn if cfg.MODEL.RETINANET.NUM_CONVS == 7}
+    assert students == {"student alone", "student distilled"} and len(drawn) == 4
+
+
 def test_another_student_has_no_shipped_end() -> None:
     args = quickstart.parse_args(["--student", "configs/quickstart/student_faster_rcnn.yaml"])
     assert list(quickstart.plan(args)[0]) == ["teacher"]

@@ -248,7 +248,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # No part may take the time of all others.
         run(part, output, min(end - time.monotonic(), 24 * args.minutes))
         show(part)
-        rows = [{k: v for k, v in asdict(x).items() if k not in ("read", "file")} for x in parts[: i + 1]]
+        rows = [
+            {k: v for k, v in asdict(x).items() if k not in ("read", "file")}
+            for x in parts[: i + 1]
+        ]
         (output / "gpu_check.json").write_text(json.dumps({**found, "parts": rows}, indent=2))
     return int(any(x.state != "ok" for x in parts))
 

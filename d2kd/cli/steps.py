@@ -19,7 +19,7 @@ from ..utils.atomic_file import write_json
 from ..utils.packaged import find_file
 from ..utils.sha256 import sha256_of
 from ..weights.run_checkpoints import TAG, forget_last_checkpoint
-from ..weights.start import starting_weights
+from ..weights.start import starting_weights, teacher_digests
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
 MASK_AP = "mask AP"  # of detectors that have masks
@@ -66,7 +66,10 @@ class Steps:
             words = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]
             return evaluation(self._command(["eval", *command[1:], *opts, *words], cfg, name))
         done = os.path.join(cfg.OUTPUT_DIR, "quickstart.json")
-        _forget_if_changed(cfg.OUTPUT_DIR, [*plugins, *starting_weights(cfg)])
+        files = [x for x in (*plugins, *starting_weights(cfg)) if os.path.isfile(x)]
+        # Those that are missing are for the command to tell.
+        digests = [*map(sha256_of, files), *teacher_digests(cfg)]
+        _forget_if_changed(cfg.OUTPUT_DIR, digests)
         if not self.fresh and os.path.isfile(done) and _is_of(_load(done)["config"], cfg):
             print(f"Done before: {done}. Add --fresh to repeat it.")
             return _load(done)["results"]
@@ -158,14 +161,17 @@ def _resumable(cfg: CfgNode) -> List[str]:
     return ["--resume"] if _is_of(load_config(saved).dump(), cfg) else []
 
 
-def _forget_if_changed(folder: str, paths: Sequence[str]) -> None:
+def _forget_if_changed(folder: str, now: Sequence[str]) -> None:
     """
-    Forget the run in OUTPUT_DIR if these files were others then: with a head that was edited, or a
+    Forget the run in OUTPUT_DIR if its files were others then: with a head that was edited, or a
     teacher that was trained anew, it is another run under the same config.
+
+    Args:
+        now: what they are by now, see :func:`sha256_of`
     """
     record = os.path.join(folder, "files.json")
-    now = [sha256_of(x) for x in paths if os.path.isfile(x)]  # the command tells what is missing
-    if os.path.isfile(record) and _load(record) != now:
+    before = _load(record) if os.path.isfile(record) else []
+    if before != now[: len(before)]:  # earlier records have no teachers' configs behind the rest
         Path(folder, "quickstart.json").unlink(missing_ok=True)
         forget_last_checkpoint(folder)
     os.makedirs(folder, exist_ok=True)

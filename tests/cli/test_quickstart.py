@@ -171,14 +171,17 @@ def test_an_interrupted_step_is_gone_on_with_and_another_begins_anew(
         (run / "quickstart.json").unlink()
 
 
-@pytest.mark.parametrize("edited", ["head.py", "teacher.pth"])
+@pytest.mark.parametrize("edited", ["head.py", "teacher.pth", "teacher.yaml", "base.yaml"])
 def test_a_step_with_another_head_or_teacher_is_neither_finished_nor_gone_on_with(
     edited: str, scripted: Path, tmp_path: Path
 ) -> None:
-    # The config has the names of both files, and not what is in them.
+    # The config has the names of these files, and not what is in them.
     write(scripted, *(f"echo '{x}'" for x in FOUND), f'echo "$*" >> {tmp_path}/words')
     run, head, teacher = (tmp_path / x for x in ("run", "head.py", "teacher.pth"))
     opts = ["OUTPUT_DIR", str(run), "DISTILL.TEACHER.WEIGHTS", str(teacher)]
+    opts += ["DISTILL.TEACHER.CONFIG_FILE", str(tmp_path / "teacher.yaml")]
+    (tmp_path / "teacher.yaml").write_text("_BASE_: base.yaml")
+    (tmp_path / "base.yaml").write_text("SEED: 1")
 
     def trained() -> List[str]:
         """The command of each training so far."""
@@ -190,7 +193,8 @@ def test_a_step_with_another_head_or_teacher_is_neither_finished_nor_gone_on_wit
     assert len(trained()) == len(trained()) == 1
     (run / "config.yaml").write_text(load_config(DISTILLED, opts).dump())
     (run / "last_checkpoint").write_text("model_0000001.pth")
-    (tmp_path / edited).write_text("SCALE = 2")
+    with open(tmp_path / edited, "a") as file:
+        file.write("\nVERSION: 2\n")
     words = trained()
     assert len(words) == 2 and "--resume" not in words[1]
 

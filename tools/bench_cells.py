@@ -263,13 +263,15 @@ def _digest(cfg: CfgNode, plugin: str = "") -> str:
     """
     stages = [x for x in (*cfg.DISTILL.STAGES, *cfg.DISTILL.TEACHERS) if isinstance(x, dict)]
     used = {*cfg.DISTILL.HEADS, *itertools.chain(*(x.get("HEADS") or () for x in stages))}
+    # A stage's, or one of several teachers', takes the run's strides.
+    backbones = [(x.get("TEACHER") or {}).get("BACKBONE") for x in (cfg.DISTILL, *stages)]
     heads = {name[: -len("Head")] for name, _ in DISTILL_HEAD_REGISTRY}
     is_distilled = cfg.MODEL.META_ARCHITECTURE == "Distiller"
     sections = {
         "DISTILL.": is_distilled,
         **{f"DISTILL.{head}.": head in used for head in heads},
         "DISTILL.UNLABELLED.": bool(cfg.DISTILL.UNLABELLED.SETS),
-        "DISTILL.TEACHER.BACKBONE_STRIDES": bool(cfg.DISTILL.TEACHER.BACKBONE),
+        "DISTILL.TEACHER.BACKBONE_STRIDES": any(backbones),
         "MODEL.TIMM.": "timm" in cfg.MODEL.BACKBONE.NAME,
     }
     idle = tuple(section for section, is_used in sections.items() if not is_used)

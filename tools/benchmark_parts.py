@@ -73,6 +73,11 @@ def build_config(args: argparse.Namespace, folder: str) -> CfgNode:
     device = [] if args.device == "auto" else ["MODEL.DEVICE", args.device]
     if args.config_file:
         cfg = load_config(args.config_file, [*device, *args.opts])
+        if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+            raise ValueError(
+                f"--config-file: {args.config_file} trains a student alone. Name the YAML of a "
+                "distillation."
+            )
         if cfg.DISTILL.TEACHERS:
             raise ValueError(
                 f"--config-file {args.config_file} has several teachers (DISTILL.TEACHERS); the "

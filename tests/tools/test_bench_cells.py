@@ -200,6 +200,23 @@ def test_keys_that_are_off_and_heads_not_in_use_make_no_other_run(
     assert cells._digest(cfg) != first
 
 
+@pytest.mark.parametrize("key", ["STAGES", "TEACHERS"])
+def test_strides_count_where_one_of_several_teachers_is_a_backbone(
+    key: str, cells: ModuleType, tmp_path: Path
+) -> None:
+    opts = write_teacher(tmp_path, "retinanet")
+    (tmp_path / "distilled.yaml").write_text(run_config(tmp_path, opts, ["PKD"]).dump())
+
+    def recipe(entry: Dict[str, Any], strides: List[int]) -> str:
+        words = [f"DISTILL.{key}", repr([{}, entry])]
+        words += ["DISTILL.TEACHER.BACKBONE_STRIDES", repr(strides)]
+        return cells.Cell("x", str(tmp_path / "distilled.yaml"), tuple(words), 1, 4).recipe
+
+    backbone = {"TEACHER": {"BACKBONE": "test_vit"}}
+    assert recipe(backbone, [8]) != recipe(backbone, [32])
+    assert recipe({"HEADS": ["MGD"]}, [8]) == recipe({"HEADS": ["MGD"]}, [32])
+
+
 def test_output_of_another_config_is_in_another_folder(
     cells: ModuleType, write: Callable[..., str]
 ) -> None:

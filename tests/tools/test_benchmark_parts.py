@@ -36,6 +36,15 @@ def test_one_student_and_one_teacher_for_all_arms(
     assert [list(x.heads) for x in ones] == [["MGD"], ["PKD"]]
 
 
+def test_student_alone_is_refused(
+    parts: ModuleType, small_args: Callable[..., Namespace], tmp_path: Path
+) -> None:
+    (tmp_path / "alone.yaml").write_text("MODEL: {META_ARCHITECTURE: RetinaNet}\nVERSION: 2\n")
+    args = small_args("--config-file", str(tmp_path / "alone.yaml"), "--heads", "PKD")
+    with pytest.raises(ValueError, match="alone.yaml trains a student alone"):
+        parts.build_config(args, "")
+
+
 def test_head_alone_reaches_the_head_and_not_the_student(
     parts: ModuleType,
     small_args: Callable[..., Namespace],

@@ -83,11 +83,12 @@ def provenance(device: str, results: str) -> Row:
 
     Args:
         device: MODEL.DEVICE
-        results: the CSV, whose new rows do not make the code another one
+        results: the CSV; new rows of it, or of one beside it, do not make the code another one
     """
     commit = _git("rev-parse", "--short=10", "HEAD")
-    ours = os.path.relpath(os.path.abspath(results), ROOT)
-    besides = [] if ours.startswith("..") else [f":(exclude){ours}"]
+    figures = os.path.join(os.path.dirname(os.path.abspath(results)), "*.csv")
+    ours = os.path.relpath(figures, ROOT)
+    besides = [] if ours.startswith("..") else [f":(exclude,glob){ours}"]
     changes = _git("status", "--porcelain", "-uno", "--", ".", *besides)
     return {
         "commit": commit or "unknown",

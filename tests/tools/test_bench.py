@@ -305,12 +305,13 @@ def test_code_that_is_not_committed_is_told_and_the_csv_is_no_code(
         return [how["commit"], how["dirty"]]
 
     assert told() == ["unknown", "unknown"]
-    (tmp_path / "results.csv").touch()
-    (tmp_path / "code.py").touch()
+    for name in ("results.csv", "results_samples.csv", "code.py"):
+        (tmp_path / name).touch()
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "a"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     (tmp_path / "results.csv").write_text("new row")
+    (tmp_path / "results_samples.csv").write_text("of bench_verdict.py")
     assert len(told()[0]) == 10 and told()[1] == "no"
     (tmp_path / "code.py").write_text("changed")
     assert told()[1] == "yes" and told("../elsewhere.csv")[1] == "yes"

@@ -118,12 +118,13 @@ def evaluation(lines: Sequence[str]) -> Dict[str, float]:
     Read Detectron2's last "copypaste" blocks: a line of names, a line of values; one for boxes, and
     one for masks where the detector has some.
 
-    Detectron2 says NaN where a detector detects nothing at all; that is an AP of 0.
+    Detectron2 says NaN where a detector detects nothing at all; that is an AP of 0. What an
+    evaluator does not measure, as Pascal VOC's no AP by size, is NaN.
     """
     rows = [x.split("copypaste: ")[1] for x in lines if "copypaste: " in x]
     found = _block(rows, "bbox")
     masks = _block(rows, "segm") if "Task: segm" in rows else {}
-    return {**{k: found[k] for k in METRICS}, **({MASK_AP: masks["AP"]} if masks else {})}
+    return {**{k: found.get(k, math.nan) for k in METRICS}, **({MASK_AP: masks["AP"]} if masks else {})}
 
 
 def _block(rows: List[str], task: str) -> Dict[str, float]:

@@ -174,6 +174,12 @@ def test_metrics_are_those_of_boxes_and_the_ap_of_masks_where_there_are_some(
     assert evaluation(lines + blind)["mask AP"] == 0.0
 
 
+def test_what_pascal_voc_does_not_measure_is_not_a_number(tool: Callable) -> None:
+    lines = ["copypaste: Task: bbox", "copypaste: AP,AP50,AP75", "copypaste: 1,2,3"]
+    found = tool("quickstart").evaluation(lines)
+    assert [str(x) for x in found.values()] == ["1.0", "2.0", "nan", "nan", "nan"]
+
+
 def test_size_without_objects_has_a_dash(paired: ModuleType) -> None:
     runs = {"AP": 30.0, "AP50": 50.0, "APs": 20.0, "APm": 40.0, "APl": math.nan}
     results = {arm: {1: runs} for arm in paired.ARMS}

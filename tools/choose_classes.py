@@ -12,6 +12,7 @@ import sys
 from typing import Any, Dict, Optional, Sequence
 
 from d2kd.cli.common import command_parser
+from d2kd.utils.atomic_file import write_json
 from d2kd.utils.checks import nearest
 from d2kd.utils.user_mistakes import run_command
 
@@ -49,8 +50,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with open(args.source) as file:
         data = choose(json.load(file), args.classes)
     os.makedirs(os.path.dirname(args.target) or ".", exist_ok=True)
-    with open(args.target, "w") as file:
-        json.dump(data, file)
+    write_json(args.target, data)  # which may be the source
     print(
         f"{args.target}: {len(data['images'])} images, {len(data['annotations'])} objects of "
         f"{', '.join(x['name'] for x in data['categories'])}"

@@ -14,6 +14,7 @@ import torch
 
 from d2kd.checkpoint import check_is_file
 from d2kd.cli.common import command_parser
+from d2kd.utils.atomic_file import atomic_write
 from d2kd.utils.sha256 import sha256_of
 from d2kd.utils.user_mistakes import run_command
 from d2kd.weights.safe_load import read_weights_file
@@ -37,7 +38,8 @@ def shrink(source: str, target: str) -> str:
     for key, value in halves.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{key} of {source} does not fit into float16")
-    torch.save({"model": halves}, target)
+    with atomic_write(target) as file:  # it may be the source
+        torch.save({"model": halves}, file)
     return sha256_of(target)
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import os
 import sys
+from pathlib import Path
 from typing import Optional, Sequence
 
 from ..cli.common import add_config_options, command_parser, read_config
@@ -49,13 +49,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "--formats: a graph is given an image alone, but MODEL.LOAD_PROPOSALS is True: this "
             "student needs proposals with it. Leave --formats out."
         )
+    proof = Path(args.output, "report.json")
+    proof.unlink(missing_ok=True)  # of an earlier export, whose weights are replaced now
     report = {"config_file": args.config_file, "weights": weights}
     export_student(cfg, weights, args.output)
     report.update({"no_yaml": reason} if reason else verify(cfg, weights, args.output))
     for name in args.formats:
         report[name] = export_graph(cfg, weights, name, args.output)
-    with open(os.path.join(args.output, "report.json"), "w") as file:
-        json.dump(report, file, indent=2)
+    proof.write_text(json.dumps(report, indent=2))
     print(json.dumps(report, indent=2))
     graphs = [report[name] for name in args.formats]
     proved = [reason or report["verified"], *(x.get("verified") for x in graphs)]

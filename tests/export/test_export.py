@@ -265,6 +265,25 @@ def test_student_without_a_stock_yaml_wants_any_graph(
     assert main([*words, "--formats", "onnx"]) == 0 and asked == ["onnx"]
 
 
+def test_interrupted_export_leaves_no_proof_of_an_earlier_one(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, weights = saved("retinanet", MODEL__RETINANET__NORM="", **stock_backbone("retinanet"))
+    path, output = tmp_path / "run.yaml", tmp_path / "out"
+    path.write_text(cfg.dump())
+    words = ["--config-file", str(path), "--weights", weights, "--output", str(output)]
+    monkeypatch.setattr(command, "verify", lambda *_: {"verified": True})
+    assert main(words) == 0 and (output / "report.json").is_file()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "verify", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(words)
+    assert sorted(os.listdir(output)) == ["student.pth", "student.yaml"]
+
+
 def test_graph_of_another_student_is_told(
     saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

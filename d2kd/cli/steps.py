@@ -124,7 +124,8 @@ def evaluation(lines: Sequence[str]) -> Dict[str, float]:
     rows = [x.split("copypaste: ")[1] for x in lines if "copypaste: " in x]
     found = _block(rows, "bbox")
     masks = _block(rows, "segm") if "Task: segm" in rows else {}
-    return {**{k: found.get(k, math.nan) for k in METRICS}, **({MASK_AP: masks["AP"]} if masks else {})}
+    boxes = {k: found.get(k, math.nan) for k in METRICS}
+    return {**boxes, **({MASK_AP: masks["AP"]} if masks else {})}
 
 
 def _block(rows: List[str], task: str) -> Dict[str, float]:

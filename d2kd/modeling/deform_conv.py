@@ -66,26 +66,19 @@ class DeformConv(nn.Module):
             (N, C', H', W')
         """
         convolve = _by_detectron2 if COMPILED and x.is_cuda else _elsewhere
-        x = convolve(self, x, offset, mask)
+        # In the weights' precision also under AMP: Detectron2's operator takes no maps of another,
+        # and torchvision's has no half precision on CPUs.
+        kind, dtype = x.dtype, self.weight.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            x, offset, mask = (y if y is None else y.to(dtype) for y in (x, offset, mask))
+            x = convolve(self, x, offset, mask).to(kind)
         x = x if self.norm is None else self.norm(x)
         return x if self.activation is None else self.activation(x)
 
 
 def _elsewhere(layer: DeformConv, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """In the weights' precision also under AMP, for which it has no operator on CPUs."""
-    weight, bias, dtype = layer.weight, layer.bias, layer.weight.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        output = deform_conv2d(
-            x.to(dtype),
-            offset.to(dtype),
-            weight,
-            bias,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            None if mask is None else mask.to(dtype),
-        )
-    return output.to(x.dtype)
+    how = layer.stride, layer.padding, layer.dilation
+    return deform_conv2d(x, offset, layer.weight, layer.bias, *how, mask)
 
 
 def _by_detectron2(layer: DeformConv, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:

@@ -186,3 +186,27 @@ def test_under_amp_it_computes_in_the_precision_of_its_weights(masked: bool) -> 
         found = layer(*half)
     expected = layer(*(x if x is None else x.float() for x in half))
     assert found.dtype == torch.float16 and torch.equal(found, expected.half())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_amp_a_compiled_operator_gets_maps_in_the_precision_of_its_weights(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Detectron2's multiplies by the weights as they are, and fails where maps are float16."""
+    layer, inputs = layer_and_inputs(masked, padding=1)
+    layer.float()
+    half = [x if x is None else x.detach().half() for x in inputs]
+    given: List[Tensor] = []
+
+    def operator(*args: Any) -> Tensor:
+        given.extend(x for x in args if torch.is_tensor(x))
+        return args[0].new_zeros(2, 6, 7, 7)
+
+    for name in ("deform_conv", "modulated_deform_conv"):
+        monkeypatch.setattr(deform_conv.detectron2_operators, name, operator)
+    monkeypatch.setattr(deform_conv, "COMPILED", True)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    with cuda_autocast():
+        found = layer(*half)
+    assert found.dtype == torch.float16
+    assert len(given) == (5 if masked else 3) and all(x.dtype == torch.float32 for x in given)

@@ -33,8 +33,11 @@ class CompiledBackbone:
         from torch._dynamo import lookup_backend
 
         self.graphs += 1
-        shapes = [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4]
-        text = f"DISTILL.TEACHER.COMPILE: compiling graph {self.graphs}, for {shapes[0]}."
+        # Parameters are inputs, too, and so are buffers, such as those of a norm. Behind a break of
+        # the graph there may be no map of four dimensions.
+        own = (x for x in inputs if torch.is_tensor(x) and not isinstance(x, nn.Parameter))
+        shape = max((tuple(x.shape) for x in own), key=len, default=())
+        text = f"DISTILL.TEACHER.COMPILE: compiling graph {self.graphs}, for {shape}."
         if self.graphs > EXPECTED_GRAPHS:
             logger.warning(
                 f"{text} If this goes on, it is compiled anew for each image size: let INPUT give "

@@ -137,3 +137,31 @@ def test_graphs_are_counted_and_one_for_each_size_is_a_warning(
     levels = [x.levelno for x in caplog.records]
     assert levels == [logging.INFO] * compiled.EXPECTED_GRAPHS + [logging.WARNING]
     assert "graph 4, for (2, 3, 64, 64). If this goes on" in caplog.text
+
+
+class Tokens(nn.Module):
+    """Of what comes behind the break, which has no map of four dimensions, a graph of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.patches(x)).flatten(2).transpose(1, 2)
+        torch._dynamo.graph_break()
+        return self.linear(x)
+
+
+def test_graph_is_told_by_what_it_is_given_and_not_by_a_weight(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    caplog.set_level("INFO", logger="d2kd")
+    detector, x = Detector(), torch.rand(2, 3, 8, 12)
+    detector.backbone = Tokens().eval().requires_grad_(False)
+    expected = detector.backbone(x)
+    backbone = compiled.CompiledBackbone(detector)
+    assert torch.equal(detector.backbone(x), expected) and backbone.graphs == 2
+    assert "graph 1, for (2, 3, 8, 12)." in caplog.text
+    assert "graph 2, for (2, 6, 8)." in caplog.text

@@ -177,5 +177,12 @@ class MakeUpEvaluation(HookBase):
         trainer.iter = trainer.storage.iter = next_iter
 
     def _is_there(self, iteration: int) -> bool:
-        lines = read_lines(os.path.join(self.folder, "metrics.json"))
-        return any(x["iteration"] == iteration and any("/AP" in k for k in x) for x in lines)
+        is_there = False
+        for line in read_lines(os.path.join(self.folder, "metrics.json")):
+            # A step takes the place of what was logged from it on, also by an earlier run that this
+            # one has replaced.
+            if "total_loss" in line and line["iteration"] <= iteration:
+                is_there = False
+            if line["iteration"] == iteration and any("/AP" in k for k in line):
+                is_there = True
+        return is_there

@@ -291,6 +291,21 @@ def test_evaluation_that_was_interrupted_is_made_up_for(
     assert_same_tensors(weights(tmp_path, "model_best"), weights(tmp_path, "model_0000001"))
 
 
+def test_evaluation_of_an_earlier_run_in_the_folder_does_not_stand_in_for_one(
+    folder: Path, tmp_path: Path, answers: Dict[int, float]
+) -> None:
+    cfg = best_config(folder, tmp_path, TEST__EVAL_PERIOD=2)
+    answers.update({1: 9.0, 3: 9.0})
+    run(cfg)
+    answers.clear()
+    with pytest.raises(KeyError):
+        run(cfg)
+    answers.update({1: 5.0, 3: 4.0})
+    run(cfg, resume=True)
+    assert evaluations(tmp_path)[1] == 5.0
+    assert_same_tensors(weights(tmp_path, "model_best"), weights(tmp_path, "model_0000001"))
+
+
 def test_evaluation_that_was_logged_is_not_repeated(
     folder: Path, tmp_path: Path, answers: Dict[int, float]
 ) -> None:

@@ -83,10 +83,13 @@ def _elsewhere(layer: DeformConv, x: Tensor, offset: Tensor, mask: Optional[Tens
 
 def _by_detectron2(layer: DeformConv, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:
     how = layer.stride, layer.padding, layer.dilation, layer.groups, layer.deformable_groups
+    # It refuses a teacher with the channels last, or would read its offsets and masks as if they
+    # were in the usual order.
+    x, offset, weight = (y.contiguous() for y in (x, offset, layer.weight))
     if mask is None:
-        return detectron2_operators.deform_conv(x, offset, layer.weight, *how)
+        return detectron2_operators.deform_conv(x, offset, weight, *how)
     return detectron2_operators.modulated_deform_conv(
-        x, offset, mask, layer.weight, layer.bias, *how
+        x, offset, mask.contiguous(), weight, layer.bias, *how
     )
 
 

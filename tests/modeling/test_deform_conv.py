@@ -188,25 +188,41 @@ def test_under_amp_it_computes_in_the_precision_of_its_weights(masked: bool) -> 
     assert found.dtype == torch.float16 and torch.equal(found, expected.half())
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_under_amp_a_compiled_operator_gets_maps_in_the_precision_of_its_weights(
-    masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Detectron2's multiplies by the weights as they are, and fails where maps are float16."""
-    layer, inputs = layer_and_inputs(masked, padding=1)
-    layer.float()
-    half = [x if x is None else x.detach().half() for x in inputs]
-    given: List[Tensor] = []
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> List[Tensor]:
+    """What a compiled operator is called with on a GPU, for a result of 2 x 6 x 7 x 7."""
+    tensors: List[Tensor] = []
 
     def operator(*args: Any) -> Tensor:
-        given.extend(x for x in args if torch.is_tensor(x))
+        tensors.extend(x for x in args if torch.is_tensor(x))
         return args[0].new_zeros(2, 6, 7, 7)
 
     for name in ("deform_conv", "modulated_deform_conv"):
         monkeypatch.setattr(deform_conv.detectron2_operators, name, operator)
     monkeypatch.setattr(deform_conv, "COMPILED", True)
     monkeypatch.setattr(Tensor, "is_cuda", True)
+    return tensors
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_amp_a_compiled_operator_gets_maps_in_the_precision_of_its_weights(
+    masked: bool, given: List[Tensor]
+) -> None:
+    """Detectron2's multiplies by the weights as they are, and fails where maps are float16."""
+    layer, inputs = layer_and_inputs(masked, padding=1)
+    layer.float()
     with cuda_autocast():
-        found = layer(*half)
+        found = layer(*(x if x is None else x.detach().half() for x in inputs))
     assert found.dtype == torch.float16
     assert len(given) == (5 if masked else 3) and all(x.dtype == torch.float32 for x in given)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiled_operator_gets_what_has_the_channels_last_in_the_usual_order(
+    masked: bool, given: List[Tensor]
+) -> None:
+    """Detectron2's checks some of it, and reads all of it as it lies in memory."""
+    layer, inputs = layer_and_inputs(masked, padding=1)
+    last = {"memory_format": torch.channels_last}
+    layer.to(**last)(*(x if x is None else x.contiguous(**last) for x in inputs))
+    assert len(given) == (5 if masked else 3) and all(x.is_contiguous() for x in given)

@@ -42,12 +42,14 @@ def unaliased(logits: Sequence[Tensor], num_classes: int) -> List[Tensor]:
     Clone the maps that Detectron2's inference would turn into probabilities behind our back.
 
     It calls sigmoid_() on (N, Hi*Wi*A, K) views of (N, A*K, Hi, Wi) logits. Reordering copies the
-    data, except where strides alone can express it: one anchor per cell, or a level of one cell.
+    data, except where strides alone can express it: one anchor per cell, a level of one cell, or a
+    map with the channels last, as a backbone such as ConvNeXt lets all that come behind it have it.
     """
-    return [
-        x.clone() if x.shape[1] == num_classes or x.shape[2] * x.shape[3] == 1 else x
+    copied = [
+        x.shape[1] > num_classes and x.shape[2] * x.shape[3] > 1 and x.is_contiguous()
         for x in logits
     ]
+    return [x if is_copied else x.clone() for x, is_copied in zip(logits, copied)]
 
 
 def cells_inside(

@@ -424,10 +424,14 @@ def test_predictions_of_a_teacher_that_one_head_changed_in_place_are_refused_to_
         view.dense()
 
 
-def test_probabilities_in_place_of_logits_are_kept_out() -> None:
-    # A 64 x 64 image has one cell on p6 and p7. There the reordering to (N, Hi*Wi*A, K) that
-    # Detectron2 makes before its sigmoid_() is a view of the logits.
+@pytest.mark.parametrize("last", [False, True])
+def test_probabilities_in_place_of_logits_are_kept_out(last: bool) -> None:
+    # A 64 x 64 image has one cell on p6 and p7. There, and on all levels where the channels are
+    # last in memory, the reordering to (N, Hi*Wi*A, K) that Detectron2 makes before its sigmoid_()
+    # is a view of the logits.
     detector, inputs = build("retinanet"), batch()
+    if last:
+        detector.to(memory_format=torch.channels_last)
     originals = {}
 
     def remember(module: nn.Module, x: Any, output: Any) -> None:
@@ -443,7 +447,7 @@ def test_probabilities_in_place_of_logits_are_kept_out() -> None:
             split = x.view(n, -1, 3, height, width)
             split.permute(0, 3, 4, 1, 2).reshape(n, -1, 3)[0].sigmoid_()
     changed = [not torch.equal(a, b) for a, b in zip(originals["raw"], originals["copy"])]
-    assert changed == [False, False, False, True, True], "the trap itself"
+    assert changed == [last, last, last, True, True], "the trap itself"
     assert_same(view.dense().logits, originals["copy"])
 
 

@@ -88,7 +88,7 @@ class TimmBackbone(Backbone):
             norm: what its BatchNorms do: "BN" train, "SyncBN" with statistics of all processes,
                 "EvalBN" train weight and bias only, "FrozenBN" stay as they are
             freeze_to_stride: what the features of this stride depend on is not trained; 0: all is
-            has_more: the model has coarser features; some of timm's keep the layers of these
+            has_more: the model has features beside these; some of timm's keep the layers of those
         """
         super().__init__()
         strides = net.feature_info.reduction()
@@ -190,7 +190,8 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec, strides: Sequence[int]) -> 
         )
     mean, std = tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)
     images = Images(cfg.INPUT.FORMAT, mean, std)
-    has_more = strides[-1] < max(found)
+    # An HRNet makes all of its features at its end, so that finer ones may be left over, too.
+    has_more = strides[-1] < max(found) or type(net).__name__ == "HighResolutionNetFeatures"
     backbone = TimmBackbone(net, images, node.NORM, node.FREEZE_TO_STRIDE, has_more)
     if node.NORM != "BN" and not backbone._batch_norms():
         raise ValueError(f"MODEL.TIMM.NORM: {node.NAME} has no BatchNorm; leave it at 'BN'.")

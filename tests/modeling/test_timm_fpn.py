@@ -87,8 +87,14 @@ def test_stages_behind_the_last_stride_are_not_built() -> None:
     assert not [k for k, _ in short.named_parameters() if "layer4" in k]
 
 
-def test_layers_that_timm_keeps_behind_the_last_stride_wait_for_no_gradient() -> None:
-    cfg = detector_config("retinanet", **timm_keys("retinanet", STRIDES=[8, 16]))
+# What makes coarser features, and what makes the finest one of several that are made at once.
+@pytest.mark.parametrize(
+    "net, strides", [("test_efficientnet", [8, 16]), ("hrnet_w18_small", [8, 16, 32])]
+)
+def test_layers_that_timm_keeps_for_other_features_wait_for_no_gradient(
+    net: str, strides: List[int]
+) -> None:
+    cfg = detector_config("retinanet", **timm_keys("retinanet", net, STRIDES=strides))
     backbone = build_backbone(cfg)
     sum(x.sum() for x in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
     trained = {k: p for k, p in backbone.bottom_up.named_parameters() if p.requires_grad}

@@ -139,7 +139,7 @@ class TimmBackbone(Backbone):
         and name their stages in many ways.
         """
         parameters = list(self.net.parameters())
-        channels = next(x for x in parameters if x.dim() == 4).shape[1]
+        channels = len(self.images.mean)  # the first convolution may have more, of a folded image
         side = self._out_feature_strides[self._out_features[-1]]
         with torch.enable_grad():
             features = self.net.eval()(torch.zeros(1, channels, side, side))[:count]
@@ -172,7 +172,8 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec, strides: Sequence[int]) -> 
         options["drop_path_rate"] = node.DROP_PATH_RATE
     net = create_timm("MODEL.TIMM.NAME", node.NAME, **options)
     found = net.feature_info.reduction()
-    last = {stride: i for i, stride in enumerate(found)}
+    # Of several with a stride the last. Some nets count one more that is not among them.
+    last = {x["reduction"]: x["index"] for x in net.feature_info.get_dicts()}
     doubling = all(b == 2 * a for a, b in zip(strides, strides[1:]))
     if not doubling or any(x not in last for x in strides):
         raise ValueError(

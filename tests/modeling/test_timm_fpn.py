@@ -149,6 +149,13 @@ def test_frozen_stride_leaves_all_before_it_alone_and_trains_all_behind(norm: st
     assert changed and all(k.startswith(("layer3", "layer4")) for k in changed)
 
 
+def test_image_that_the_first_convolution_sees_folded_has_three_channels_still() -> None:
+    """A TResNet's has 48: of each block of 4x4 pixels, all values."""
+    net = build("retinanet", "tresnet_m", FREEZE_TO_STRIDE=8).backbone.bottom_up.net
+    trained = {k for k, p in net.named_parameters() if p.requires_grad}
+    assert trained and all(k.startswith(("body_layer3", "body_layer4")) for k in trained)
+
+
 def test_frozen_batch_norms_stay_in_eval_mode_from_the_start() -> None:
     bottom_up = build("retinanet", "test_resnet", FREEZE_TO_STRIDE=8).backbone.bottom_up
     for net in (bottom_up.net, bottom_up.train().net):

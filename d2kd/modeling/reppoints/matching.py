@@ -56,7 +56,8 @@ def level_strides(size: Tensor, strides: Tensor, scale: float) -> Tensor:
         (G,), the largest that is at most sqrt(width * height) / scale, if there is one
     """
     exponent = (size / scale).log2().mean(dim=1).floor()
-    return exponent.exp2().clamp(strides.min(), strides.max())
+    # Rounded, as strides are compared by ==, and a GPU's exp2 need not be exact.
+    return exponent.exp2().round().clamp(strides.min(), strides.max())
 
 
 @torch.no_grad()

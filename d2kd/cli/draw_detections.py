@@ -20,6 +20,7 @@ from ..checkpoint import load_whole_detector
 from ..config import load_config, student_config
 from ..data import class_names, register_datasets
 from ..data.class_lists import num_classes
+from ..engine.preflight.check_config import check_config
 from ..panel.tiles import write_picture
 from ..utils.command_line import add_overrides, count, parse_command_line, picture
 from .common import add_plugin_option, command_parser, import_plugins
@@ -49,9 +50,16 @@ def draw_detections(panels: Sequence[Panel], rows: int, threshold: float, path: 
         rows: number of images
         threshold: lowest score that is drawn
         path: picture to write
+
+    Raises:
+        ValueError, OSError: a config or weights that are not sound, or nothing to draw on
     """
     configs = [student_config(cfg) for _, cfg, _ in panels]
     for (title, _, _), cfg in zip(panels, configs):
+        try:
+            check_config(cfg, evaluation=True)
+        except ValueError as error:
+            raise ValueError(f"--detector {title}: {error}") from error
         if cfg.MODEL.LOAD_PROPOSALS:
             raise ValueError(
                 f"--detector {title}: MODEL.LOAD_PROPOSALS is True: it needs proposals with each "
@@ -68,7 +76,7 @@ def draw_detections(panels: Sequence[Panel], rows: int, threshold: float, path: 
     images = images[:: max(len(images) // rows, 1)][:rows]
     shown = MetadataCatalog.get(name)
     canvases = [_canvas(x, shown) for x in images]
-    truth = [canvas.draw_dataset_dict(x) for canvas, x in zip(canvases, images)]
+    truth = [canvas.draw_dataset_dict(_drawable(x)) for canvas, x in zip(canvases, images)]
     columns = [_column("ground truth", truth)]
     for (title, _, weights), cfg in zip(panels, configs):
         cfg.MODEL.WEIGHTS = ""  # Detectron2 would run what is in the file, and load a part of it
@@ -81,6 +89,18 @@ def draw_detections(panels: Sequence[Panel], rows: int, threshold: float, path: 
             drawn.append(_canvas(record, names).draw_instance_predictions(instances))
         columns.append(_column(title, drawn))
     write_picture(path, np.hstack(columns))
+
+
+def _drawable(record: Dict[str, Any]) -> Dict[str, Any]:
+    """
+    Without masks unless all objects have one: Detectron2 draws those of an image where the first
+    object has one, and fails at an object without.
+    """
+    objects = record.get("annotations", ())
+    if all("segmentation" in x for x in objects):
+        return record
+    boxes = [{k: v for k, v in x.items() if k != "segmentation"} for x in objects]
+    return {**record, "annotations": boxes}
 
 
 def _names(cfg: CfgNode, shown: Metadata) -> Metadata:

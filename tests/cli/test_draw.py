@@ -227,12 +227,33 @@ def test_a_detector_that_wants_proposals_is_refused(tmp_path: Path) -> None:
         draw_detections.main(words)
 
 
-def test_a_detector_without_a_test_set_is_refused(tmp_path: Path) -> None:
+def test_no_test_set_and_a_detector_that_is_not_known_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "detector.yaml"
-    path.write_text(detector_config("retinanet", DATASETS__TEST=()).dump())
+    path.write_text(detector_config("retinanet").dump())
     words = [str(tmp_path / "a.png"), "--detector", "mine", str(path), "weights.pth"]
     with pytest.raises(ValueError, match="--detector mine: DATASETS.TEST is empty"):
         draw_detections.main(words)
+    words += ["DATASETS.TEST", "('pets',)"]
+    match = "--detector mine: MODEL.META_ARCHITECTURE is 'RetinNet'.*mean RetinaNet"
+    with pytest.raises(ValueError, match=match):
+        draw_detections.main([*words, "MODEL.META_ARCHITECTURE", "RetinNet"])
+
+
+def test_objects_of_which_some_have_no_mask_are_drawn(tmp_path: Path, forget_sets: None) -> None:
+    def some_masks(said: Any) -> None:
+        for annotation in said["annotations"][::2]:
+            x, y, width, height = annotation["bbox"]
+            annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height]]
+
+    write_set(tmp_path, "pets", some_masks)
+    values = {"MODEL__RETINANET__NUM_CLASSES": len(NAMES), "MODEL__RETINANET__NORM": ""}
+    write_teacher(tmp_path, "retinanet", **values)
+    pets = {"NAME": "pets", "JSON": f"{tmp_path}/pets.json", "IMAGES": f"{tmp_path}/pets"}
+    values.update(DATASETS__COCO_FORMAT=[pets], DATASETS__TEST=("pets",))
+    (tmp_path / "pets.yaml").write_text(detector_config("retinanet", **values).dump())
+    files = [str(tmp_path / x) for x in ("pets.yaml", "retinanet.pth")]
+    draw_detections.main([str(tmp_path / "a.png"), "--detector", "pets", *files])
+    assert cv2.imread(str(tmp_path / "a.png")).shape[1] == 2 * (draw_detections.WIDTH + 4)
 
 
 def test_each_detector_names_its_own_classes(

@@ -15,6 +15,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..config import load_config
+from ..data.class_names import coco_json_files
 from ..utils.atomic_file import write_json
 from ..utils.packaged import find_file
 from ..utils.sha256 import sha256_of
@@ -66,9 +67,9 @@ class Steps:
             words = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", scratch]
             return evaluation(self._command(["eval", *command[1:], *opts, *words], cfg, name))
         done = os.path.join(cfg.OUTPUT_DIR, "quickstart.json")
-        files = [x for x in (*plugins, *starting_weights(cfg)) if os.path.isfile(x)]
+        files = (*plugins, *starting_weights(cfg), *_labels(cfg))
         # Those that are missing are for the command to tell.
-        digests = [*map(sha256_of, files), *teacher_digests(cfg)]
+        digests = [sha256_of(x) for x in files if os.path.isfile(x)] + teacher_digests(cfg)
         _forget_if_changed(cfg.OUTPUT_DIR, digests)
         if not self.fresh and os.path.isfile(done) and _is_of(_load(done)["config"], cfg):
             print(f"Done before: {done}. Add --fresh to repeat it.")
@@ -155,6 +156,12 @@ def mask_warning(gains: Mapping[str, float]) -> str:
     )
 
 
+def _labels(cfg: CfgNode) -> List[str]:
+    """Paths of the JSONs in DATASETS.COCO_FORMAT of what is trained and evaluated on."""
+    used = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    return [path for name, path in coco_json_files(cfg).items() if name in used]
+
+
 def _resumable(cfg: CfgNode) -> List[str]:
     """["--resume"] if OUTPUT_DIR holds an interrupted run of this very config."""
     saved, last = (os.path.join(cfg.OUTPUT_DIR, x) for x in ("config.yaml", TAG))
@@ -165,15 +172,16 @@ def _resumable(cfg: CfgNode) -> List[str]:
 
 def _forget_if_changed(folder: str, now: Sequence[str]) -> None:
     """
-    Forget the run in OUTPUT_DIR if its files were others then: with a head that was edited, or a
-    teacher that was trained anew, it is another run under the same config.
+    Forget the run in OUTPUT_DIR if its files were others then: with a head that was edited, a
+    teacher that was trained anew or labels that were mended, it is another run under the same
+    config.
 
     Args:
         now: what they are by now, see :func:`sha256_of`
     """
     record = os.path.join(folder, "files.json")
     before = _load(record) if os.path.isfile(record) else []
-    if before != now[: len(before)]:  # earlier records have no teachers' configs behind the rest
+    if before != now[: len(before)]:  # earlier records end behind the weights
         Path(folder, "quickstart.json").unlink(missing_ok=True)
         forget_last_checkpoint(folder)
     os.makedirs(folder, exist_ok=True)

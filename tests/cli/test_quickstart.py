@@ -1,5 +1,6 @@
 """The quickstart: two steps at once, one mistake ends both, how far the student is from its end."""
 
+import json
 import os
 import sys
 import threading
@@ -171,8 +172,10 @@ def test_an_interrupted_step_is_gone_on_with_and_another_begins_anew(
         (run / "quickstart.json").unlink()
 
 
-@pytest.mark.parametrize("edited", ["head.py", "teacher.pth", "teacher.yaml", "base.yaml"])
-def test_a_step_with_another_head_or_teacher_is_neither_finished_nor_gone_on_with(
+@pytest.mark.parametrize(
+    "edited", ["head.py", "teacher.pth", "teacher.yaml", "base.yaml", "train.json", "val.json"]
+)
+def test_a_step_with_another_head_teacher_or_labels_is_neither_finished_nor_gone_on_with(
     edited: str, scripted: Path, tmp_path: Path
 ) -> None:
     # The config has the names of these files, and not what is in them.
@@ -182,6 +185,12 @@ def test_a_step_with_another_head_or_teacher_is_neither_finished_nor_gone_on_wit
     opts += ["DISTILL.TEACHER.CONFIG_FILE", str(tmp_path / "teacher.yaml")]
     (tmp_path / "teacher.yaml").write_text("_BASE_: base.yaml")
     (tmp_path / "base.yaml").write_text("SEED: 1")
+    sets = [
+        {"NAME": x, "JSON": str(tmp_path / f"{x}.json"), "IMAGES": str(tmp_path)}
+        for x in ("train", "val", "other")
+    ]
+    opts += ["DATASETS.COCO_FORMAT", str(sets)]
+    opts += ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
 
     def trained() -> List[str]:
         """The command of each training so far."""
@@ -190,7 +199,14 @@ def test_a_step_with_another_head_or_teacher_is_neither_finished_nor_gone_on_wit
 
     head.write_text("SCALE = 1")
     teacher.write_text("weights")
+    for entry in sets:
+        Path(entry["JSON"]).write_text("{}")
     assert len(trained()) == len(trained()) == 1
+    (tmp_path / "other.json").write_text("of a set that is not used")
+    assert len(trained()) == 1
+    record = run / "files.json"  # as an older version has left it
+    record.write_text(json.dumps(json.loads(record.read_text())[:2]))
+    assert len(trained()) == 1
     (run / "config.yaml").write_text(load_config(DISTILLED, opts).dump())
     (run / "last_checkpoint").write_text("model_0000001.pth")
     with open(tmp_path / edited, "a") as file:

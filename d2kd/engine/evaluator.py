@@ -49,7 +49,9 @@ def build_evaluator(
 def best_metric(cfg: CfgNode) -> str:
     """TEST.BEST_METRIC as the results are named; with several test sets that of the first."""
     metric, sets = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
-    if len(sets) < 2 or metric.startswith(tuple(f"{x}/" for x in sets)):
+    if len(sets) == 1:  # whose name is not in the results
+        return metric.removeprefix(f"{sets[0]}/")
+    if not sets or metric.startswith(tuple(f"{x}/" for x in sets)):
         return metric
     return f"{sets[0]}/{metric}"
 

@@ -351,3 +351,5 @@ def test_of_several_test_sets_the_first_chooses_and_each_keeps_its_detections(
         assert len({x["image_id"] for x in json.loads(path.read_text())}) == images
     cfg.TEST.BEST_METRIC = "d2kd_shapes_train/bbox/AP50"
     assert best_metric(cfg) == cfg.TEST.BEST_METRIC
+    cfg.DATASETS.TEST = ("d2kd_shapes_train",)  # a single set's name is not in its results
+    assert best_metric(cfg) == "bbox/AP50"

@@ -35,8 +35,30 @@ def check_evaluation(cfg: CfgNode, training: bool) -> None:
                 "nothing is chosen. Train with d2kd_shapes_val, and evaluate the end with "
                 "--eval-only on the test set."
             )
+    if training and cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST:
+        _check_best_metric(cfg)
     if cfg.TEST.EXPECTED_RESULTS:
         _check_expected_results(cfg)
+
+
+def _check_best_metric(cfg: CfgNode) -> None:
+    """No evaluation would have another one, so that no best checkpoint were ever saved."""
+    metric = cfg.TEST.BEST_METRIC
+    for name in cfg.DATASETS.TEST:
+        metric = metric.removeprefix(f"{name}/")
+    task, _, measure = metric.partition("/")
+    if task not in TASKS or not measure.startswith("AP"):
+        raise ValueError(
+            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}; it is a task and a metric, such as "
+            "'bbox/AP', 'bbox/AP50' or 'segm/AP', also behind the name of a set in DATASETS.TEST. "
+            "'' saves no best checkpoint."
+        )
+    switch = {"segm": "MASK_ON", "keypoints": "KEYPOINT_ON"}.get(task)
+    if switch and not cfg.MODEL[switch]:
+        raise ValueError(
+            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}, which a detector with MODEL.{switch} "
+            "False does not have. Take 'bbox/AP'."
+        )
 
 
 def _check_expected_results(cfg: CfgNode) -> None:

@@ -29,6 +29,10 @@ MISTAKES = [
         {"TEST.EVAL_PERIOD": 500, "DATASETS.TEST": ("d2kd_shapes_test",)},
         "BEST_METRIC 'bbox/AP' would choose a checkpoint, and on d2kd_shapes_test nothing is",
     ),
+    ({"TEST.BEST_METRIC": "AP50", **ONE}, "BEST_METRIC is 'AP50'; it is a task and a metric"),
+    ({"TEST.BEST_METRIC": "bbox/mAP", **ONE}, "BEST_METRIC is 'bbox/mAP'; it is a task"),
+    ({"TEST.BEST_METRIC": "b/bbox/AP", **ONE}, "BEST_METRIC is 'b/bbox/AP'; it is a task"),
+    ({"TEST.BEST_METRIC": "segm/AP", **ONE}, "BEST_METRIC is 'segm/AP', .*MODEL.MASK_ON False"),
 ]
 
 
@@ -43,6 +47,13 @@ def test_what_an_evaluation_would_not_do_is_refused(values: Any, message: str) -
 def test_sound_expectation_passes() -> None:
     cfg = detector_config("retinanet", DATASETS__TEST=("a",), TEST__EXPECTED_RESULTS=[RESULT])
     check_config(cfg)
+
+
+@pytest.mark.parametrize("metric", ["", "bbox/AP75", "bbox/AP-red cell", "b/bbox/AP"])
+def test_metric_that_an_evaluation_has_passes(metric: str) -> None:
+    check_config(detector_config("retinanet", DATASETS__TEST=("a", "b"), TEST__BEST_METRIC=metric))
+    values = {"MODEL__MASK_ON": True, "DATASETS__TEST": ("a",), "TEST__BEST_METRIC": "segm/AP"}
+    check_config(detector_config("mask_rcnn", **values))
 
 
 def test_run_that_chooses_nothing_may_look_at_the_test_split() -> None:

@@ -1,6 +1,7 @@
 """Where a teacher and the labels disagree, by class and by image."""
 
 import logging
+import math
 import os
 from typing import Any, Dict, List, Sequence
 
@@ -45,6 +46,8 @@ def tell_disagreement(
     matches = match(_of_images(truth, {x["image_id"] for x in images}, categories), detections)
     gates = [choose_gate(x, matches[x["id"]]) for x in truth.loadCats(sorted(categories))]
     gates = [x for x in gates if x.matches.truth or x.passed]
+    # Where nothing is detected, no score passes and all is missed.
+    gates = [x._replace(threshold=math.inf) if x.threshold is None else x for x in gates]
     rows = sorted(map(_row, gates), key=lambda x: -x[3] - x[4])
     total = ["all", *(sum(x[i] for x in rows) if i != 2 else "" for i in range(1, 5))]
     more = len(rows) - MOST_CLASSES
@@ -78,7 +81,6 @@ def _of_images(truth: COCO, ids: Any, categories: Sequence[int]) -> COCO:
 
 
 def _row(gate: Gate) -> List[Any]:
-    if gate.threshold is None:  # nothing is detected
-        return [gate.name, len(gate.matches.truth), "-", len(gate.matches.truth), 0]
     errors = len(gate.misses), len(gate.false_alarms)
-    return [gate.name, len(gate.matches.truth), f"{gate.threshold:.2f}", *errors]
+    score = "-" if math.isinf(gate.threshold) else f"{gate.threshold:.2f}"
+    return [gate.name, len(gate.matches.truth), score, *errors]

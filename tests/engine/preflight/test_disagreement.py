@@ -61,8 +61,10 @@ def test_errors_of_each_class_are_counted_and_the_worst_images_written(
     assert rows == [["cat", 3, "0.70", 1, 1], ["dog", 1, "-", 1, 0]]
     assert re.search(r"\nall +4 +2 +1\n", caplog.text)
     worst = json.loads(Path(f"{path}.json").read_text())
-    assert [Path(x["file_name"]).name for x in worst] == ["1.png", "2.png"]
-    assert [len(worst[0][k]) for k in ("misses", "false_alarms")] == [0, 1]
+    # Also where the dog is, of which no score is there to choose one from.
+    assert [Path(x["file_name"]).name for x in worst] == ["0.png", "1.png", "2.png"]
+    assert [[len(x[k]) for k in ("misses", "false_alarms")] for x in worst[:2]] == [[1, 0], [0, 1]]
+    assert worst[0]["misses"] == [{"class": "dog", "bbox": BOX}]
     assert cv2.imread(f"{path}.png").shape[1] > 600
 
 

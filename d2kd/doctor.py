@@ -28,6 +28,8 @@ from .cli.common import add_config_options, command_parser, read_config
 from .config import student_config
 from .config.lessons import lesson_configs
 from .data import register_datasets
+from .data.class_lists import check_num_classes
+from .data.class_names import coco_json_files, names_in_sets
 from .data.noise import noise_batch
 from .data.unlabelled import batch_sizes, find_unlabelled
 from .distiller import Distiller
@@ -81,13 +83,29 @@ def diagnose(argv: Optional[Sequence[str]] = None) -> None:
     stages = check_config(cfg)
     if not distils(cfg):
         print("A student alone: there is no distillation to look at.")
-        return
+        stages = []
     for stage in stages:
         if not stage.is_whole_run:
             print(f"\n{stage}")
-        with stage.in_errors():
-            examine(stage.cfg, args.images)
+        try:
+            with stage.in_errors():
+                examine(stage.cfg, args.images)
+        except ValueError:
+            check_count_of_classes(cfg)  # a head would blame the teacher's classes
+            raise
     check_data(cfg)  # last: there is much to see without it
+    print("\nIt can be run.")
+
+
+def check_count_of_classes(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ValueError: the first training set has other than the student's number of classes
+    """
+    student, first = student_config(cfg), cfg.DATASETS.TRAIN[:1]
+    names = names_in_sets(first, coco_json_files(cfg))
+    if names:
+        check_num_classes(student, student.MODEL.META_ARCHITECTURE, first[0], names, is_test=False)
 
 
 def check_data(cfg: CfgNode) -> None:

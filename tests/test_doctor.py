@@ -48,6 +48,7 @@ def test_run_that_works_is_described(
     text = capsys.readouterr().out
     for words in ("head PKD", "p3 (stride 8, 32 channels) <- p3", "loss_mgd", "3600 iterations"):
         assert words in text
+    assert text.endswith("\nIt can be run.\n")
     assert re.search(r"DISTILL\.PKD\.LOSS_WEIGHT [\d.e+-]+ \(now 6\)", text)
     assert re.search(r"[\d.]+ s a step of 2 images of 64x85 on cpu", text)
     assert re.search(r"The teacher takes [\d.]+ s of it, \d+%", text)
@@ -222,6 +223,22 @@ def test_data_that_is_not_there_or_does_not_fit_is_told_behind_the_plan(
     assert sorted(tmp_path.iterdir()) == before, "nothing is written"
 
 
+def test_forgotten_number_of_classes_is_not_blamed_on_the_teacher(
+    config_file: Callable, forget: None, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    write_set(tmp_path, "pets")  # two classes; the teacher has them, and the student has 80
+    path = config_file("retinanet", "retinanet", ["BCKD"], MODEL__RETINANET__NUM_CLASSES=80)
+    pets = {"NAME": "pets", "JSON": f"{tmp_path}/pets.json", "IMAGES": f"{tmp_path}/pets"}
+    opts = ["DATASETS.COCO_FORMAT", str([pets]), "DATASETS.TRAIN", "('pets',)"]
+    assert doctor.main(["--config-file", path, *opts]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "MODEL.RETINANET.NUM_CLASSES is 80, but data set pets has 2 classes" in said
+    # Where it is right, what is wrong with the pair is told.
+    opts += ["MODEL.RETINANET.NUM_CLASSES", "2"]
+    assert doctor.main(["--config-file", path, *opts]) == 2
+    assert "BCKD compares class logits, but" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -266,12 +283,17 @@ def test_each_stage_is_tried_out(config_file: Callable, capsys: pytest.CaptureFi
     assert "loss_pkd" in first and "loss_mgd" in second
 
 
-def test_student_alone_is_nothing_to_look_at(
-    config_file: Callable, capsys: pytest.CaptureFixture
+def test_student_alone_is_nothing_to_look_at_but_its_data(
+    config_file: Callable, forget: None, capsys: pytest.CaptureFixture
 ) -> None:
-    path = config_file("retinanet", "retinanet", ["PKD"])
-    assert doctor.main(["--config-file", path, "DISTILL.ENABLED", "False"]) == 0
-    assert "no distillation to look at" in capsys.readouterr().out
+    words = ["--config-file", config_file("retinanet", "retinanet", ["PKD"])]
+    words += ["DISTILL.ENABLED", "False"]
+    assert doctor.main(words) == 0
+    text = capsys.readouterr().out
+    assert "no distillation to look at" in text and text.endswith("\nIt can be run.\n")
+    assert doctor.main([*words, "DATASETS.TRAIN", "('nowhere',)"]) == 2
+    said = capsys.readouterr()
+    assert "no data set is registered as 'nowhere'" in said.err and "can be run" not in said.out
 
 
 def test_mask_rcnn_gets_masks(config_file: Callable, capsys: pytest.CaptureFixture) -> None:

@@ -5,12 +5,26 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 
+import detectron2
 from detectron2.config import CfgNode, get_cfg
 
 from ..utils.checks import nearest
 from ..utils.packaged import find_file
 from ..utils.safe_yaml import read_yaml
 from .distill_keys import add_distill_config
+
+# What the configs that a newer Detectron2 saves have in addition to those of 0.5
+NEWER_KEYS = (
+    "DATALOADER.REPEAT_SQRT",
+    "FLOAT32_PRECISION",
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER",
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES",
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS",
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE",
+    "SOLVER.BASE_LR_END",
+    "SOLVER.NUM_DECAYS",
+    "SOLVER.RESCALE_INTERVAL",
+)
 
 
 def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
@@ -23,14 +37,19 @@ def load_config(config_file: str = "", opts: Sequence[Any] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: no such YAML
-        ValueError: a YAML that is empty or would run code, or an unknown key, with the nearest
-            known one
+        ValueError: a YAML that is empty or would run code, Python in its place, or an unknown key,
+            with the nearest known one
     """
     cfg = get_cfg()
     add_distill_config(cfg)
     # Detectron2's default is "cuda" even on machines without a GPU.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     if config_file:
+        if config_file.endswith(".py"):
+            raise ValueError(
+                f"{config_file!r} is Python, such as a LazyConfig; a run is described by a YAML. "
+                "DISTILL.TEACHER.CONFIG_FILE may name a LazyConfig."
+            )
         config_file = find_file(config_file)
         if not os.path.isfile(config_file):
             raise FileNotFoundError(
@@ -80,6 +99,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
         # Errors that yacs and its literal parser raise.
         except (AssertionError, MemoryError, RecursionError, TypeError, ValueError) as error:
             hint = _as_list(key, value) if isinstance(before[key], (list, tuple)) else ""
+            hint = _as_float(key, value) if isinstance(before[key], float) else hint
             raise ValueError(
                 f"{source}: {key} cannot be {str(value)[:80]!r}: {error}{hint}"
             ) from None
@@ -92,6 +112,12 @@ def _as_list(key: str, value: Any) -> str:
         return ""
     entries = [x.strip(" '\"") for x in value.strip("[]() ").split(",")]
     return f'. A list is written {key} "{entries}"'
+
+
+def _as_float(key: str, value: Any) -> str:
+    """How a whole number is written where the default has a point: yacs takes no other."""
+    digits = str(value).lstrip("-")
+    return f". It is a number with a point: {key} {value}.0" if digits.isdecimal() else ""
 
 
 def _unknown(
@@ -124,6 +150,8 @@ def _refuse_unknown(cfg: CfgNode, keys: List[str], source: str) -> None:
         near = nearest(key, known)
         hint = f" (did you mean {near[0]}?)" if near else ""
         hint = " (write it nested in YAML: one mapping per dot)" if key in known else hint
+        if key in NEWER_KEYS:
+            hint = f" (of a newer Detectron2 than {detectron2.__version__}, which is installed)"
         # YAML takes {SIZE: (96, 128)} for the keys "SIZE" and "128)"
         hint = " (inside {} YAML has no tuples: write [96, 128])" if key.endswith(")") else hint
         lines.append(f"  {key}{hint}")

@@ -33,8 +33,14 @@ def check_files(metadata: Metadata, key: str) -> None:
             problem = f"is no {what.split()[-1]}" if PathManager.exists(path) else "is missing"
             raise FileNotFoundError(
                 f"{key}: the {what} of {metadata.name} {problem}: {os.path.abspath(path)}. "
-                "The paths of Detectron2's own sets start at $DETECTRON2_DATASETS or ./datasets."
+                + _where_paths_start(key)
             )
+
+
+def _where_paths_start(key: str) -> str:
+    if key.startswith("DATASETS.COCO_FORMAT"):
+        return "Its paths start at the folder you start in, not at that of the YAML."
+    return "The paths of Detectron2's own sets start at $DETECTRON2_DATASETS or ./datasets."
 
 
 def check_evaluator(metadata: Metadata) -> None:

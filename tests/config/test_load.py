@@ -11,6 +11,7 @@ import detectron2
 from detectron2.config import get_cfg
 
 from d2kd import add_distill_config, load_config, student_config
+from d2kd.config.load import NEWER_KEYS, leaves
 from tests.helpers.toys import ROOT
 
 
@@ -66,6 +67,21 @@ def test_unknown_key_in_yaml_is_refused_with_the_nearest(
         load_config(path)
 
 
+def test_keys_that_a_newer_detectron2_saves_are_told_as_such(tmp_path: Path) -> None:
+    text = "FLOAT32_PRECISION: ''\nSOLVER: {RESCALE_INTERVAL: False, BASE_LRR: 0.1}\n"
+    if "FLOAT32_PRECISION" in get_cfg():
+        assert set(NEWER_KEYS) <= {name for name, _ in leaves(get_cfg())}
+        pytest.skip("this Detectron2 has them")
+    with pytest.raises(ValueError) as error:
+        load_config(write(tmp_path / "a.yaml", text))
+    newer = rf"(of a newer Detectron2 than {detectron2.__version__}, which is installed)"
+    assert str(error.value).splitlines()[1:] == [
+        f"  FLOAT32_PRECISION {newer}",
+        f"  SOLVER.RESCALE_INTERVAL {newer}",
+        "  SOLVER.BASE_LRR (did you mean SOLVER.BASE_LR?)",
+    ]
+
+
 def test_all_unknown_keys_are_told_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", "DISTILL: {HEAD: [MGD], LEVEL: []}\nSEEED: 1\n")
     with pytest.raises(ValueError) as error:
@@ -90,6 +106,15 @@ def test_unknown_key_on_the_command_line_is_refused_with_the_nearest() -> None:
         load_config(opts=["DISTILL.HAEDS", ["MGD"]])
 
 
+@pytest.mark.parametrize("number", ["3", "-3", 3])
+def test_whole_number_where_one_with_a_point_is_wanted_is_told_how_to_write_it(number: Any) -> None:
+    with pytest.raises(ValueError, match=rf"a point: DISTILL.CWD.LOSS_WEIGHT {number}\.0$"):
+        load_config(opts=["DISTILL.CWD.LOSS_WEIGHT", number])
+    with pytest.raises(ValueError, match="DISTILL.CWD.LOSS_WEIGHT cannot be 'x'") as error:
+        load_config(opts=["DISTILL.CWD.LOSS_WEIGHT", "x"])
+    assert "point" not in str(error.value)
+
+
 def test_key_without_value_is_refused() -> None:
     with pytest.raises(ValueError, match=r"KEY VALUE pairs, got \['SOLVER.BASE_LR'\]"):
         load_config(opts=["SOLVER.BASE_LR"])
@@ -98,6 +123,12 @@ def test_key_without_value_is_refused() -> None:
 def test_missing_yaml_is_refused_by_its_name() -> None:
     with pytest.raises(FileNotFoundError, match="'nowhere.yaml' does not exist"):
         load_config("nowhere.yaml")
+
+
+def test_python_in_place_of_a_yaml_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "lazy.py", "model = {'a': 1}\nmodel['b'] = 2\n")
+    with pytest.raises(ValueError, match="lazy.py' is Python, .*DISTILL.TEACHER.CONFIG_FILE may"):
+        load_config(path)
 
 
 @pytest.mark.parametrize("where", ["leaf", "base"])

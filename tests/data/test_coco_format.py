@@ -108,7 +108,13 @@ class TestRegisterDatasets(unittest.TestCase):
         missing = os.path.join(self.root, "none")
         for entry in ({"JSON": missing}, {"IMAGES": missing}):
             key = "DATASETS.COCO_FORMAT[0]"
-            self._check_error(self._cfg(**entry), key, missing, error=FileNotFoundError)
+            self._check_error(
+                self._cfg(**entry),
+                key,
+                missing,
+                "paths start at the folder you start in",
+                error=FileNotFoundError,
+            )
             self._forget("toy_train")
         self.content["images"][0]["file_name"] = "b.png"
         path = os.path.join(self.images, "b.png")

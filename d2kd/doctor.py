@@ -37,7 +37,7 @@ from .engine.initialise import initialise
 from .engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
 from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, suggest
 from .engine.optimizer import build_optimizer
-from .engine.preflight.check_config import check_config
+from .engine.preflight.check_config import check_config, check_teacher_is_kept
 from .engine.preflight.summary import summary
 from .engine.preflight.teacher_savings import plain_copy, teacher_savings
 from .heads.fit import misfit
@@ -81,6 +81,7 @@ def diagnose(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     cfg = read_config(args)
     stages = check_config(cfg)
+    check_teacher_is_kept(stages)
     if not distils(cfg):
         print("A student alone: there is no distillation to look at.")
         stages = []

@@ -223,6 +223,16 @@ def test_data_that_is_not_there_or_does_not_fit_is_told_behind_the_plan(
     assert sorted(tmp_path.iterdir()) == before, "nothing is written"
 
 
+def test_folder_of_the_teacher_is_not_the_run_s(
+    config_file: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    path = config_file("retinanet", "retinanet", ["PKD"])
+    weights = (tmp_path / "retinanet.pth").rename(tmp_path / "model_final.pth")
+    words = ["--config-file", path, "DISTILL.TEACHER.WEIGHTS", str(weights)]
+    assert doctor.main([*words, "OUTPUT_DIR", str(tmp_path)]) == 2
+    assert "has the teacher's model_final.pth" in capsys.readouterr().err
+
+
 def test_forgotten_number_of_classes_is_not_blamed_on_the_teacher(
     config_file: Callable, forget: None, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Callable, Optional, Tuple
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from .preflight.check_config import check_config
+from .preflight.check_config import check_config, check_teacher_is_kept
 from .resume_point import ResumePoint
 from .stages import Stage, scaled_to_processes, whole_run
 
@@ -46,6 +46,8 @@ class RunPlan:
         if on_checked:
             on_checked()
         point = ResumePoint.find_together(cfg.OUTPUT_DIR) if resume else None
+        if point is None:
+            check_teacher_is_kept(stages)
         cfg = scaled_to_processes(cfg)
         if stages[0].is_whole_run:  # several stages refuse a config that would have to be scaled
             stages = [whole_run(cfg)]

@@ -1,5 +1,6 @@
 """A run is resolved once: its config, its stages, the checkpoint that it goes on from."""
 
+import shutil
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -85,6 +86,31 @@ def test_plan_says_what_is_left_of_a_run(staged: CfgNode) -> None:
     train(staged, resume=True)
     finished = RunPlan.resolve(staged, resume=True)
     assert finished.resume_point.done == 4 and finished.stages_left == finished.stages[1:]
+
+
+@pytest.mark.parametrize(
+    "key, name", [("WEIGHTS", "model_best.pth"), ("CONFIG_FILE", "config.yaml")]
+)
+def test_run_that_would_write_over_its_teacher_is_refused_and_writes_nothing(
+    key: str, name: str, staged: CfgNode
+) -> None:
+    node, out = staged.DISTILL.TEACHER, Path(staged.OUTPUT_DIR)
+    out.mkdir()
+    mine = Path(shutil.copy(node[key], out / name))
+    before = mine.read_bytes()
+    staged.DISTILL.STAGES = [
+        {"ITERATIONS": 2},
+        {"ITERATIONS": 2, "TEACHER": {**node, key: str(mine)}},
+    ]
+    with pytest.raises(ValueError, match=f"OUTPUT_DIR .* has the teacher's {name} "):
+        train(staged)
+    assert [x.name for x in out.iterdir()] == [name] and mine.read_bytes() == before
+    # One of another name is in nobody's way, and neither is one in another folder.
+    other = mine.rename(out / f"teacher{mine.suffix}")
+    staged.DISTILL.STAGES[1]["TEACHER"][key] = str(other)
+    assert RunPlan.resolve(staged).stages
+    staged.DISTILL.STAGES[1]["TEACHER"][key] = str(other.rename(out.parent / name))
+    assert RunPlan.resolve(staged).stages
 
 
 def test_seed_left_to_chance_is_that_of_the_run_to_resume(staged: CfgNode) -> None:

@@ -1,7 +1,9 @@
 """All checks of a config that need no model."""
 
 import math
-from typing import List
+import os
+from fnmatch import fnmatchcase
+from typing import List, Sequence
 
 import torch
 
@@ -22,6 +24,9 @@ from ...utils.distils import distils
 from ..optimizer import CLIP_TYPES, OPTIMIZERS
 from ..stages import STAGE_LR, Stage, plan_stages
 from .evaluation_keys import check_evaluation
+
+# Files of a run that a teacher may be read from; any run in the same folder has some of these names
+WRITTEN = ("config.yaml", "model_*.pth")
 
 
 def check_config(cfg: CfgNode, evaluation: bool = False) -> List[Stage]:
@@ -64,6 +69,27 @@ def check_config(cfg: CfgNode, evaluation: bool = False) -> List[Stage]:
                     _check_lesson(lesson.cfg)
     check_trainable(student_config(cfg))
     return stages
+
+
+def check_teacher_is_kept(stages: Sequence[Stage]) -> None:
+    """
+    Args:
+        stages: of a run that begins; a student alone has no teacher
+
+    Raises:
+        ValueError: the run would write its own files over those of a teacher
+    """
+    for stage in (x for x in stages if distils(x.cfg)):
+        folder = os.path.realpath(stage.cfg.OUTPUT_DIR)
+        for lesson in lesson_configs(stage.cfg):
+            for path in resolve_teacher(lesson.cfg):
+                parent, name = os.path.split(os.path.realpath(path))
+                if parent == folder and any(fnmatchcase(name, x) for x in WRITTEN):
+                    raise ValueError(
+                        f"OUTPUT_DIR {stage.cfg.OUTPUT_DIR!r} has the teacher's {name} "
+                        "(DISTILL.TEACHER), over which this run would write its own. Give this "
+                        "run a folder of its own."
+                    )
 
 
 def _check_run(cfg: CfgNode) -> None:

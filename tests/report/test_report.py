@@ -203,6 +203,13 @@ def test_resumed_iterations_take_the_place_of_those_that_were_lost(tmp_path: Pat
     assert Metrics(str(tmp_path)).curve("total_loss") == ([19, 39, 59], [4.0, 3.5, 2.5])
 
 
+def test_ap_of_a_class_is_no_loss_whatever_it_is_called(tmp_path: Path) -> None:
+    line = {"iteration": 19, "loss_cls": 1.0, "total_loss": 1.0, "bbox/AP": 3.0}
+    line["bbox/AP-loss of hair"] = 2.0
+    (tmp_path / "metrics.json").write_text(json.dumps(line))
+    assert Metrics(str(tmp_path)).losses() == ["total_loss", "loss_cls"]
+
+
 def test_begun_run_has_nothing_of_the_one_whose_folder_it_took(tmp_path: Path) -> None:
     old = [{"iteration": i, "total_loss": 2.0, "loss_mgd": 1.0} for i in range(19, 100, 20)]
     new = [{"iteration": 2, "gradient_share/pkd": 0.5}, {"iteration": 19, "total_loss": 3.0}]

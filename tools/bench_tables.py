@@ -18,7 +18,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
-from bench_cells import Table, read_table
+from bench_cells import Table, named_rows, read_table
 from bench_results import Group, Row, groups, in_order, read_results
 from bench_samples import read_samples, verdict_on
 from d2kd.cli.common import command_parser
@@ -141,7 +141,11 @@ def make_grid_table(table: Table, results: Sequence[Row]) -> str:
 def make_verdict_table(table: Table, baselines: Sequence[str]) -> str:
     """
     A Markdown table of a line for each row and budget that has two seeds or more beside a baseline.
+
+    Raises:
+        ValueError: a baseline that is no row of the table
     """
+    named_rows(table, baselines, "verdicts against")
     found, lines = read_samples(table), []
     for row, iterations in in_order(found, table.rows):
         others = [found.get((x, iterations), {}) if x != row else {} for x in baselines]

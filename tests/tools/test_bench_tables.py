@@ -206,9 +206,9 @@ def test_verdicts_are_those_on_the_samples_that_are_kept(
 def test_single_seed_beside_a_baseline_has_no_verdict_in_the_table(
     tables: ModuleType, tool: Callable, folder: Path
 ) -> None:
-    """Of three baselines one has two seeds in common with the run, one a single seed, one none."""
+    """Of two baselines one has two seeds in common with the run, one a single seed."""
     samples = tool("bench_samples")
-    text = "<!-- bench:pairs verdicts against alone | later | gone -->\n<!-- /bench -->\n"
+    text = "<!-- bench:pairs verdicts against alone | later -->\n<!-- /bench -->\n"
     (folder / "README.md").write_text(text)
     for row, seed in [("mgd", 1), ("mgd", 2), ("alone", 1), ("alone", 2), ("later", 2)]:
         said = {"row": row, "seed": seed, "iterations": 100, "task": "bbox", "AP": 20}
@@ -217,8 +217,18 @@ def test_single_seed_beside_a_baseline_has_no_verdict_in_the_table(
         tool("bench_results").append_result(path, row_of, samples.COLUMNS)
     tables.main(["--root", str(folder)])
     rows = {x[0]: x[2:] for x in cells_of(folder / "README.md")[2:]}
-    assert rows["mgd"] == ["2", "**NO GAIN** +0.0 (+0.0 to +0.0)", "", ""]
+    assert rows["mgd"] == ["2", "**NO GAIN** +0.0 (+0.0 to +0.0)", ""]
     assert "later" not in rows
+
+
+def test_verdict_against_a_row_that_is_not_in_the_table_is_refused(
+    tables: ModuleType, folder: Path
+) -> None:
+    (folder / "README.md").write_text("<!-- bench:pairs verdicts against alon -->\n<!-- /bench -->")
+    with pytest.raises(
+        ValueError, match="against: 'alon' is no row of pairs. Did you mean 'alone'"
+    ):
+        tables.main(["--root", str(folder)])
 
 
 def test_table_without_a_run_says_so(tables: ModuleType, folder: Path) -> None:

@@ -54,7 +54,7 @@ class Metrics:
     def losses(self) -> List[str]:
         """Names of the losses, their sum first."""
         # Not the AP of a class that is called so, such as "bbox/AP-floss".
-        names = [k for k in self._curves if "loss" in k and "/" not in k]
+        names = [k for k in self._curves if "loss" in k and "/AP" not in k]
         return sorted(names, key=lambda k: k != "total_loss")
 
     def evaluations(self) -> Dict[str, Dict[str, str]]:

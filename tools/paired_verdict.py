@@ -47,7 +47,8 @@ class Verdict(NamedTuple):
             return f"INCONCLUSIVE: {self.gain:+.1f} AP of one seed. Run at least two more."
         if self.more_seeds is None:
             return f"INCONCLUSIVE: {numbers}. More seeds would not decide, more test images might."
-        return f"INCONCLUSIVE: {numbers}. About {self.more_seeds} more seeds would decide."
+        more = "1 more seed" if self.more_seeds == 1 else f"{self.more_seeds} more seeds"
+        return f"INCONCLUSIVE: {numbers}. About {more} would decide."
 
 
 def decide(gains: Sequence[float], image_error: float, threshold: float = 0.5) -> Verdict:

@@ -71,6 +71,7 @@ def test_interval_is_students_over_seeds_and_normal_over_images(rule: ModuleType
         ([-5.0, -5.5, -6.0], 0.2, "NO GAIN: -5.5 AP", "It does harm."),
         ([-0.2, -0.1, 0.0], 0.0, "NO GAIN: -0.1 AP", "threshold +0.5."),  # up to +0.1
         ([1.0, 3.0], 0.1, "INCONCLUSIVE: +2.0 AP", "About 4 more seeds would decide."),
+        ([1.6, 2.5, 3.4], 0.1, "INCONCLUSIVE: +2.5 AP", "About 1 more seed would decide."),
         ([0.6, 0.7, 0.8], 2.0, "INCONCLUSIVE: +0.7", "not decide, more test images might."),
         ([9.0], 0.1, "INCONCLUSIVE: +9.0 AP of one seed", "Run at least two more."),
     ],

@@ -132,6 +132,7 @@ class Alone:
 
     def __init__(self, detector: nn.Module):
         self.distiller = detector
+        detector.heads = nn.ModuleDict()  # for distillation
 
 
 @pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")

@@ -19,7 +19,7 @@ import torch
 import detectron2
 
 from d2kd.cli.common import command_parser
-from d2kd.report.metrics import Metrics
+from d2kd.engine.metrics import Metrics
 from d2kd.utils.user_mistakes import run_command
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 
 from ..weights.run_checkpoints import BEST
 from ..weights.verify import read_verified
-from .facts import read_lines
+from .metrics import is_evaluated
 
 logger = logging.getLogger(__name__)
 
@@ -169,20 +169,9 @@ class MakeUpEvaluation(HookBase):
 
     def before_train(self) -> None:
         trainer, next_iter = self.trainer, self.trainer.start_iter
-        if next_iter == trainer.stage.start or comm.all_gather(self._is_there(next_iter - 1))[0]:
+        if next_iter == trainer.stage.start or is_evaluated(self.folder, next_iter - 1):
             return
         trainer.iter = trainer.storage.iter = next_iter - 1  # under which it is logged
         for hook in self.hooks:
             hook.after_step()
         trainer.iter = trainer.storage.iter = next_iter
-
-    def _is_there(self, iteration: int) -> bool:
-        is_there = False
-        for line in read_lines(os.path.join(self.folder, "metrics.json")):
-            # A step takes the place of what was logged from it on, also by an earlier run that this
-            # one has replaced.
-            if "total_loss" in line and line["iteration"] <= iteration:
-                is_there = False
-            if line["iteration"] == iteration and any("/AP" in k for k in line):
-                is_there = True
-        return is_there

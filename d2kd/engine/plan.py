@@ -1,11 +1,12 @@
 """A run, resolved once from its config and OUTPUT_DIR: its stages, and where it goes on."""
 
 from dataclasses import dataclass
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from .metrics import is_evaluated
 from .preflight.check_config import check_config, check_teacher_is_kept
 from .resume_point import ResumePoint
 from .stages import Stage, scaled_to_processes, whole_run
@@ -17,12 +18,14 @@ class RunPlan:
     Everything that is decided before anything is built, identical in every process.
 
     `cfg`: of the whole run, for this number of processes; `seed`: of every random draw; `stages`:
-    all of them, in turn; `resume_point`: where the run goes on, None of one that begins.
+    all of them, in turn; `resume_point`: where the run goes on, None of one that begins;
+    `stages_left`: that are not finished, of a finished run the last, which is evaluated again.
     """
 
     cfg: CfgNode
     seed: int
     stages: Tuple[Stage, ...]
+    stages_left: Tuple[Stage, ...]
     resume_point: Optional[ResumePoint] = None
 
     @classmethod
@@ -51,13 +54,7 @@ class RunPlan:
         cfg = scaled_to_processes(cfg)
         if stages[0].is_whole_run:  # several stages refuse a config that would have to be scaled
             stages = [whole_run(cfg)]
-        return cls(cfg, _seed(cfg, point), tuple(stages), point)
-
-    @property
-    def stages_left(self) -> Tuple[Stage, ...]:
-        """Stages that are not finished; of a finished run the last, which is evaluated again."""
-        done = self.resume_point.done if self.resume_point else 0
-        return tuple(x for x in self.stages if x.end > done) or self.stages[-1:]
+        return cls(cfg, _seed(cfg, point), tuple(stages), _stages_left(cfg, stages, point), point)
 
 
 def _seed(cfg: CfgNode, point: Optional[ResumePoint]) -> int:
@@ -65,3 +62,16 @@ def _seed(cfg: CfgNode, point: Optional[ResumePoint]) -> int:
     if cfg.SEED >= 0:
         return cfg.SEED
     return point.seed if point else comm.shared_random_seed()
+
+
+def _stages_left(
+    cfg: CfgNode, stages: Sequence[Stage], point: Optional[ResumePoint]
+) -> Tuple[Stage, ...]:
+    done = point.done if point else 0
+    ended = [x for x in stages if x.end <= done]
+    left = stages[len(ended) :]
+    # The last checkpoint of a stage is saved before its evaluation, in which a run may be killed.
+    if ended and ended[-1].end == done and cfg.DATASETS.TEST:
+        if not is_evaluated(cfg.OUTPUT_DIR, done):  # Detectron2 logs it after the last iteration
+            left = [ended[-1], *left]
+    return tuple(left or stages[-1:])

@@ -109,6 +109,7 @@ class Trainer(DefaultTrainer):
             return super().train()
 
     def after_train(self) -> None:
+        self.iter = min(self.iter, self.max_iter)  # one more where there was no step left to do
         if self.iter < self.max_iter:
             # EvalHook takes a run that stops in its last iteration for one that is finished.
             self._hooks = [x for x in self._hooks if not isinstance(x, EvalHook)]

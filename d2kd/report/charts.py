@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .metrics import Curve
+from ..engine.metrics import Curve
 
 SIZE = 4.2, 2.5  # width and height, inches
 POINTS = 250  # of a curve: more are not seen, and a long run has thousands

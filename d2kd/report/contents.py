@@ -8,10 +8,10 @@ from typing import List, NamedTuple
 import yaml
 
 from ..config import leaves, load_config
+from ..engine.metrics import METRICS
 from .blocks import Facts, Part, Picture, Section, Table, Text
 from .charts import draw_curve
 from .distillation import gradients, levels, pictures, teacher
-from .metrics import METRICS
 from .outside import export_proof, verdict
 from .run import Run
 

@@ -8,7 +8,7 @@ import yaml
 
 from ..config import leaves
 from ..engine.facts import read_facts
-from .metrics import Metrics
+from ..engine.metrics import Metrics
 
 
 class Run:

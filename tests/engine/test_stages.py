@@ -18,6 +18,7 @@ from detectron2.utils import comm
 
 from d2kd.config import student_config
 from d2kd.engine import Trainer, train
+from d2kd.engine.metrics import Metrics
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.engine.stages import plan_stages
 from tests.helpers.forks import launch_two
@@ -516,6 +517,26 @@ def test_best_value_is_carried_over_and_the_end_of_a_stage_is_evaluated(
     best, first = saved(staged, "model_best.pth"), saved(staged, "model_stage_1_final.pth")
     assert_same_tensors(best["model"], first["model"])
     assert next(values, None) is None
+
+
+def test_evaluation_at_the_end_of_a_stage_that_was_interrupted_is_made_up_for(
+    staged: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged.DATASETS.TEST = ("d2kd_shapes_val",)
+    answers = iter([])
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": next(answers)}})
+    with pytest.raises(StopIteration):
+        train(staged)
+    end = saved(staged, "model_stage_1_final.pth")
+    answers = iter([9.0, 5.0])
+    train(staged, resume=True)
+    assert_same_tensors(saved(staged, "model_best.pth")["model"], end["model"])
+    assert Metrics(staged.OUTPUT_DIR).curve("bbox/AP") == ([3, 6], [9.0, 5.0])
+    # One that was logged is not repeated.
+    os.remove(Path(staged.OUTPUT_DIR) / "model_final.pth")
+    (Path(staged.OUTPUT_DIR) / "last_checkpoint").write_text("model_stage_1_final.pth")
+    answers = iter([5.0])
+    train(staged, resume=True)
 
 
 # Two processes -----------------------------------------------------------------------------------

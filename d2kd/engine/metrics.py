@@ -4,7 +4,9 @@ import os
 import re
 from typing import Dict, List, NamedTuple
 
-from ..engine.facts import read_lines
+from detectron2.utils import comm
+
+from .facts import read_lines
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AP = re.compile(r"(?:(?P<data>.+)/)?(?P<task>bbox|segm|keypoints)/(?P<metric>AP\w*)")
@@ -48,6 +50,10 @@ class Metrics:
         """Iterations that were logged."""
         return self.curve("total_loss").iterations[-1] + 1 if self.losses() else 0
 
+    def is_evaluated(self, iteration: int) -> bool:
+        """The AP after this iteration was logged."""
+        return any("/AP" in k and iteration in c.iterations for k, c in self._curves.items())
+
     def curve(self, name: str) -> Curve:
         return self._curves.get(name, Curve([], []))
 
@@ -66,3 +72,8 @@ class Metrics:
                 title = " ".join(filter(None, (match["data"], match["task"])))
                 found.setdefault(title, {})[match["metric"]] = name
         return found
+
+
+def is_evaluated(folder: str, iteration: int) -> bool:
+    """The AP after this iteration was logged, as the main process sees it. All must ask."""
+    return comm.all_gather(Metrics(folder).is_evaluated(iteration))[0]

@@ -114,8 +114,11 @@ def resample(x: Tensor, old: int, new: int, size: Sequence[int]) -> Tensor:
         centers = (torch.arange(pixels // new, device=x.device) + 0.5) * new / old
         axes.append(centers / cells * 2 - 1)
     rows, columns = torch.meshgrid(*axes, indexing="ij")
-    grid = torch.stack([columns, rows], dim=-1).to(x.dtype).expand(len(x), -1, -1, -1)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    grid = torch.stack([columns, rows], dim=-1)
+    # In float32 or better: bfloat16 would move the cells of a map of 100 by a tenth of one.
+    exact = x.to(torch.promote_types(x.dtype, grid.dtype))
+    grid = grid.to(exact.dtype).expand(len(x), -1, -1, -1)
+    return F.grid_sample(exact, grid, padding_mode="border", align_corners=False).to(x.dtype)
 
 
 def check_strides(strides: Sequence[int]) -> None:

@@ -63,6 +63,14 @@ def test_resampled_cell_has_the_value_of_its_centre(old: int, new: int) -> None:
     torch.testing.assert_close(found[0, 1][:, inner][0], expected[inner])
 
 
+def test_half_precision_rounds_the_values_and_not_the_places() -> None:
+    maps = torch.rand(1, 2, 96, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = resample(maps, 14, 16, (1344, 1344))
+    exact = resample(maps.double(), 14, 16, (1344, 1344))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("patch, strides", [(16, [16]), (14, [16]), (14, [8, 16, 32])])
 def test_maps_have_the_strides_that_are_asked_for(patch: int, strides: Sequence[int]) -> None:
     model = BackboneTeacher(vit(patch), strides).eval()

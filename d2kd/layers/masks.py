@@ -27,8 +27,8 @@ class MaskRule:
         threshold: attention has mean 1, so 1.0 hides entries of the average or above
         hide: "sampled": drawn in each step, in proportion to attention. The abstracts ask to
             rebuild important regions, but the "most" attended ones are always the same, and hidden
-            entries get no gradient, so the student would never learn them (MODEL_ZOO.md: 8 AP for
-            DMKD). "least" attended and "random" are for ablations
+            entries get no gradient, so the student would never learn them (docs/earlier_results.md:
+            8 AP less for DMKD). "least" attended and "random" are for ablations
     """
 
     ratio: float = 0.65

@@ -19,8 +19,8 @@ The output folder gets student.pth (weights), student.yaml (for stock Detectron2
 They are verified in a fresh process in which d2kd cannot be imported: it builds the YAML, loads the
 weights without missing or unexpected keys, and must reproduce the detections of the run's student
 on fixed images, to the bit. Exit code 0: verified, including the graphs of --formats; 1: not. A
-student that Detectron2 cannot build from YAML (FCOS, Swin, a plug-in) is exported as weights and
-graphs only.
+student that Detectron2 cannot build from YAML (FCOS, RepPoints, Swin, timm, a plug-in) is exported
+as weights and graphs only.
 
 Examples:
   d2kd export --config-file configs/quickstart/pkd.yaml --output exported

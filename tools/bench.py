@@ -44,6 +44,9 @@ TEST is no part of the key, and neither is what is in the teacher's CONFIG_FILE:
 becomes another, give the table other RESULTS and another OUTPUT_DIR.
 Settings are chosen on val. On test nothing is chosen.
 
+Of a table with a BASELINE the AP of each run on samples of the images is kept, too, in a CSV called
+..._samples.csv, from which bench_verdict.py says GAIN, NO GAIN or INCONCLUSIVE without the runs.
+
 The output of each run is in OUTPUT_DIR: val.txt and test.txt are what train_net.py said. Killed
 with -9, the bench leaves its runs alive; started again, it waits for them and takes them over. On a
 GPU runs go one after the other.

@@ -10,6 +10,7 @@ from typing import IO, Dict, Iterator, List, Optional, Sequence
 from bench_cells import Cell, Table
 from bench_progress import Clock
 from bench_results import append_result, read_results
+from bench_samples import keep_samples
 from bench_steps import Children, StepFailed, run_cell
 
 
@@ -60,6 +61,8 @@ class Bench:
         while pending:
             ended, pending = wait(pending, self.every, FIRST_COMPLETED)
             elsewhere += [jobs[job] for job in ended if not job.result()]
+            if ended:
+                self._keep_samples()
             count = f"{len(self.finished())}/{len(self.table.cells)}"
             print(f"[{count} cells] {clock}", flush=True)
         return elsewhere
@@ -85,6 +88,15 @@ class Bench:
         append_result(self.table.results, row)
         scores = [f"{k[:-3]} AP {row[k]}" for k in ("val_AP", "test_AP") if k in row]
         print(f"finished: {cell}: {', '.join(scores)}", flush=True)
+
+    def _keep_samples(self) -> None:
+        """Of a table with a baseline, which bench_verdict.py can then compare without the runs."""
+        if self.table.baseline:
+            rows = [x for x in self.table.rows if x not in self.table.grids]
+            try:
+                keep_samples(self.table, rows)
+            except ValueError as error:
+                print(f"No verdicts on these runs: {error}", flush=True)
 
     @contextmanager
     def _locked(self, cell: Cell, patient: bool) -> Iterator[Optional[IO]]:

@@ -1,6 +1,6 @@
 """
 AP of a bench's runs on bootstrap samples of the images, kept in a CSV beside its results: verdicts
-can be told from it when the runs' folders are gone.
+can be told from it, also against another baseline, when the runs' folders are gone.
 """
 
 import os

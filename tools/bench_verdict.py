@@ -3,8 +3,8 @@
 Say of each row of a bench whether it is better than the baseline: GAIN, NO GAIN or INCONCLUSIVE, by
 the rule of paired_baseline.py, over the seeds that both have finished.
 
-Of each run that is finished it keeps the AP on samples of the images in a CSV beside the table's
-results, so that a verdict can be told again, and against another baseline, without the runs.
+It needs the AP of each run on samples of the images, which the bench keeps in a CSV beside the
+table's results. Of older runs it keeps that itself, where their folders are still there.
 """
 
 import argparse

@@ -142,6 +142,23 @@ def test_verdict_is_told_again_without_the_runs_and_against_another_baseline(
     assert "same, 4 iterations, 3 seeds: NO GAIN: -" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("baseline", ["alone", ""])
+def test_bench_keeps_of_each_run_what_a_verdict_needs(
+    baseline: str, place: Path, tool: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = write(place, BASELINE=baseline)
+    finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.3})
+    for done in place.glob("runs/*/val.json"):  # trained and evaluated, but not yet in the CSV
+        done.write_text('{"AP": 30.0}')
+    assert tool("bench").main([path, "--rows", "alone", "better"]) == 0
+    assert (place / "x_samples.csv").exists() == bool(baseline), "without, there is no verdict"
+    shutil.rmtree(place / "runs")
+    capsys.readouterr()
+    if baseline:
+        tool("bench_verdict").main([path, "--rows", "better"])
+        assert "better, 4 iterations, 3 seeds: GAIN" in capsys.readouterr().out
+
+
 def test_what_is_kept_gives_the_verdict_of_the_runs(place: Path, tool: Callable) -> None:
     """Beside ImageAP on the detections themselves: kept are two decimals."""
     path = write(place, SEEDS=[1, 2])

@@ -46,12 +46,21 @@ def write_fact(folder: str, kind: str, **values: Any) -> None:
 
 def _append(folder: str, lines: Sequence[str]) -> None:
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, FILE), "ab+") as file:
+    path = os.path.join(folder, FILE)
+    end_half_line(path)
+    with open(path, "ab") as file:
+        file.write("".join(f"{x}\n" for x in lines).encode())
+
+
+def end_half_line(path: str) -> None:
+    """Let what is appended next begin a line, also where a full disk or a kill cut off the last."""
+    if not os.path.isfile(path):
+        return
+    with open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a killed process left half a line
+            if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write("".join(f"{x}\n" for x in lines).encode())
 
 
 def read_facts(folder: str) -> List[Dict[str, Any]]:

@@ -16,7 +16,7 @@ from ..config.unread import unread_keys
 from ..data import register_datasets
 from ..utils.atomic_file import atomic_write
 from ..weights.run_checkpoints import forget_last_checkpoint, last_whole_checkpoint
-from .facts import release_facts
+from .facts import end_half_line, release_facts
 from .folder_lock import hold_folder
 from .plan import RunPlan
 from .preflight.check_config import check_config
@@ -147,6 +147,7 @@ def _begin(cfg: CfgNode, point: Optional[ResumePoint]) -> None:
         return
     with atomic_write(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
         file.write(cfg.dump())
+    end_half_line(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
     release_facts(cfg.OUTPUT_DIR)
     if point is None and forget_last_checkpoint(cfg.OUTPUT_DIR):
         logger.warning(

@@ -20,6 +20,7 @@ from detectron2.engine.hooks import PeriodicWriter
 
 from d2kd.cli.train import main as train_main
 from d2kd.engine import Trainer, train
+from d2kd.engine.facts import read_lines
 from d2kd.utils.atomic_file import atomic_write, check_writable, explain_full_disk
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
 from d2kd.weights.verify import read_verified
@@ -127,6 +128,17 @@ def test_damaged_best_checkpoint_does_not_stop_a_run(
     run(cfg, resume=True)
     assert f"{best} cannot be read" in caplog.text
     assert Path(cfg.OUTPUT_DIR, "model_final.pth").exists()
+
+
+def test_half_a_line_of_metrics_costs_the_resumed_run_none(folder: Path, tmp_path: Path) -> None:
+    """As a full disk leaves it."""
+    cfg = at(run_config(folder), tmp_path, "run")
+    interrupt(cfg, 2)
+    path = Path(cfg.OUTPUT_DIR, "metrics.json")
+    with open(path, "a") as file:
+        file.write('{"iteration": 2, "total_l')
+    train(cfg, resume=True)
+    assert read_lines(str(path))[-1]["iteration"] == 3, "the only line that it writes"
 
 
 def test_damage_is_found(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from .rle import is_rle
 KEYS = ("id", "image_id", "category_id", "bbox")
 NUMBERS = (int, float)
 LARGEST = 1e9  # limit for the values of a box, far beyond any image size
+MANY_CROWDS = 0.1  # share of all annotations; in COCO it is 0.01
 
 
 @dataclass
@@ -56,6 +57,7 @@ def check_annotations(
             facts.odd_area.append(annotation["id"])
     if annotations:
         facts.notes = check_pixels(_boxes(annotations, sizes))
+        facts.notes += [*_many_crowds(facts), *_repeated(annotations)]
     return facts
 
 
@@ -63,6 +65,35 @@ def _boxes(annotations: List[Dict[str, Any]], sizes: Mapping[int, Tuple[int, int
     values = np.array([x["bbox"] for x in annotations], dtype=np.float64)
     size = np.array([sizes[x["image_id"]] for x in annotations], dtype=np.float64)
     return Boxes([x["id"] for x in annotations], values[:, :2], values[:, 2:], size)
+
+
+def _many_crowds(facts: AnnotationFacts) -> List[str]:
+    """A note where iscrowd seems to be written for something else than crowds."""
+    crowds = facts.count - facts.objects
+    if crowds <= MANY_CROWDS * facts.count:
+        return []
+    return [
+        f"{crowds} of {facts.count} annotations have iscrowd 1: neither training nor evaluation "
+        "takes them for objects. CVAT writes it for each mask that is no polygon; where one is one "
+        "object, set it to 0"
+    ]
+
+
+def _repeated(annotations: List[Dict[str, Any]]) -> List[str]:
+    """A note about objects that are there twice, as where merged exports overlap."""
+    objects = [x for x in annotations if not x.get("iscrowd", 0)]
+    # Hashes, as a large set's boxes would take gigabytes as tuples.
+    hashes = [hash((x["image_id"], x["category_id"], *x["bbox"])) for x in objects]
+    values, first = np.unique(np.array(hashes, dtype=np.int64), return_index=True)
+    if len(first) == len(objects):
+        return []
+    again = int(np.setdiff1d(np.arange(len(objects)), first)[0])
+    earlier = int(first[np.searchsorted(values, hashes[again])])
+    return [
+        f"{len(objects) - len(first)} of {len(annotations)} annotations have the image, class and "
+        f"box of another one, such as {objects[again]['id']} those of {objects[earlier]['id']}: "
+        "evaluation counts both as objects, and at most one of them as found"
+    ]
 
 
 def _check_references(

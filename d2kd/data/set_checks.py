@@ -34,7 +34,7 @@ def check_role(
     if part == "TEST" and not facts.objects:
         raise ValueError(
             f'{blame} has no object in "annotations", so that AP is undefined. Annotate it, or '
-            "remove the set from DATASETS.TEST."
+            "remove the set from DATASETS.TEST. (Those with iscrowd 1 are no objects.)"
         )
     if cfg.MODEL.MASK_ON and (part == "TRAIN" or meta_architecture not in DENSE_DETECTORS):
         _check_masks(summary, part, cfg.INPUT.MASK_FORMAT, blame)

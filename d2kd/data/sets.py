@@ -64,7 +64,8 @@ class SetChecks:
         """
         if self.objects and not any(self.objects.values()):
             raise ValueError(
-                f"DATASETS.TRAIN: no objects in the annotations of {', '.join(self.objects)}."
+                f"DATASETS.TRAIN: no objects in the annotations of {', '.join(self.objects)}. "
+                "(Those with iscrowd 1 are none.)"
             )
         both = self.files["TRAIN"] & self.files["TEST"]
         if both:

@@ -72,9 +72,9 @@ OTHER_SIZE = {"segmentation": {**RLE, "size": [64, 48]}}
     "part, change, values, message",
     [
         ("TEST", clear, {}, 'bad.json has no object in "annotations", so that AP is undefined'),
-        ("TEST", every("annotations", all_crowds), {}, "bad.json has no object"),
+        ("TEST", every("annotations", all_crowds), {}, "bad.json has no object.*iscrowd 1 are no"),
         ("TRAIN", clear, {}, "DATASETS.TRAIN: no objects in the annotations of bad"),
-        ("TRAIN", every("annotations", all_crowds), {}, "DATASETS.TRAIN: no objects in .* of bad"),
+        ("TRAIN", every("annotations", all_crowds), {}, "no objects in .* of bad.*iscrowd 1 are n"),
         ("TRAIN", no_mask, MASKS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
         ("TRAIN", no_mask, LABELS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
         ("TEST", no_mask, MASKS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
@@ -141,6 +141,40 @@ def test_a_few_odd_areas_are_told(
 ) -> None:
     check(tmp_path, "TEST", second("annotations", area=0))
     assert "1 of 24 annotations, such as 2, have an area that is 0 or larger" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["TRAIN", "TEST"])
+@pytest.mark.parametrize("count, told", [(2, False), (3, True)])
+def test_crowds_that_are_too_many_to_be_some_are_told(
+    count: int,
+    told: bool,
+    part: str,
+    tmp_path: Path,
+    forget_sets: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As where a tool says by iscrowd that a mask is an RLE."""
+    check(tmp_path, part, lambda said: [all_crowds(x) for x in said["annotations"][:count]])
+    assert ("bad.json: 3 of 24 annotations have iscrowd 1: neither" in caplog.text) == told
+
+
+@pytest.mark.parametrize("part", ["TRAIN", "TEST"])
+def test_objects_that_are_there_twice_are_told(
+    part: str, tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def repeat(said: Content) -> None:
+        first, crowd, last = (dict(said["annotations"][i]) for i in (0, 1, 23))
+        said["annotations"][1]["iscrowd"] = crowd["iscrowd"] = 1
+        other_image, other_class = dict(last, image_id=7), dict(last, category_id=2)
+        said["annotations"] += [first, crowd, other_image, other_class, last, dict(last)]
+        for i, x in enumerate(said["annotations"][24:]):
+            x.update(id=101 + i, bbox=[float(v) for v in x["bbox"]])
+
+    check(tmp_path, part, repeat)
+    told = (
+        "3 of 30 annotations have the image, class and box of another one, such as 101 those of 1"
+    )
+    assert told in caplog.text
 
 
 def test_training_set_of_background_alone_is_taken_beside_another(

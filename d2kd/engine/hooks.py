@@ -120,7 +120,11 @@ class BestCheckpointer(HookBase):
             logger.warning(f"TEST.BEST_METRIC: the evaluation gave no {self.metric!r}.")
             return
         value, iteration = latest
-        # An evaluation without detections gives NaN, which is no best.
+        if math.isnan(value):
+            logger.warning(
+                f"TEST.BEST_METRIC: {self.metric} is not a number, so {BEST}.pth is not written: "
+                "nothing is detected, or the test set has no object of this size or class."
+            )
         if not value > self.best:
             return
         self.best = value

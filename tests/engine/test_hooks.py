@@ -161,7 +161,9 @@ def test_best_checkpoint_is_the_student_of_the_best_evaluation(
     assert_same_tensors(student.state_dict(), weights(tmp_path, "model_0000001"))
 
 
-def test_larger_values_alone_are_the_best_and_none_of_an_iteration_that_failed() -> None:
+def test_larger_values_alone_are_the_best_and_none_of_an_iteration_that_failed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     saved: List[int] = []
     checkpointer = SimpleNamespace(save=lambda name, iteration: saved.append(iteration))
     hook = BestCheckpointer(1, checkpointer, "bbox/AP")
@@ -174,6 +176,7 @@ def test_larger_values_alone_are_the_best_and_none_of_an_iteration_that_failed()
         evaluated(iteration, value)
         hook.after_step()
     assert saved == [1, 5]
+    assert caplog.text.count("bbox/AP is not a number, so model_best.pth is not written") == 2
     evaluated(6, 9.0)
     hook.after_step()  # the evaluation of the end is still to come
     hook.after_train()  # a trainer that has come to its end is at iteration 7

@@ -4,7 +4,13 @@ import math
 
 from detectron2.config import CfgNode
 
+from ...data.class_names import class_names
+from ...utils.checks import nearest
+
 TASKS = ("bbox", "segm", "keypoints")
+# What COCO's evaluation measures, and LVIS's of rare, common and frequent classes
+MEASURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+OF_CLASS = "AP-"  # before a class's name
 
 
 def check_evaluation(cfg: CfgNode, training: bool) -> None:
@@ -47,17 +53,35 @@ def _check_best_metric(cfg: CfgNode) -> None:
     for name in cfg.DATASETS.TEST:
         metric = metric.removeprefix(f"{name}/")
     task, _, measure = metric.partition("/")
-    if task not in TASKS or not measure.startswith("AP"):
+    if task not in TASKS or not _is_measure(measure):
         raise ValueError(
             f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}; it is a task and a metric, such as "
             "'bbox/AP', 'bbox/AP50' or 'segm/AP', also behind the name of a set in DATASETS.TEST. "
             "'' saves no best checkpoint."
         )
+    if measure.startswith(OF_CLASS):
+        _check_class(cfg, measure[len(OF_CLASS) :])
     switch = {"segm": "MASK_ON", "keypoints": "KEYPOINT_ON"}.get(task)
     if switch and not cfg.MODEL[switch]:
         raise ValueError(
             f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}, which a detector with MODEL.{switch} "
             "False does not have. Take 'bbox/AP'."
+        )
+
+
+def _check_class(cfg: CfgNode, name: str) -> None:
+    names = class_names(cfg)
+    if names and name not in names:
+        near = nearest(name, names)
+        hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(names[:20])}."
+        raise ValueError(
+            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}, but the data has no class {name!r}. "
+            f"{hint}"
+        )
+    if len(names) == 1:
+        raise ValueError(
+            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}, but of a single class Detectron2 has "
+            "no AP by class. Take 'bbox/AP'."
         )
 
 
@@ -80,4 +104,8 @@ def _is_expectation(entry: object) -> bool:
     if not (isinstance(entry, (list, tuple)) and len(entry) == 4 and entry[0] in TASKS):
         return False
     numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in entry[2:])
-    return isinstance(entry[1], str) and numbers
+    return isinstance(entry[1], str) and _is_measure(entry[1]) and numbers
+
+
+def _is_measure(name: str) -> bool:
+    return name in MEASURES or name.startswith(OF_CLASS)

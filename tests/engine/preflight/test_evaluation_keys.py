@@ -1,5 +1,6 @@
 """Keys under TEST that would be asked for in vain, or be missed only after the training."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, List
 
@@ -12,10 +13,12 @@ from d2kd.engine import evaluate, train
 from d2kd.engine.evaluator import build_evaluator
 from d2kd.engine.preflight.check_config import check_config
 from tests.helpers.runs import run_config
+from tests.helpers.toy_sets import Content, name_sets, write_set
 from tests.helpers.toys import detector_config
 
 RESULT = ["bbox", "AP", 38.5, 0.2]
 ONE = {"DATASETS.TEST": ("a",)}
+SHAPES = {"DATASETS.TEST": ("d2kd_shapes_val",)}
 MISTAKES = [
     ({"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED is True"),
     ({"TEST.PRECISE_BN.ENABLED": True}, "TEST.PRECISE_BN.ENABLED is True.*resumed exactly"),
@@ -25,12 +28,17 @@ MISTAKES = [
     ({"TEST.EXPECTED_RESULTS": [RESULT[:3]], **ONE}, r"\['bbox', 'AP', 38.5\]; an entry is"),
     ({"TEST.EXPECTED_RESULTS": RESULT, **ONE}, "has 'bbox'; an entry is"),
     ({"TEST.EXPECTED_RESULTS": [["bbox", "AP", "x", 1.0]], **ONE}, "has .*'x'"),
+    ({"TEST.EXPECTED_RESULTS": [["bbox", "mAP", 1.0, 1.0]], **ONE}, "has .*'mAP'"),
     (
         {"TEST.EVAL_PERIOD": 500, "DATASETS.TEST": ("d2kd_shapes_test",)},
         "BEST_METRIC 'bbox/AP' would choose a checkpoint, and on d2kd_shapes_test nothing is",
     ),
     ({"TEST.BEST_METRIC": "AP50", **ONE}, "BEST_METRIC is 'AP50'; it is a task and a metric"),
     ({"TEST.BEST_METRIC": "bbox/mAP", **ONE}, "BEST_METRIC is 'bbox/mAP'; it is a task"),
+    ({"TEST.BEST_METRIC": "bbox/AP60", **ONE}, "BEST_METRIC is 'bbox/AP60'; it is a task"),
+    ({"TEST.BEST_METRIC": "bbox/APL", **ONE}, "BEST_METRIC is 'bbox/APL'; it is a task"),
+    ({"TEST.BEST_METRIC": "bbox/AP-rign", **SHAPES}, "no class 'rign'. Did you mean 'ring'"),
+    ({"TEST.BEST_METRIC": "bbox/AP-zebra", **SHAPES}, "no class 'zebra'. It has disc, ring, "),
     ({"TEST.BEST_METRIC": "b/bbox/AP", **ONE}, "BEST_METRIC is 'b/bbox/AP'; it is a task"),
     ({"TEST.BEST_METRIC": "segm/AP", **ONE}, "BEST_METRIC is 'segm/AP', .*MODEL.MASK_ON False"),
 ]
@@ -54,6 +62,20 @@ def test_metric_that_an_evaluation_has_passes(metric: str) -> None:
     check_config(detector_config("retinanet", DATASETS__TEST=("a", "b"), TEST__BEST_METRIC=metric))
     values = {"MODEL__MASK_ON": True, "DATASETS__TEST": ("a",), "TEST__BEST_METRIC": "segm/AP"}
     check_config(detector_config("mask_rcnn", **values))
+
+
+@pytest.mark.parametrize("names, refused", [("cat", True), ("cat dog", False)])
+def test_ap_by_class_is_refused_where_there_is_one_class(
+    names: str, refused: bool, tmp_path: Path
+) -> None:
+    def rename(said: Content) -> None:
+        said["categories"] = [{"id": i, "name": x} for i, x in enumerate(names.split(), 1)]
+
+    write_set(tmp_path, "a", rename)
+    cfg = name_sets(detector_config("retinanet"), tmp_path, ["a"], ["a"])
+    cfg.TEST.BEST_METRIC = "bbox/AP-cat"
+    with pytest.raises(ValueError, match="Take 'bbox/AP'") if refused else nullcontext():
+        check_config(cfg)
 
 
 def test_run_that_chooses_nothing_may_look_at_the_test_split() -> None:

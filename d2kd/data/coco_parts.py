@@ -73,10 +73,18 @@ def check_names_differ(categories: List[Dict[str, Any]]) -> List[str]:
     return notes
 
 
-def _check_inside(file_name: str) -> None:
+def _check_inside(name: str, file_name: str) -> None:
     """Refuse paths outside the image folder, which a JSON of unknown origin could contain."""
-    if os.path.isabs(file_name) or os.path.normpath(file_name).split(os.sep)[0] == os.pardir:
-        raise ValueError(f"the file_name {file_name!r} leads out of the image folder")
+    if os.path.isabs(file_name):
+        what = "is an absolute path"
+    elif os.path.normpath(file_name).split(os.sep)[0] == os.pardir:
+        what = "leads out of the image folder"
+    else:
+        return
+    raise ValueError(
+        f"{name} has the file_name {file_name!r}, which {what}; it must be relative to the image "
+        "folder, and in it"
+    )
 
 
 def check_same_file(images: List[Dict[str, Any]], annotations: List[Dict[str, Any]]) -> None:
@@ -110,5 +118,5 @@ def read_images(entries: List[Any]) -> Tuple[ImageEntry, ...]:
                     f"{name} has the {side} {entry[side]!r}; it must be a whole number of pixels, "
                     "1 or more"
                 )
-        _check_inside(entry["file_name"])
+        _check_inside(name, entry["file_name"])
     return tuple(ImageEntry(x["file_name"], **whole_size(x)) for x in entries)

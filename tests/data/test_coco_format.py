@@ -138,7 +138,7 @@ class TestRegisterDatasets(unittest.TestCase):
             ("annotations", 2 * self.content["annotations"], "annotations has the id 1 twice"),
             ("images", [self._image("../secret.png")], "leads out of the image folder"),
             ("images", [self._image("a/../../secret.png")], "leads out of the image folder"),
-            ("images", [self._image("/etc/secret.png")], "leads out of the image folder"),
+            ("images", [self._image("/etc/secret.png")], "is an absolute path; it must be rel"),
             ("annotations", [self._annotation([1, 1, -4, 3])], "the bbox [1, 1, -4, 3]"),
             ("annotations", [self._annotation([1, 1, 4])], "the bbox [1, 1, 4]"),
             ("annotations", [self._annotation([1, 1, float("nan"), 3])], "the bbox [1, 1, nan, 3]"),

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from typing import Dict, Mapping, Optional, Sequence, Set, Tuple
+from collections import defaultdict
+from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
@@ -132,5 +133,24 @@ class SetChecks:
 
 
 def _paths(images: Sequence[ImageEntry], folder: str) -> Set[str]:
-    folder = os.path.realpath(folder)
-    return {os.path.normpath(os.path.join(folder, x.file_name)) for x in images}
+    """Of the files themselves, also where a split is a folder of links to them."""
+    by_folder: Dict[str, List[str]] = defaultdict(list)
+    for image in images:
+        inner, name = os.path.split(os.path.join(folder, image.file_name))
+        by_folder[inner].append(name)
+    paths: Set[str] = set()
+    for inner, names in by_folder.items():
+        inner = os.path.realpath(inner)
+        links = _links(inner)
+        found = {os.path.join(inner, x) for x in names}
+        paths |= {os.path.realpath(x) if x in links else x for x in found}
+    return paths
+
+
+def _links(folder: str) -> Set[str]:
+    """The folder is listed, as resolving each file is slow on some disks."""
+    try:
+        with os.scandir(folder) as entries:
+            return {x.path for x in entries if x.is_symlink()}
+    except OSError:
+        return set()

@@ -200,6 +200,20 @@ def test_images_in_training_and_test_sets_are_counted(
     assert "7 of the 7 images of DATASETS.TEST are also in DATASETS.TRAIN, such as" in caplog.text
 
 
+def test_links_to_images_are_the_images(
+    tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in splits that link to the images of one folder."""
+    write_set(tmp_path, "a")
+    write_set(tmp_path, "b")
+    for name in ("2.png", "5.png"):
+        (tmp_path / "b" / name).unlink()
+        (tmp_path / "b" / name).symlink_to(f"../a/{name}")
+    register_datasets(config_of(tmp_path, ["a"], ["b"]))
+    assert "2 of the 8 images of DATASETS.TEST are also in DATASETS.TRAIN, such as" in caplog.text
+    assert str(tmp_path / "a" / "2.png") in caplog.text
+
+
 def test_images_in_two_training_sets_are_counted(
     tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
 ) -> None:

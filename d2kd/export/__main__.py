@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from ..cli.common import add_config_options, command_parser, read_config
-from ..utils.atomic_file import check_writable
+from ..utils.atomic_file import atomic_write, check_writable
 from ..utils.command_line import parse_command_line
 from ..utils.user_mistakes import run_command
 from .graph import FORMATS, export_graph
@@ -56,7 +56,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     report.update({"no_yaml": reason} if reason else verify(cfg, weights, args.output))
     for name in args.formats:
         report[name] = export_graph(cfg, weights, name, args.output)
-    proof.write_text(json.dumps(report, indent=2))
+    with atomic_write(str(proof), "w") as file:
+        json.dump(report, file, indent=2)
     print(json.dumps(report, indent=2))
     graphs = [report[name] for name in args.formats]
     proved = [reason or report["verified"], *(x.get("verified") for x in graphs)]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +282,27 @@ def test_interrupted_export_leaves_no_proof_of_an_earlier_one(
     monkeypatch.setattr(command, "verify", interrupt)
     with pytest.raises(KeyboardInterrupt):
         main(words)
+    assert sorted(os.listdir(output)) == ["student.pth", "student.yaml"]
+
+
+def test_full_disk_leaves_no_half_of_a_proof(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, weights = saved("retinanet", MODEL__RETINANET__NORM="", **stock_backbone("retinanet"))
+    path, output = tmp_path / "run.yaml", tmp_path / "out"
+    path.write_text(cfg.dump())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*_: Any) -> Dict[str, Any]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+        return {"verified": True}
+
+    monkeypatch.setattr(command, "verify", fill)
+    try:
+        with pytest.raises(OSError):
+            main(["--config-file", str(path), "--weights", weights, "--output", str(output)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert sorted(os.listdir(output)) == ["student.pth", "student.yaml"]
 
 

@@ -8,13 +8,13 @@ that was interrupted goes on where it stopped, and one that is finished is not r
 """
 
 import argparse
-import signal
 import sys
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 from bench_cells import check_table, narrowed, read_table
 from bench_run import Bench
 from d2kd.cli.common import command_parser
+from d2kd.cli.steps import stop_on_sigterm
 from d2kd.utils.user_mistakes import run_command
 
 EPILOG = """
@@ -84,15 +84,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         raise ValueError(
             "--jobs: runs on a GPU go one after the other; set MODEL.DEVICE cpu in OPTS."
         )
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_sigterm()
     bench.run()
     for cell in bench.failed:
         print(f"failed: {cell}")
     return 1 if bench.failed else 0
-
-
-def _stop(*_: Any) -> None:
-    sys.exit("Stopped; the same command goes on.")
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -20,6 +20,7 @@ from detectron2.data import Metadata, MetadataCatalog
 
 from d2kd import load_config, student_config
 from d2kd.cli.common import add_config_options, command_parser, read_config
+from d2kd.cli.steps import stop_on_sigterm
 from d2kd.data import register_datasets
 from d2kd.engine.evaluator import complete_truth
 from d2kd.engine.preflight.check_config import check_config
@@ -69,6 +70,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     register_datasets(cfg, student_config(cfg).MODEL.META_ARCHITECTURE, ("TRAIN",), draw=False)
     results: Results = {arm: {} for arm in ARMS}
     steps = Steps(args.fresh)
+    stop_on_sigterm()
     for seed in args.seeds:
         for arm in ARMS:
             print(f"\n{arm}, seed {seed}", flush=True)

@@ -22,7 +22,7 @@ from ..data import register_datasets
 from ..utils.command_line import add_overrides, parse_command_line
 from .common import command_parser
 from .draw_detections import draw_detections
-from .steps import Steps, mask_warning, metrics_of
+from .steps import Steps, mask_warning, metrics_of, stop_on_sigterm
 
 EXAMPLES = """
 Examples:
@@ -49,6 +49,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         args.opts = ["DATASETS.TEST", repr(TEST), *args.opts]
     cfg = load_config(args.distilled, args.opts)
     register_datasets(cfg)  # draws the built-in images once, before two processes need them
+    stop_on_sigterm()
     runs, start = Steps(args.fresh), time.perf_counter()
     first, second = plan(args)
     jobs = runs_at_once(cfg.MODEL.DEVICE)

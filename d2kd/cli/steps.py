@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,19 +100,35 @@ class Steps:
         )
         self._running.append(process)
         lines = []
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            progress = PROGRESS.search(line)
-            if progress and int(progress.group(1)) % 100 == 99:
-                print(label + progress.group(), flush=True)
-            elif "Drawing" in line or "Start inference" in line:
-                print(label + line.split("]: ")[-1].rstrip(), flush=True)
+        try:
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                progress = PROGRESS.search(line)
+                if progress and int(progress.group(1)) % 100 == 99:
+                    print(label + progress.group(), flush=True)
+                elif "Drawing" in line or "Start inference" in line:
+                    print(label + line.split("]: ")[-1].rstrip(), flush=True)
+        except BaseException:
+            self.stop()
+            raise
         if process.wait() == 2:  # the last line tells the mistake
             print(lines[-1], file=sys.stderr)
             sys.exit(2)
         if process.returncode:
             sys.exit("\n".join(lines[-30:]) + "\nThe step failed; the lines above say why.")
         return lines
+
+
+def stop_on_sigterm() -> None:
+    """
+    Let SIGTERM raise, as Ctrl-C does, so that what was started ends as well. It would train on
+    unseen, and hold its OUTPUT_DIR.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(*_: Any) -> None:
+    sys.exit("Stopped; the same command goes on.")
 
 
 def evaluation(lines: Sequence[str]) -> Dict[str, float]:

@@ -1,18 +1,19 @@
 """The quickstart: two steps at once, one mistake ends both, how far the student is from its end."""
 
 import json
+import multiprocessing
 import os
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Callable, Dict, List, Sequence
 
 import pytest
 
 from d2kd import load_config
 from d2kd.cli import quickstart
-from d2kd.cli.steps import METRICS, Steps
+from d2kd.cli.steps import METRICS, Steps, stop_on_sigterm
 
 ALONE, DISTILLED = quickstart.STUDENT, "configs/quickstart/cwd.yaml"
 FOUND = ["copypaste: Task: bbox", "copypaste: " + ",".join(METRICS), "copypaste: 1,2,3,4,5"]
@@ -132,6 +133,47 @@ def test_a_mistake_in_one_ends_the_other(
         quickstart.run_all(Steps(), steps(), jobs=2)
     assert ended.value.code == 2 and time.monotonic() - begin < 50
     assert capsys.readouterr().err == "DISTILL.X is wrong\n"
+
+
+def run_one(folder: Path) -> None:
+    Steps().run(ALONE, ["OUTPUT_DIR", str(folder / "run")])
+
+
+def run_two(folder: Path) -> None:
+    pair = {x: (ALONE, ["OUTPUT_DIR", str(folder / x)], "") for x in ("a", "b")}
+    quickstart.run_all(Steps(), pair, jobs=2)
+
+
+def until_sigterm(script: Path, run: Callable[[Path], None]) -> None:
+    """For a process of its own: what is set here stays so."""
+    sys.executable = str(script)
+    stop_on_sigterm()
+    run(script.parent)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("run, count", [(run_one, 1), (run_two, 2)])
+def test_sigterm_ends_what_was_started(
+    run: Callable[[Path], None], count: int, tmp_path: Path
+) -> None:
+    trap = f'trap "kill $!; touch {tmp_path}/ended$$; exit" TERM'
+    asleep = "sleep 100 > /dev/null 2>&1 &"
+    write(tmp_path / "script", asleep, trap, f"touch {tmp_path}/begun$$", "wait")
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=until_sigterm, args=(tmp_path / "script", run))
+    process.start()
+    wait_for(tmp_path, "begun*", count)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 1
+    wait_for(tmp_path, "ended*", count)
+
+
+def wait_for(folder: Path, pattern: str, count: int) -> None:
+    end = time.monotonic() + 60
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < end, pattern
+        time.sleep(0.1)
 
 
 def test_a_finished_step_is_not_repeated(

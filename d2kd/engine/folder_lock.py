@@ -14,7 +14,8 @@ FILE = "run.lock"
 @contextmanager
 def hold_folder(folder: str) -> Iterator[None]:
     """
-    Hold an OUTPUT_DIR inside, or until the process ends, by `kill -9` too. Called in all processes.
+    Hold an OUTPUT_DIR, which is made, inside, or until the process ends, by `kill -9` too. Called
+    in all processes.
 
     Raises:
         ValueError: in all of them: another run holds it
@@ -22,6 +23,7 @@ def hold_folder(folder: str) -> Iterator[None]:
     with ExitStack() as opened:
         holder = ""
         if comm.is_main_process():
+            os.makedirs(folder, exist_ok=True)
             # Not in "w" mode, which would empty the file of the one who holds it.
             file = opened.enter_context(open(os.path.join(folder, FILE), "a+"))
             holder = _take(file)

@@ -3,7 +3,6 @@
 import gc
 import logging
 import os
-from contextlib import ExitStack
 from typing import Any, Callable, Dict, Optional
 
 from detectron2.config import CfgNode
@@ -48,16 +47,16 @@ def train(
         logger.info(f"Set, but not read by this run: {', '.join(unread)}.")
     register_datasets(plan.cfg, student_config(plan.cfg).MODEL.META_ARCHITECTURE)
     first, *later = plan.stages_left
-    for stage in later:
-        preflight_stage(stage)
     point, results = plan.resume_point, {}
-    with ExitStack() as held:
+    # Before the teacher is evaluated, which takes minutes and leaves pictures there.
+    with hold_folder(cfg.OUTPUT_DIR):
+        for stage in later:
+            preflight_stage(stage)
         for stage in (first, *later):
             if later:  # trainers hold themselves: two teachers would be in memory at a time
                 gc.collect()
             trainer = _ready(stage, plan.seed, point, teacher_is_checked=stage is not first)
             if stage is first:
-                held.enter_context(hold_folder(cfg.OUTPUT_DIR))
                 _begin(cfg, point)
             trainer.train()
             comm.synchronize()  # the next stage reads the checkpoint that the main process writes

@@ -58,7 +58,7 @@ def test_second_run_is_refused_before_it_begins_and_a_killed_one_holds_nothing(
         for _ in range(2):  # to be refused takes nothing from the first
             with pytest.raises(ValueError, match=in_use):
                 train(cfg)
-        assert not Path(cfg.OUTPUT_DIR, "config.yaml").exists()
+        assert os.listdir(cfg.OUTPUT_DIR) == ["run.lock"], "nothing was built or evaluated"
     train(cfg)
     assert Path(cfg.OUTPUT_DIR, "model_final.pth").exists()
     train(cfg)  # nor does one that has ended

@@ -12,9 +12,11 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..utils.sha256 import sha256_of
 from ..weights.run_checkpoints import BEST
 from ..weights.verify import read_verified
 from .metrics import is_evaluated
@@ -102,6 +104,7 @@ class BestCheckpointer(HookBase):
         self.checkpointer = checkpointer
         self.metric = metric
         self.measure = f"{metric} on {', '.join(datasets)}"
+        self.truth = [_digest_of(x) for x in datasets]
         self.best = -math.inf
         self.run = time.time_ns()  # distinguishes this run's files from an older run's
 
@@ -132,13 +135,20 @@ class BestCheckpointer(HookBase):
         self.checkpointer.save(BEST, iteration=iteration)
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"best": self.best, "run": self.run, "measure": self.measure}
+        measured = {"measure": self.measure, "truth": self.truth}
+        return {"best": self.best, "run": self.run, **measured}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         if state.get("measure", self.measure) != self.measure:
             logger.warning(
                 f"{BEST}.pth was chosen by {state['measure']}; the next evaluation replaces it, "
                 f"and {self.measure} chooses from then on."
+            )
+            return
+        if state.get("truth", self.truth) != self.truth:
+            logger.warning(
+                f"{BEST}.pth was chosen by {self.measure}, of which the JSON has changed since; "
+                "the next evaluation replaces it."
             )
             return
         self.best, self.run = state["best"], state["run"]
@@ -154,6 +164,13 @@ class BestCheckpointer(HookBase):
         saved = saved.get("trainer", {}).get("hooks", {}).get(type(self).__qualname__, {})
         if saved.get("run") == self.run:
             self.best = saved["best"]
+
+
+def _digest_of(dataset: str) -> str:
+    """SHA256 of a data set's JSON; "" where it has none."""
+    known = dataset in DatasetCatalog.list()  # MetadataCatalog.get would create an entry
+    path = MetadataCatalog.get(dataset).get("json_file") if known else None
+    return sha256_of(path) if path else ""
 
 
 class MakeUpEvaluation(HookBase):

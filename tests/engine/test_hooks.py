@@ -16,6 +16,7 @@ from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -267,6 +268,29 @@ def test_best_value_of_another_metric_or_test_set_is_not_compared(
     other.load_state_dict(old.state_dict())
     assert other.best == -math.inf
     assert "chosen by bbox/AP on a;" in caplog.text
+
+
+def test_best_value_on_other_labels_is_not_compared(
+    tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = tmp_path / "a.json"
+    labels.write_text("{}")
+    register_coco_instances("a", {}, str(labels), str(tmp_path))
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
+    old = BestCheckpointer(1, checkpointer, "bbox/AP", ["a"])
+    old.best = 40.0
+    old.checkpointer.save("model_best")
+    same = BestCheckpointer(1, checkpointer, "bbox/AP", ["a"])
+    same.load_state_dict(old.state_dict())
+    assert same.best == 40.0
+    labels.write_text('{"mended": true}')
+    mended = BestCheckpointer(1, checkpointer, "bbox/AP", ["a"])
+    mended.load_state_dict({k: v for k, v in old.state_dict().items() if k != "truth"})
+    assert mended.best == 40.0, "of a checkpoint from before labels were compared"
+    mended = BestCheckpointer(1, checkpointer, "bbox/AP", ["a"])
+    mended.load_state_dict(old.state_dict())
+    assert mended.best == -math.inf
+    assert "chosen by bbox/AP on a, of which the JSON has changed" in caplog.text
 
 
 def test_without_a_test_set_no_best_checkpoint_is_kept(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ EIGHT_BIT_MODES = "1 L LA P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV".split()
 ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
 ORIENTATION, TURNED = 274, (5, 6, 7, 8)  # EXIF tag, and its values that swap width and height
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+# Tags with the offsets of its strips, or tiles, and with their numbers of bytes
+PARTS_OF_TIFF = ((273, 279), (324, 325))
 TAIL = 2048  # a complete file has its end mark in this many last bytes
 
 
@@ -57,7 +59,7 @@ def read_header(path: str) -> Header:
     with _readable(path), open(path, "rb") as file, Image.open(file) as image:
         size, turned = image.size, _is_turned(image)
         has_alpha = image.mode in ALPHA_MODES or "transparency" in image.info
-        if not _has_end(file, image.format):
+        if not _has_end(file, image):
             image.load()  # fails if the image is incomplete
     check_sound(image, path)
     width, height = size[::-1] if turned else size
@@ -122,11 +124,24 @@ def _is_turned(image: Image.Image) -> bool:
         return False
 
 
-def _has_end(file: BinaryIO, kind: str) -> bool:
-    """Whether the file has its end mark; True for formats without one."""
-    mark = END_MARKS.get(kind, b"")
+def _has_end(file: BinaryIO, image: Image.Image) -> bool:
+    """Whether the file has its end; True for formats of which that cannot be told."""
+    size = os.fstat(file.fileno()).st_size
+    if image.format in ("BMP", "TIFF"):
+        return _pixels_end(image) <= size
+    mark = END_MARKS.get(image.format, b"")
     place = file.tell()
-    file.seek(max(os.fstat(file.fileno()).st_size - TAIL, 0))
+    file.seek(max(size - TAIL, 0))
     found = mark in file.read()
     file.seek(place)
     return found
+
+
+def _pixels_end(image: Image.Image) -> int:
+    """Where in a BMP's or TIFF's file its pixels end by its header; 0: it does not say."""
+    if image.format == "TIFF":
+        tags = image.tag_v2
+        parts = (zip(tags.get(x, ()), tags.get(y, ())) for x, y in PARTS_OF_TIFF)
+        return max((offset + count for part in parts for offset, count in part), default=0)
+    codec, box, offset, args = image.tile[0]
+    return offset + args[1] * box[3] if codec == "raw" else 0  # bytes of a row, and rows

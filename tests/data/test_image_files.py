@@ -44,6 +44,16 @@ def halve_jpeg(path: Path) -> None:
     halve(path)
 
 
+def halve_bmp(path: Path) -> None:
+    replace(path, Image.open(path).convert("RGB"), format="BMP")
+    halve(path)
+
+
+def halve_tiff(path: Path) -> None:
+    replace(path, Image.open(path).convert("RGB"), format="TIFF")
+    halve(path)
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -100,6 +110,8 @@ DAMAGES: Dict[Callable, str] = {
     as_folder: "lists the image 6.png, missing at {path}",
     halve: "{path} cannot be read",
     halve_jpeg: "{path} cannot be read",
+    halve_bmp: "{path} cannot be read",
+    halve_tiff: "{path} cannot be read",
     empty: "{path} cannot be read",
     as_text: "{path} cannot be read",
     resize: "{path} has 48x64 pixels .*in the JSON it has the width 64 and the height 48",
@@ -150,7 +162,9 @@ def jpeg_with_a_tail(path: Path) -> None:
         lambda path: replace(path, Image.open(path).convert("LA")),
         lambda path: replace(path, Image.open(path).convert("CMYK"), format="JPEG"),
         lambda path: replace(path, Image.open(path).convert("RGB"), format="BMP"),
+        lambda path: replace(path, Image.open(path).convert("P"), format="BMP"),
         lambda path: replace(path, Image.open(path).convert("RGB"), format="TIFF"),
+        lambda path: replace(path, Image.open(path), format="TIFF", compression="tiff_lzw"),
         lambda path: replace(path, Image.open(path).convert("P"), format="GIF"),
     ],
 )

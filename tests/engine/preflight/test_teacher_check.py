@@ -132,6 +132,31 @@ def test_masks_of_a_teacher_are_not_asked_of_a_data_set_of_boxes(
     assert ap_in(caplog.text) < 10
 
 
+def test_masks_of_a_teacher_are_not_asked_where_one_of_the_labels_is_a_line(
+    cfg: CfgNode, tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Detectron2 leaves such an object out, and pycocotools finds no mask of it."""
+    caplog.set_level("INFO", logger="d2kd")
+    opts = write_teacher(tmp_path, "mask_rcnn", MODEL__ROI_HEADS__NUM_CLASSES=6)
+    cfg.merge_from_list(opts + ["DISTILL.TEACHER.EVAL_IMAGES", 99, "DISTILL.TEACHER.MIN_AP", 0.0])
+    metadata = MetadataCatalog.get("d2kd_shapes_val")
+    said = json.loads(Path(metadata.json_file).read_text())
+    for annotation in said["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    for name in ("masks", "a_line"):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(said))
+        entry = {"NAME": name, "JSON": str(path), "IMAGES": metadata.image_root}
+        cfg.DATASETS.COCO_FORMAT.append(entry)
+        cfg.DATASETS.TEST = (name,)
+        register_datasets(cfg, "RetinaNet")
+        caplog.clear()
+        check_teacher(cfg, build_teacher(cfg))
+        assert ("of masks, on 12 images of" in caplog.text) == (name == "masks")
+        said["annotations"][3]["segmentation"] = [[1, 1, 9, 9]]
+
+
 def test_slice_without_an_object_is_said_and_not_refused(
     cfg: CfgNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

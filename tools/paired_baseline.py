@@ -88,8 +88,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print("\n" + report)
     with open(os.path.join(args.output, "table.md"), "w") as file:
         file.write(report + "\n")
-    write_csv(results, os.path.join(args.output, "results.csv"))
     draw(results, verdict, os.path.join(args.output, "gain.png"))
+    # Last: by this file d2kd report finds the others.
+    write_csv(results, os.path.join(args.output, "results.csv"))
     print(f"\nIn {args.output}: table.md, results.csv, gain.png and the runs.")
 
 

@@ -20,6 +20,7 @@ from detectron2.data import Metadata
 
 from d2kd import load_config
 from d2kd.cli.steps import METRICS
+from d2kd.report.outside import verdict
 from tests.helpers.forks import run_python
 from tests.helpers.runs import run_config
 from tests.helpers.toys import ROOT, stock_backbone, write_teacher
@@ -271,6 +272,26 @@ def test_what_would_stop_the_second_arm_stops_the_first(
     (tmp_path / "run.yaml").write_text(cfg.dump())
     with pytest.raises((ValueError, OSError), match=told):
         paired.main(["--config-file", str(tmp_path / "run.yaml"), *opts])
+
+
+def test_comparison_that_is_interrupted_at_its_end_is_none_for_a_report(
+    paired: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    cfg = run_config(tmp_path, write_teacher(tmp_path, "retinanet"))
+    cfg.DATASETS.TEST = ("d2kd_shapes_val",)
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    os.mkdir(cfg.OUTPUT_DIR + "_paired")
+    monkeypatch.setattr(paired.Steps, "run", lambda *_, **__: dict.fromkeys(METRICS, 30.0))
+    monkeypatch.setattr(paired, "stop_on_sigterm", lambda: None)
+    decided = paired.decide([0.0, 0.1], 0.1, 0.5)
+    monkeypatch.setattr(paired, "verdict_of", lambda *_: decided)
+    monkeypatch.setattr(paired, "draw", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        paired.main(["--config-file", str(tmp_path / "run.yaml"), "--seeds", "1", "2"])
+    assert isinstance(verdict(cfg.OUTPUT_DIR), str), "nobody asked"
 
 
 def test_detector_that_finds_nothing_has_0_on_any_images(ap: ModuleType) -> None:

@@ -18,6 +18,7 @@ import d2kd.engine.preflight.check_config
 import d2kd.engine.resume_point
 from d2kd.cli.train import main as train_main
 from d2kd.config.lessons import lesson_configs
+from d2kd.data.unlabelled import batch_sizes
 from d2kd.engine import Trainer, train
 from d2kd.engine.plan import RunPlan
 from d2kd.engine.resume_point import ResumePoint
@@ -155,6 +156,22 @@ def test_schedules_keep_their_place_in_a_run_that_is_scaled(
     assert scaled.SOLVER.MAX_ITER == 32 // processes
     assert scaled.DISTILL.CWD.SCHEDULE.STOP_ITER == -1
     assert cfg.DISTILL.PKD.SCHEDULE.STOP_ITER == cfg.DISTILL.TEACHERS[0]["OPTS"][-1] == 6
+
+
+def test_shares_of_a_batch_are_those_of_the_scaled_one(
+    folder: Path, teacher: List[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = run_config(folder, teacher, ["PKD"])
+    cfg.DISTILL.UNLABELLED.SETS = [str(folder)]
+    # 1 + 1 images are too few for two processes, which scaled have 2 + 2.
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = 2, 1
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    assert batch_sizes(RunPlan.resolve(cfg).cfg) == (2, 2)
+    # 2 + 2 are enough for one, which scaled has a single one.
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = 4, 4
+    monkeypatch.setattr(comm, "get_world_size", lambda: 1)
+    with pytest.raises(ValueError, match="SHARE 0.5 of SOLVER.IMS_PER_BATCH 1 leaves"):
+        RunPlan.resolve(cfg)
 
 
 def test_nothing_is_written_before_the_config_is_checked(staged: CfgNode) -> None:

@@ -22,7 +22,7 @@ from ...teacher import TeacherOptions, resolve_teacher
 from ...utils.checks import check_choice, check_range, nearest
 from ...utils.distils import distils
 from ..optimizer import CLIP_TYPES, OPTIMIZERS
-from ..stages import STAGE_LR, Stage, plan_stages
+from ..stages import STAGE_LR, Stage, plan_stages, scaled_to_processes
 from .evaluation_keys import check_evaluation
 
 # Files of a run that a teacher may be read from; any run in the same folder has some of these names
@@ -61,7 +61,7 @@ def check_config(cfg: CfgNode, evaluation: bool = False) -> List[Stage]:
     stages = plan_stages(cfg)
     for stage in stages if distils(cfg) else ():
         with stage.in_errors():
-            batch_sizes(stage.cfg)
+            batch_sizes(scaled_to_processes(stage.cfg))
             unlabelled_sets(stage.cfg)
             _check_liveness(stage.cfg.DISTILL.LIVENESS)
             for lesson in lesson_configs(stage.cfg):

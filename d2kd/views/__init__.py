@@ -4,7 +4,7 @@ from .anchors import ReorderedAnchorsView, anchor_order
 from .backbone import BackboneView
 from .build import DETECTOR_VIEW_REGISTRY, describe_detector, find_view
 from .common_classes import CommonClassesView, MergeClasses
-from .dense import DenseView
+from .dense import DenseView, exact_boxes
 from .detector_info import DetectorInfo
 from .handed_on import HandedOnView
 from .lazy_levels import LazyLevels

@@ -1,8 +1,9 @@
 """RetinaNet and FCOS: detectors that predict at every cell of the pyramid."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, FrozenSet, List, Sequence, Tuple
+from typing import Any, FrozenSet, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from detectron2.structures import Instances
 from .anchor_labels import AnchorLabels
 from .anchors import cell_anchors
 from .base import DetectorView
-from .build import DETECTOR_VIEW_REGISTRY
+from .build import DETECTOR_VIEW_REGISTRY, find_view
 from .detector_info import DetectorInfo
 from .layout import unaliased
 from .lazy_levels import can_be_put_off, lazy_head
@@ -65,13 +66,8 @@ class DenseView(DetectorView):
         return list(self.detector.head_in_features)
 
     def _detections(self) -> List[Instances]:
-        # Detectron2's FCOS decodes boxes in the format of the deltas: bfloat16 would round 1010
-        # pixels to 1008.
-        handle = self.detector.head.register_forward_hook(_in_float32)
-        try:
+        with exact_boxes(self.detector):
             return super()._detections()
-        finally:
-            handle.remove()
 
     def regions(self, sampler: RegionSampler = RegionSampler()) -> Regions:
         return self._once(sampler, lambda: sample_regions(self, sampler))
@@ -179,6 +175,22 @@ class DenseView(DetectorView):
     @property
     def _has_centerness(self) -> bool:
         return hasattr(self.detector, "compute_ctrness_targets")
+
+
+@contextmanager
+def exact_boxes(detector: nn.Module) -> Iterator[None]:
+    """
+    Inside, a dense detector decodes boxes in float32; others do so by themselves. Detectron2's FCOS
+    decodes in the format of the deltas: bfloat16 would round 1010 pixels to 1008.
+    """
+    if not issubclass(find_view(detector, "teacher"), DenseView):
+        yield
+        return
+    handle = detector.head.register_forward_hook(_in_float32)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _in_float32(head: nn.Module, inputs: Any, output: Sequence[List[Tensor]]) -> List[Any]:

@@ -21,7 +21,7 @@ from ...modeling.backbone_teacher import BackboneTeacher
 from ...pairing.classes import CommonClasses
 from ...pairing.pair import DistillPair
 from ...teacher import Teacher
-from ...views import describe_detector
+from ...views import describe_detector, exact_boxes
 from ..evaluator import CompleteCOCOEvaluator
 from ..facts import write_fact
 from .disagreement import tell_disagreement
@@ -179,7 +179,7 @@ def _evaluate(
     evaluator.reset()
     for image in images:
         inputs = [mapper(image)]
-        with teacher.autocast():
+        with teacher.autocast(), exact_boxes(teacher.model):
             outputs = teacher.model(teacher.batch(inputs, cfg.INPUT.FORMAT))
         if classes:
             outputs = [

@@ -19,12 +19,15 @@ from d2kd.data import register_datasets
 from d2kd.data.outlines import CLASSES
 from d2kd.engine import train
 from d2kd.engine.preflight.teacher_check import check_teacher, evenly_spaced
+from d2kd.labelling.inference import Collector
 from d2kd.lesson import describe_pair
 from d2kd.pairing.classes import match_classes
 from d2kd.pairing.pair import DistillPair
+from d2kd.teacher.speed_up import speed_up
 from d2kd.views import describe_detector
 from tests.helpers.runs import run_config
 from tests.helpers.toys import ROOT, write_teacher
+from tests.helpers.view_toys import needs_fcos
 
 
 @pytest.fixture
@@ -201,6 +204,32 @@ def test_ids_of_annotations_from_0_change_nothing(
         check_teacher(cfg, build_teacher(cfg))
         found.append(ap_in(caplog.text))
     assert found[0] == found[1] > 5
+
+
+@needs_fcos
+def test_boxes_of_a_teacher_in_half_precision_are_evaluated_without_rounding(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"NUM_CLASSES": len(CLASSES), "SCORE_THRESH_TEST": 0.0, "NORM": ""}
+    teacher = write_teacher(tmp_path, "fcos", **{f"MODEL__FCOS__{k}": v for k, v in keys.items()})
+    cfg = run_config(folder, teacher)
+    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("d2kd_shapes_val",), str(tmp_path)
+    node = cfg.DISTILL.TEACHER
+    node.EVAL_IMAGES, node.MIN_AP, node.PRECISION = 1, 0.0, "bfloat16"
+    register_datasets(cfg, "RetinaNet")
+    teacher, found = build_teacher(cfg), []
+    speed_up(teacher, "precision")
+    process = Collector.process
+
+    def keep(self: Collector, inputs: List[Any], outputs: List[Any]) -> None:
+        found.extend(x["instances"].pred_boxes.tensor for x in outputs)
+        process(self, inputs, outputs)
+
+    monkeypatch.setattr(Collector, "process", keep)
+    check_teacher(cfg, teacher)
+    (boxes,) = found
+    rounded = boxes.bfloat16().float()
+    assert len(boxes) > 5 and (boxes != rounded).float().mean() > 0.5
 
 
 def test_images_are_taken_at_equal_distances() -> None:

@@ -75,6 +75,8 @@ class Steps:
         if not self.fresh and os.path.isfile(done) and _is_of(_load(done)["config"], cfg):
             print(f"Done before: {done}. Add --fresh to repeat it.")
             return _load(done)["results"]
+        # From here on the folder's weights and detections are of this run, finished or not.
+        Path(done).unlink(missing_ok=True)
         resume = [] if self.fresh else _resumable(cfg)
         results = evaluation(self._command([*command, *resume, *opts], cfg, name))
         write_json(done, {"config": cfg.dump(), "results": results})

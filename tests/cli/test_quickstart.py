@@ -194,6 +194,21 @@ def test_a_finished_step_is_not_repeated(
         Steps().run(ALONE, [*opts, "SEED", "9"])
 
 
+@pytest.mark.parametrize("fresh, seed", [(True, "1"), (False, "9")])
+def test_a_finished_step_is_not_taken_for_done_once_another_has_begun_in_its_folder(
+    fresh: bool, seed: str, scripted: Path, tmp_path: Path
+) -> None:
+    # That one may have written over its weights and its detections before it was interrupted.
+    opts = ["OUTPUT_DIR", str(tmp_path), "SEED"]
+    write(scripted, *(f"echo '{x}'" for x in FOUND))
+    Steps().run(ALONE, [*opts, "1"])
+    write(scripted, "exit 1")
+    with pytest.raises(SystemExit, match="failed"):
+        Steps(fresh).run(ALONE, [*opts, seed])
+    with pytest.raises(SystemExit, match="failed"):
+        Steps().run(ALONE, [*opts, "1"])
+
+
 def test_an_interrupted_step_is_gone_on_with_and_another_begins_anew(
     scripted: Path, tmp_path: Path
 ) -> None:

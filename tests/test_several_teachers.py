@@ -1,5 +1,6 @@
 """DISTILL.TEACHERS: several teachers at once, each as if it were the only one."""
 
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
@@ -27,6 +28,7 @@ from d2kd.teacher.stand_in import confident
 from tests.helpers.runs import (
     assert_same_checkpoint,
     assert_two_train_as_one,
+    build_trainer,
     interrupt,
     run,
     run_config,
@@ -331,6 +333,23 @@ def test_another_teacher_is_refused_on_resume(
     cfg.DISTILL.TEACHERS[1]["TEACHER"]["WEIGHTS"] = weights("retinanet", "other")["WEIGHTS"]
     with pytest.raises(ValueError, match="another teacher: right: weights_sha256 differs"):
         run(cfg, resume=True)
+
+
+def test_teacher_that_has_moved_is_the_same_on_resume(
+    tmp_path: Path, two: Callable[..., List[Entry]]
+) -> None:
+    cfg = several(tmp_path, two)
+    interrupt(cfg, 2)
+    node = cfg.DISTILL.TEACHERS[1]["TEACHER"]
+    for key in ("CONFIG_FILE", "WEIGHTS"):
+        node[key] = shutil.copy(node[key], tmp_path)
+    assert build_trainer(cfg, resume=True).start_iter == 2
+    node["FOR_CLASSES"] = SHAPES[4:]
+    with pytest.raises(ValueError, match="another teacher: right: classes differs"):
+        build_trainer(cfg, resume=True)
+    cfg.DISTILL.TEACHERS[1].update(NAME="other", TEACHER={**node, "FOR_CLASSES": SHAPES[3:]})
+    with pytest.raises(ValueError, match="another teacher: other: "):
+        build_trainer(cfg, resume=True)
 
 
 @pytest.mark.process

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from typing import Any, Dict, Iterable, Mapping, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
 import torch
 from tabulate import tabulate
@@ -18,7 +18,7 @@ from ..config.unread import why_unread
 from ..utils.distils import distils
 from ..utils.plugin import imported_files
 from ..weights.trained_config import Change, changed_keys
-from .resume_rules import REFUSED, TAKEN, UNUSED, rule_of
+from .resume_rules import PASSED_OVER, REFUSED, TAKEN, UNUSED, rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class RunRecord:
             )
         theirs = saved.get("config") or f"SEED: {saved['seed']}"
         changed = changed_keys(theirs, self.config)
-        changed = [x for x in changed if not why_unread(x[0], self.cfg)]
+        changed = [x for x in changed if not (why_unread(x[0], self.cfg) or _of_files_alone(x))]
         refused = [x for x in changed if rule_of(x[0]).action == REFUSED]
         if refused:
             lines = [f"  {k}: {old!r}, now {new!r}: {rule_of(k).why}" for k, old, new in refused]
@@ -124,6 +124,24 @@ def fingerprint(images: Iterable[Mapping[str, Any]]) -> Dict[str, Any]:
 def _box(annotation: Mapping[str, Any]) -> Sequence[float]:
     box = annotation.get("bbox")
     return () if box is None else box
+
+
+def _of_files_alone(change: Change) -> bool:
+    """
+    Whether teachers of DISTILL.TEACHERS differ in no more than what is passed over of
+    DISTILL.TEACHER, too: where their files are, which are compared by their manifests.
+    """
+    key, old, new = change
+    return key == "DISTILL.TEACHERS" and _without_files(old) == _without_files(new)
+
+
+def _without_files(entries: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
+    found = []
+    for entry in entries:
+        rules = {k: rule_of(f"DISTILL.TEACHER.{k}") for k in entry.get("TEACHER") or {}}
+        kept = {k: entry["TEACHER"][k] for k, x in rules.items() if x.action != PASSED_OVER}
+        found.append({**entry, "TEACHER": kept})
+    return found
 
 
 def _log_changes(changed: Sequence[Change]) -> None:

@@ -128,11 +128,12 @@ def _box(annotation: Mapping[str, Any]) -> Sequence[float]:
 
 def _of_files_alone(change: Change) -> bool:
     """
-    Whether teachers of DISTILL.TEACHERS differ in no more than what is passed over of
-    DISTILL.TEACHER, too: where their files are, which are compared by their manifests.
+    Whether the entries of DISTILL.TEACHERS or STAGES differ in no more than what is passed over of
+    DISTILL.TEACHER, too: where files are. Those that teach now are compared by their manifests.
     """
     key, old, new = change
-    return key == "DISTILL.TEACHERS" and _without_files(old) == _without_files(new)
+    has_entries = key in ("DISTILL.TEACHERS", "DISTILL.STAGES")
+    return has_entries and _without_files(old) == _without_files(new)
 
 
 def _without_files(entries: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -504,6 +505,20 @@ def test_other_stages_than_those_of_the_checkpoint_are_refused(whole: Dict[str, 
     cfg.SOLVER.STEPS = ()
     with pytest.raises(ValueError, match="began at iteration 3; by DISTILL.STAGES it begins at 2"):
         train(cfg, resume=True)
+
+
+def test_teacher_of_a_stage_that_has_moved_is_the_same_on_resume(
+    staged: CfgNode, teacher: List[Any], tmp_path: Path
+) -> None:
+    train_stages(staged, Interrupt(5))
+    node = staged.DISTILL.STAGES[1]["TEACHER"]
+    for key in ("CONFIG_FILE", "WEIGHTS"):
+        node[key] = shutil.copy(node[key], tmp_path)
+    (trainer,) = train_stages(staged, Interrupt(4), resume=True)
+    assert trainer.start_iter == 4
+    node["WEIGHTS"] = dict(zip(teacher[0::2], teacher[1::2]))["DISTILL.TEACHER.WEIGHTS"]
+    with pytest.raises(ValueError, match="another teacher: weights_sha256 differs"):
+        train(staged, resume=True)
 
 
 def test_best_value_is_carried_over_and_the_end_of_a_stage_is_evaluated(

@@ -11,9 +11,9 @@ from detectron2.config import CfgNode
 
 import d2kd_cli
 from d2kd.cli import report, train
+from d2kd.engine.metrics import Metrics
 from d2kd.report import gather, render
 from d2kd.report.blocks import Facts, Picture, Section
-from d2kd.engine.metrics import Metrics
 from d2kd.report.outside import export_proof, verdict
 from tests.helpers.runs import interrupt, run, run_config
 from tests.helpers.toys import write_teacher

@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..engine import evaluate, launch, train
 from ..engine.facts import hold_facts, write_fact
-from ..utils.atomic_file import atomic_write, check_writable
+from ..utils.atomic_file import atomic_write, check_writable, explain_full_disk
 from ..utils.command_line import parse_command_line
 from .common import add_config_options, command_parser, import_plugins, read_config
 
@@ -73,7 +73,7 @@ def work(args: argparse.Namespace, cfg: CfgNode) -> None:
 def prepare_output(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Begin the logs, now that the config is known to be sound."""
     check_writable(cfg.OUTPUT_DIR)
-    with _config_kept(cfg.OUTPUT_DIR):
+    with explain_full_disk(cfg.OUTPUT_DIR), _config_kept(cfg.OUTPUT_DIR):
         default_setup(cfg, args)
     # Detectron2 gives a handler to its own logger only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
@@ -86,14 +86,16 @@ def prepare_output(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _config_kept(folder: str) -> Iterator[None]:
     """Detectron2 writes config.yaml at an evaluation too, and before a run is refused."""
     path = os.path.join(folder, "config.yaml")
-    before = None
-    if comm.is_main_process() and os.path.isfile(path):
-        with open(path) as file:
-            before = file.read()
-    yield
-    if before is not None:
-        with atomic_write(path, "w") as file:
-            file.write(before)
+    aside, is_there = f"{path}.kept", comm.is_main_process() and os.path.isfile(path)
+    if is_there:
+        # Copied before, and renamed after, for which a disk that is full by then needs no room.
+        with open(path) as file, atomic_write(aside, "w") as copy:
+            copy.write(file.read())
+    try:
+        yield
+    finally:
+        if is_there:
+            os.replace(aside, path)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -18,9 +18,11 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
 
+from d2kd.cli import train as train_command
 from d2kd.cli.train import main as train_main
 from d2kd.engine import Trainer, train
 from d2kd.engine.facts import read_lines
+from d2kd.utils import atomic_file
 from d2kd.utils.atomic_file import atomic_write, check_writable, explain_full_disk
 from d2kd.weights.run_checkpoints import last_whole_checkpoint
 from d2kd.weights.verify import read_verified
@@ -382,6 +384,30 @@ def test_full_or_read_only_disk_stops_the_run_and_it_goes_on_when_there_is_room(
     config_file.write_text(full.dump())
     in_clean_process(fill_and_resume, full, whole, str(config_file))
     assert_same_checkpoint(saved(full), saved(whole))
+
+
+def no_room(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("full_before", [True, False])
+def test_config_of_a_run_is_kept_where_its_disk_is_full_when_it_is_resumed(
+    full_before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(cfg: CfgNode, args: Any) -> None:
+        Path(cfg.OUTPUT_DIR, "config.yaml").write_text("half of anoth")
+        monkeypatch.setattr(atomic_file.os, "fsync", no_room)
+        no_room()
+
+    cfg = run_config(tmp_path, OUTPUT_DIR=str(tmp_path))
+    (tmp_path / "config.yaml").write_text("the run's")
+    monkeypatch.setattr(train_command, "default_setup", write)
+    if full_before:
+        monkeypatch.setattr(atomic_file.os, "fsync", no_room)
+    with pytest.raises(OSError, match=f"'?{tmp_path}.*No space left"):
+        train_command.prepare_output(cfg, train_command.parse_args(["--resume"]))
+    assert (tmp_path / "config.yaml").read_text() == "the run's"
+    assert not list(tmp_path.glob("config.yaml?*"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")

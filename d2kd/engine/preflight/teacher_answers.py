@@ -26,9 +26,9 @@ def teacher_answers(
         teacher: the same detector with other options; None: the lesson's
 
     Returns:
-        the features of each level that heads read, of all where no head says which; the logits and
-        deltas of each level, and those of a box that is the image, with its mask and what the mask
-        is predicted from, where heads require them
+        the features of each level that heads read, of all where no head says which; the logits,
+        deltas and class tower of each level, and logits and deltas of a box that is the image, with
+        its mask and what the mask is predicted from, where heads require them
     """
     view = distiller.view_of_teacher(inputs, lesson, teacher)
     answers = {k: view.features[k] for k in distiller.read_levels(lesson) or view.features}
@@ -36,6 +36,9 @@ def teacher_answers(
         dense = view.dense()
         answers.update({f"{k} logits": x for k, x in dense.by_level(dense.logits).items()})
         answers.update({f"{k} deltas": x for k, x in dense.by_level(dense.deltas).items()})
+    if "region_vectors" in lesson.requires and not view.two_stage:
+        dense = view.dense()
+        answers.update({f"{k} tower": x for k, x in dense.by_level(dense.tower).items()})
     images = [
         Boxes(torch.tensor([[0.0, 0.0, w, h]], device=distiller.device))
         for h, w in view.image_sizes

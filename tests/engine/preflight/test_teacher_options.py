@@ -93,6 +93,21 @@ def test_option_that_makes_it_another_teacher_is_refused_by_its_key(
         build_trainer(cfg)
 
 
+def test_tower_is_compared_where_a_head_reads_what_it_has_of_a_region(
+    folder: Path, teacher: List[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil_tower(teacher: Teacher) -> None:
+        teacher.model.head.cls_subnet[0].weight.data *= 1.5
+
+    monkeypatch.setitem(speed_up._STEPS, "channels_last", spoil_tower)
+    cfg = with_options(folder, tmp_path, teacher, CHANNELS_LAST=True)
+    cfg.DISTILL.HEADS = ["PKD"]  # which reads the pyramid alone
+    build_trainer(cfg)
+    cfg.DISTILL.HEADS, cfg.DISTILL.CKD.QUEUE_SIZE = ["CKD"], 0
+    with pytest.raises(ValueError, match=r"CHANNELS_LAST True: p3 tower of the teacher is off"):
+        build_trainer(cfg)
+
+
 def test_half_precision_has_a_bound_of_its_own(
     folder: Path, teacher: List[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

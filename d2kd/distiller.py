@@ -246,16 +246,17 @@ class Distiller(nn.Module):
     def _read_features(
         self, teachers: Sequence[DetectorView], weights: Mapping[str, float]
     ) -> None:
-        """Of teachers with a head that is on, one after the other."""
+        """What heads read that are on, of one teacher after the other."""
         for lesson, view in zip(self.lessons, teachers):
-            if any(weights[name] for name in lesson.heads):
+            on = [name for name in lesson.heads if weights[name]]
+            if on:
                 features = view.features
-                for level in self.read_levels(lesson):
+                for level in self.read_levels(on):
                     features[level]
 
-    def read_levels(self, lesson: Lesson) -> List[str]:
-        """The teacher's levels of which heads say that they compare features."""
-        read = [pair for name in lesson.heads for pair in compared_levels(self.heads[name])]
+    def read_levels(self, heads: Sequence[str]) -> List[str]:
+        """Their teacher's levels of which these heads say that they compare features."""
+        read = [pair for name in heads for pair in compared_levels(self.heads[name])]
         return list(dict.fromkeys(x.teacher for x in read))
 
     def view_of_teacher(

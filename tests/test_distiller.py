@@ -290,6 +290,18 @@ def test_levels_that_are_not_distilled_get_no_gradient_from_the_head(
     assert [k for k, x in features.items() if x.grad is not None] == ["p4"]
 
 
+def test_level_that_only_a_head_reads_which_is_off_is_not_computed(retinanet: List[Any]) -> None:
+    heads = ["PKD", "CWD"]
+    distiller = build(distill_config("retinanet", retinanet, heads, DISTILL__PKD__NUM_LEVELS=2))
+    computed = []
+    for weight in (1.0, 0.0):
+        distiller.schedules["CWD"] = lambda iteration: weight
+        losses_of(distiller, batch())
+        levels = distiller.last_step.teacher.features._levels
+        computed.append([level for level, x in levels.items() if x.is_there])
+    assert computed == [["p3", "p4", "p5", "p6", "p7"], ["p3", "p4"]]
+
+
 # Every head: in the conformance kit.
 @pytest.mark.parametrize("student", ["retinanet", "faster_rcnn"])
 def test_a_batch_without_any_box_trains(student: str, retinanet: List[Any]) -> None:

@@ -234,7 +234,7 @@ def teacher_step(cfg: CfgNode, distiller: Distiller, batch: Batch) -> Step:
     def step() -> None:
         with autocast(cfg):
             view = distiller.view_of_teacher(batch)
-            for level in distiller.read_levels(distiller.lessons[0]) or view.features:
+            for level in distiller.read_levels(distiller.lessons[0].heads) or view.features:
                 view.features[level]
             for name in lists:
                 getattr(view.dense(), name)

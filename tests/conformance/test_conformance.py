@@ -510,7 +510,7 @@ def test_teacher_computes_what_the_head_reads_and_nothing_twice(name: str, pair:
     detector, requires = distiller.teacher.model, distiller.requires
     calls = count_calls(dict(detector.named_modules()))
     case.losses(distiller)
-    levels = {int(x[1:]) for x in distiller.read_levels(distiller.lessons[0])}
+    levels = {int(x[1:]) for x in distiller.read_levels(distiller.lessons[0].heads)}
     of_regions = {"roi_features", "regions", "roi_predictions"}
     of_cells = {"dense", "region_vectors"} | {x for x in requires if x.startswith("tower_")}
     two_stage = hasattr(detector, "roi_heads")

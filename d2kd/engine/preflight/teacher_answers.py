@@ -31,7 +31,7 @@ def teacher_answers(
         its mask and what the mask is predicted from, where heads require them
     """
     view = distiller.view_of_teacher(inputs, lesson, teacher)
-    answers = {k: view.features[k] for k in distiller.read_levels(lesson) or view.features}
+    answers = {k: view.features[k] for k in distiller.read_levels(lesson.heads) or view.features}
     if any(x == "dense" or x.startswith("tower_") for x in lesson.requires):
         dense = view.dense()
         answers.update({f"{k} logits": x for k, x in dense.by_level(dense.logits).items()})

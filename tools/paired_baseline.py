@@ -33,6 +33,7 @@ from paired_verdict import Verdict, decide
 from quickstart import MASK_AP, Steps, mask_warning, metrics_of
 
 ARMS = ("alone", "distilled")
+ROUNDING = 0.01  # AP, of what a run logs
 EPILOG = """
 The folder receives a run for each arm and seed (one that was finished is not repeated, one that was
 interrupted goes on), table.md, results.csv and gain.png.
@@ -132,15 +133,27 @@ def have_masks(results: Results) -> bool:
 def verdict_of(
     args: argparse.Namespace, truth: COCO, results: Results, task: str = "bbox"
 ) -> Verdict:
+    """
+    Raises:
+        ValueError: detections that are no longer those of a run
+    """
     found: Dict[str, List[np.ndarray]] = {arm: [] for arm in ARMS}
+    key = MASK_AP if task == "segm" else "AP"
     for arm in ARMS:
         for seed in args.seeds:
             folder = load_config(args.config_file, opts_of(arm, seed, args)).OUTPUT_DIR
             path = os.path.join(folder, "inference", "coco_instances_results.json")
             measure = ImageAP(truth, read_detections(path), task)
+            there, then = measure(range(measure.num_images)), results[arm][seed][key]
+            if abs(there - then) > ROUNDING:
+                raise ValueError(
+                    f"{path} has {there:.2f} AP and the run had {then:.2f}: it was evaluated again "
+                    "with other weights. Evaluate its last ones once more, or add --fresh:\n"
+                    f"  d2kd eval --config-file {folder}/config.yaml "
+                    f"MODEL.WEIGHTS {folder}/model_final.pth"
+                )
             found[arm].append(measure.samples(args.samples))
     error = image_error(found["alone"], found["distilled"])
-    key = MASK_AP if task == "segm" else "AP"
     gains = [results["distilled"][x][key] - results["alone"][x][key] for x in args.seeds]
     return decide(gains, error, args.threshold)
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import os
 import subprocess
@@ -341,6 +342,12 @@ def test_two_runs_give_table_csv_and_picture(
     assert "ENABLED: false" in config and "SEED: 5" in config and "BASE_LR: 0.001" in config
     assert "d2kd_shapes_train" not in config.split("TEST:")[1].split("TRAIN:")[0]
     assert "INCONCLUSIVE: +0.0 AP of one seed" in capsys.readouterr().out
+    # Another evaluation in the folder of a run leaves its own detections there.
+    found = [{**x, "score": 1.0} for x in paired.truth_of(cfg).dataset["annotations"]]
+    inference = folder / "distilled_seed_5" / "inference"
+    (inference / "coco_instances_results.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="has 100.00 AP and the run had 0.00: it was evaluated"):
+        paired.main([*words, "SOLVER.BASE_LR", "0.001"])
 
 
 @pytest.mark.parametrize(

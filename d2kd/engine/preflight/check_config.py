@@ -6,12 +6,16 @@ from fnmatch import fnmatchcase
 from typing import List, Sequence
 
 import torch
+from fvcore.common.registry import Registry
 
+from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ...config import student_config
 from ...config.lessons import lesson_configs
+from ...config.readers import value_of
+from ...config.unread import why_unread
 from ...data.unlabelled import batch_sizes, unlabelled_sets
 from ...heads import head_class
 from ...inherit import PARTS
@@ -27,6 +31,18 @@ from .evaluation_keys import check_evaluation
 
 # Files of a run that a teacher may be read from; any run in the same folder has some of these names
 WRITTEN = ("config.yaml", "model_*.pth")
+# Where Detectron2 looks up the parts of a detector, which fails with a KeyError
+PARTS_OF_DETECTOR = {
+    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": modeling.ROI_HEADS_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": modeling.ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": modeling.ROI_MASK_HEAD_REGISTRY,
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": modeling.ROI_KEYPOINT_HEAD_REGISTRY,
+}
+NO_PART = ("", "PrecomputedProposals")
 
 
 def check_config(cfg: CfgNode, evaluation: bool = False) -> List[Stage]:
@@ -47,15 +63,21 @@ def check_config(cfg: CfgNode, evaluation: bool = False) -> List[Stage]:
         )
     check_evaluation(cfg, training=not evaluation)
     if evaluation:
-        _check_meta_architecture("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+        _check_registered(
+            "MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY
+        )
+        _check_parts(cfg)
         return []
     _check_run(cfg)
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
-        _check_meta_architecture("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+        _check_registered(
+            "MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY
+        )
         _check_plain(cfg)
     else:
         student = cfg.DISTILL.STUDENT_META_ARCHITECTURE
-        _check_meta_architecture("DISTILL.STUDENT_META_ARCHITECTURE", student)
+        _check_registered("DISTILL.STUDENT_META_ARCHITECTURE", student, META_ARCH_REGISTRY)
+    _check_parts(cfg)
     if distils(cfg):
         check_choice("DISTILL.STAGE_LR", cfg.DISTILL.STAGE_LR, STAGE_LR)
     stages = plan_stages(cfg)
@@ -132,8 +154,15 @@ def _check_plain(cfg: CfgNode) -> None:
         )
 
 
-def _check_meta_architecture(key: str, name: str) -> None:
-    known = sorted(k for k, _ in META_ARCH_REGISTRY if k != "Distiller")
+def _check_parts(cfg: CfgNode) -> None:
+    for key, registry in PARTS_OF_DETECTOR.items():
+        name = value_of(cfg, key)
+        if name not in NO_PART and not why_unread(key, cfg):
+            _check_registered(key, name, registry)
+
+
+def _check_registered(key: str, name: str, registry: Registry) -> None:
+    known = sorted(k for k, _ in registry if k != "Distiller")
     if name not in known:
         hint = "".join(f" Did you mean {x}?" for x in nearest(name, known))
         raise ValueError(f"{key} is {name!r}; registered are {', '.join(known)}.{hint}")

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 
 from d2kd import student_config
 from d2kd.data import register_datasets
-from d2kd.engine.preflight.check_config import check_config
+from d2kd.engine.preflight.check_config import PARTS_OF_DETECTOR, check_config
 from d2kd.heads.registry import head_names
 from tests.helpers.toys import detector_config, distill_config
 
@@ -72,6 +72,10 @@ MISTAKES = [
         {"DISTILL.STUDENT_META_ARCHITECTURE": "retinanet"},
         r"is 'retinanet'; registered are .*\. Did you mean RetinaNet\?",
     ),
+    (
+        {"MODEL.BACKBONE.NAME": "build_retinanet_resnet_bakbone"},
+        r"MODEL.BACKBONE.NAME is .*; registered are .*Did you mean build_retinanet_resnet_fpn_back",
+    ),
     ({"DISTILL.TEACHER.CONFIG_FILE": ""}, "DISTILL.TEACHER.CONFIG_FILE is empty"),
     ({"DISTILL.TEACHER.WEIGHTS": ""}, "DISTILL.TEACHER.WEIGHTS is empty"),
     ({"DISTILL.TEACHER.WEIGHTS": "no.pth"}, "DISTILL.TEACHER.WEIGHTS: there is no file 'no.pth'"),
@@ -101,6 +105,20 @@ def test_unknown_meta_architecture_is_refused_with_the_known_ones() -> None:
     message = "MODEL.META_ARCHITECTURE is 'RetinaNett'; registered are .*RetinaNet"
     with pytest.raises(ValueError, match=message):
         check_config(cfg)
+
+
+@pytest.mark.parametrize("key", sorted(set(PARTS_OF_DETECTOR) - {"MODEL.BACKBONE.NAME"}))
+def test_part_that_is_not_registered_is_refused_where_the_detector_has_it(key: str) -> None:
+    switches = {"MODEL__MASK_ON": True, "MODEL__KEYPOINT_ON": True}
+    of_faster_rcnn = detector_config("faster_rcnn", **switches)
+    check_config(of_faster_rcnn)
+    of_faster_rcnn.merge_from_list([key, "Wrong"])
+    with pytest.raises(ValueError, match=f"{key} is 'Wrong'; registered are "):
+        check_config(of_faster_rcnn)
+    of_retinanet = detector_config("retinanet")
+    of_retinanet.merge_from_list([key, "Wrong"])
+    if key != "MODEL.ANCHOR_GENERATOR.NAME":
+        check_config(of_retinanet)
 
 
 def test_student_alone_that_names_heads_is_refused() -> None:

@@ -22,6 +22,7 @@ class AnnotationFacts:
 
     count: int = 0
     objects: int = 0  # without crowds
+    classes: Set[str] = field(default_factory=set)  # of the objects
     notes: List[str] = field(default_factory=list)
     no_mask: Optional[int] = None  # crowd or not
     object_without_mask: Optional[int] = None
@@ -34,13 +35,15 @@ class AnnotationFacts:
 
 
 def check_annotations(
-    annotations: List[Dict[str, Any]], sizes: Mapping[int, Tuple[int, int]], categories: Set[int]
+    annotations: List[Dict[str, Any]],
+    sizes: Mapping[int, Tuple[int, int]],
+    categories: Mapping[int, str],
 ) -> AnnotationFacts:
     """
     Args:
         annotations: with KEYS and unique ids
         sizes: width and height of each image, by id
-        categories: ids
+        categories: names, by id
 
     Raises:
         ValueError: the first invalid annotation, named by its id
@@ -51,7 +54,9 @@ def check_annotations(
         _check_box(annotation)
         _check_flags(annotation)
         _check_mask(annotation, sizes[annotation["image_id"]], facts)
-        facts.objects += not annotation.get("iscrowd", 0)
+        if not annotation.get("iscrowd", 0):
+            facts.objects += 1
+            facts.classes.add(categories[annotation["category_id"]])
         facts.keypoints.setdefault(len(annotation.get("keypoints") or ()), annotation["id"])
         if _odd_area(annotation):
             facts.odd_area.append(annotation["id"])
@@ -97,7 +102,7 @@ def _repeated(annotations: List[Dict[str, Any]]) -> List[str]:
 
 
 def _check_references(
-    annotation: Dict[str, Any], sizes: Mapping[int, Any], categories: Set[int]
+    annotation: Dict[str, Any], sizes: Mapping[int, Any], categories: Mapping[int, Any]
 ) -> None:
     for key, known, part in (
         ("image_id", sizes, "images"),

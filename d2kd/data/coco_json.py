@@ -107,7 +107,9 @@ def _facts(content: Dict[str, Any], twice: bool) -> AnnotationFacts:
     check_entries(annotations, "annotations", KEYS, twice)
     notes = check_names_differ(content["categories"])
     sizes = {x["id"]: (x["width"], x["height"]) for x in images}
-    facts = check_annotations(annotations, sizes, {x["id"] for x in content["categories"]})
+    facts = check_annotations(
+        annotations, sizes, {x["id"]: x["name"] for x in content["categories"]}
+    )
     facts.notes += notes
     check_same_file(images, annotations)
     return facts

@@ -37,6 +37,7 @@ class SetChecks:
         self.learnt: Optional[Tuple[str, Sequence[str]]] = None
         self.files: Dict[str, Set[str]] = {"TRAIN": set(), "TEST": set()}
         self.objects: Dict[str, int] = {}  # of training sets
+        self.with_objects: Dict[str, Set[str]] = {"TRAIN": set(), "TEST": set()}  # classes
 
     def check(self, name: str, part: str, is_there: bool = True) -> None:
         """
@@ -68,6 +69,8 @@ class SetChecks:
                 f"DATASETS.TRAIN: no objects in the annotations of {', '.join(self.objects)}. "
                 "(Those with iscrowd 1 are none.)"
             )
+        if self.objects.keys() >= set(self.cfg.DATASETS.TRAIN):
+            self._tell_untaught(self.with_objects["TEST"] - self.with_objects["TRAIN"])
         both = self.files["TRAIN"] & self.files["TEST"]
         if both:
             logger.warning(
@@ -105,6 +108,7 @@ class SetChecks:
             if name not in self.objects:
                 self._tell_twice(name, paths)
             self.objects[name] = summary.facts.objects
+        self.with_objects[part] |= summary.facts.classes
         if not paths <= self.files[part]:
             check_images(summary.images, folder, part, blame)
         self.files[part] |= paths
@@ -118,6 +122,14 @@ class SetChecks:
                 f"{len(both)} of the {len(paths)} images of {name} are also in another set of "
                 f"DATASETS.TRAIN, such as {min(both)}: each is learnt twice, and what only one of "
                 "the two sets has labelled is background in the other."
+            )
+
+    def _tell_untaught(self, classes: Set[str]) -> None:
+        if classes:
+            logger.warning(
+                f"{len(classes)} of the classes with objects in DATASETS.TEST, such as "
+                f"{min(classes)!r}, have none in DATASETS.TRAIN: a student does not learn to find "
+                "them, and their AP, about 0, is part of the mean."
             )
 
     def _learnt_elsewhere(self) -> Optional[Tuple[str, Sequence[str]]]:

@@ -229,6 +229,23 @@ def test_images_in_two_training_sets_are_counted(
     assert caplog.text.count("7 of the 8 images of pseudo are also in another set of") == 1
 
 
+def test_classes_that_only_the_test_set_has_are_told(
+    tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_set(tmp_path, "both")
+    write_set(tmp_path, "cats", every("annotations", dogs_as_crowds))
+    register_datasets(config_of(tmp_path, ["both"], ["cats"]))
+    register_datasets(config_of(tmp_path, ["cats", "both"], ["both"]))  # sets count together
+    assert "have none in DATASETS.TRAIN" not in caplog.text
+    register_datasets(config_of(tmp_path, ["cats"], ["both"]))
+    told = "1 of the classes with objects in DATASETS.TEST, such as 'dog', have none in"
+    assert told in caplog.text
+
+
+def dogs_as_crowds(annotation: Dict[str, Any]) -> None:
+    annotation["iscrowd"] = int(annotation["category_id"] == 2)
+
+
 def drop_orphans(said: Content) -> None:
     known = {x["id"] for x in said["images"]}
     said["annotations"] = [x for x in said["annotations"] if x["image_id"] in known]

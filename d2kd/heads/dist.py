@@ -84,7 +84,8 @@ class DISTHead(nn.Module):
                 ones (N, A*K, Hi, Wi)
 
         Returns:
-            {"loss_dist_inter", "loss_dist_intra": scalar, or of dense pairs {level: scalar}}
+            {"loss_dist_inter", "loss_dist_intra": scalar, or of dense pairs {level: scalar}}; inter
+            is 0 where a prediction is a single number, of one class: it has no correlation
         """
         if self.two_stage:
             inter, intra = self._on_regions(student, teacher)
@@ -96,7 +97,7 @@ class DISTHead(nn.Module):
         regions = student.regions()
         x = student.roi_predictions().probabilities(self.temperature)
         target = teacher.roi_predictions(regions.boxes).probabilities(self.temperature).detach()
-        inter = distance(x, target, dims=(1,)).sum() / regions.mean_count
+        inter = distance(x, target, dims=(1,)).sum() / regions.mean_count * _has_several(x)
         # Without proposals no class has anything to correlate; the zero keeps its gradient.
         intra = distance(x, target, dims=(0,)).mean() * min(len(x), 1)
         scale = self.temperature**2
@@ -111,9 +112,17 @@ class DISTHead(nn.Module):
         for level, x, target in match_levels(self.levels, logits, targets):
             x, target = ((v.float() / self.temperature).sigmoid() for v in (x, target.detach()))
             of_cells, of_classes = (distance(x, target, dims) for dims in ((1,), (0, 2, 3)))
-            inter[level] = scale * self.inter_weight * of_cells.mean()
+            inter[level] = scale * self.inter_weight * of_cells.mean() * _has_several(x)
             intra[level] = scale * self.intra_weight * of_classes.mean()
         return inter, intra
+
+
+def _has_several(x: Tensor) -> bool:
+    """
+    Whether a row or cell has several classes to correlate. Of one the distance is 1, whatever it
+    is: a constant, which would look like a loss that does not work.
+    """
+    return x.shape[1] > 1
 
 
 def distance(x: Tensor, target: Tensor, dims: Tuple[int, ...]) -> Tensor:

@@ -11,6 +11,7 @@ import detectron2.modeling
 
 from d2kd.heads import DISTHead, build_head
 from d2kd.lesson import describe_pair
+from d2kd.views.predictions import RoIPredictions
 from tests.helpers.distillers import build_distiller, losses_of
 from tests.helpers.logit_references import (
     CellView,
@@ -155,6 +156,26 @@ def test_predictions_that_do_not_vary_correlate_with_nothing(value: float) -> No
     losses = of_cells({"p3": x}, {"p3": cells(1)["p3"].float()})
     total(losses).backward()
     assert total(losses).item() == pytest.approx(2) and x.grad.isfinite().all()
+
+
+def test_a_single_class_has_no_classes_to_correlate() -> None:
+    # As of FCOS or RepPoints, or of a box head with a sigmoid: a connected 0, no constant.
+    student, teacher = ({"p3": noise(2, 1, 3, 4, seed=s).float()} for s in (1, 2))
+    student["p3"].requires_grad_()
+    inter, intra = (x["p3"] for x in of_cells(student, teacher).values())
+    expected = dist(*(sigmoid_rows(x["p3"].double()) for x in (student, teacher)))
+    assert inter.item() == 0 and intra.item() == pytest.approx(expected[1], rel=1e-5)
+    inter.backward(retain_graph=True)
+    assert not student["p3"].grad.any()
+    intra.backward()
+    assert student["p3"].grad.abs().sum() > 0
+    rows = [noise(5, 1, seed=s).float() for s in (1, 2)]
+    views = region_views(*rows)
+    for view, x in zip(views, rows):
+        answer = RoIPredictions(x, x, x, "sigmoid")
+        view.roi_predictions = lambda *_, answer=answer: answer
+    losses = DISTHead(levels=(), two_stage=True)(*views)
+    assert losses["loss_dist_inter"].item() == 0 and losses["loss_dist_intra"].item() > 0
 
 
 def test_a_single_region_has_no_columns_to_correlate() -> None:

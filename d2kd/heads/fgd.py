@@ -48,8 +48,8 @@ class FGDHead(nn.Module):
         """
         Args:
             levels: the pairs of levels to distil
-            foreground_weight: alpha; published: 1e-3 for RetinaNet, 1.6e-3 for FCOS, 5e-5 for
-                two-stage students
+            foreground_weight: alpha; published: 1e-3 for RetinaNet, 1.6e-3 for FCOS and RepPoints,
+                5e-5 for two-stage students
             background_weight: beta; 5e-4, 8e-4, 2.5e-5
             attention_weight: gamma; 5e-4, 8e-4, 5e-5
             global_weight: lambda, of the global context; 5e-6, 8e-6, 5e-7

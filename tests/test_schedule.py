@@ -59,6 +59,12 @@ def test_decay_ends_at_the_stop() -> None:
     assert schedule(decay="linear", stop_iter=10)(5) == pytest.approx(1.0)
 
 
+def test_decay_from_the_end_of_the_run_on_never_begins() -> None:
+    # Of no iterations that are left for it there is no fraction.
+    weight = from_yaml_keys(LOSS_WEIGHT=2.0, SCHEDULE__DECAY="linear", SCHEDULE__DECAY_FROM=100)
+    assert [weight(i) for i in (0, 99, 100)] == [2.0, 2.0, 0.0]
+
+
 def test_warm_up_and_decay_multiply() -> None:
     # Iteration 4 of 10: (4 + 1) / 10 of the warm-up, 1 - 4/100 of the decay.
     weight = schedule(warmup_iters=10, decay="linear")

@@ -1,6 +1,7 @@
 """A run on one page: what it tells, what it says is absent, and that it needs no other file."""
 
 import json
+import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Tuple
@@ -12,7 +13,7 @@ from detectron2.config import CfgNode
 import d2kd_cli
 from d2kd.cli import report, train
 from d2kd.engine.metrics import Metrics
-from d2kd.report import gather, render
+from d2kd.report import charts, gather, render
 from d2kd.report.blocks import Facts, Picture, Section
 from d2kd.report.outside import export_proof, verdict
 from tests.helpers.runs import interrupt, run, run_config
@@ -114,6 +115,47 @@ def test_several_teachers_are_told_apart_and_the_heads_of_all_are_listed(
     assert [list(*x.rows) for x in facts] == [["teacher", "left"], ["teacher", "right"]]
 
 
+def test_table_has_the_latest_evaluation_with_its_iterations_and_the_usual_time(
+    finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    # The last one is logged after the last of 4 iterations, 0 to 3; a step waited for the disk.
+    lines = [{"iteration": i, "total_loss": 1.0, "time": x} for i, x in enumerate((0.1, 9.0, 0.1))]
+    lines.append({"iteration": 1, "bbox/AP": 10.0, "bbox/AP50": 20.0, "bbox/APs": 5.0})
+    lines += [{"iteration": 3, "total_loss": 1.0, "time": 0.1}]
+    lines += [{"iteration": 4, "bbox/AP": 30.0, "bbox/AP50": 50.0, "bbox/APs": math.nan}]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    sections = {x.title: x.blocks for x in gather(str(tmp_path)).sections}
+    table, curve = sections["AP of the student"]
+    # AP, AP50, AP75, which was not measured, APs, of which there is no object, APm, APl
+    assert table.rows == [["bbox", 4, "30.0", "50.0", "-", "-", "-", "-"]]
+    assert curve.title == "AP, bbox"
+    assert ["time", "0.10 s per iteration"] in sections[""][0].rows
+
+
+def test_what_a_resumed_run_built_and_measured_last_is_told(finished: Path, tmp_path: Path) -> None:
+    facts = [json.loads(x) for x in (finished / "facts.jsonl").read_text().splitlines()]
+    (command,) = [x for x in facts if x["kind"] == "command"]
+    built = next(x for x in facts if x["kind"] == "distillation")
+    measured = next(x for x in facts if x["kind"] == "gradients")
+    facts += [
+        {**command, "resume": True},
+        {**built, "config_file": "moved.yaml"},
+        {**measured, "iteration": 77},
+    ]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    sections = {x.title: x.blocks for x in gather(str(tmp_path)).sections}
+    assert ["config", "moved.yaml"] in sections["Teacher"][0].rows
+    assert sections["Gradients"][0].caption.startswith("In iteration 77: ")
+
+
+def test_curve_of_many_points_is_drawn_by_the_means_of_neighbours() -> None:
+    # 0, 1, 2, 3 have the mean 1.5, and so on: 250 means of 1000 values.
+    assert charts._means(range(1000)).tolist() == [1.5 + 4 * i for i in range(charts.POINTS)]
+    assert charts._means([3.0, 1.0]).tolist() == [3.0, 1.0]
+
+
 def test_page_is_one_file(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     assert d2kd_cli.main(["report", str(finished), "--output", str(path)]) == 0
@@ -180,6 +222,25 @@ def test_verdict_and_export_are_found_or_named(tmp_path: Path) -> None:
     paired.rename(f"{run}_paired")
     exported.rename(run / "exported")
     assert isinstance(verdict(f"{run}/"), Section) and isinstance(export_proof(str(run)), Section)
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        ({"verified": False}, "NOT the student of the run (7 detections)"),
+        ({"verified": False, "equal": 3}, "NOT the student of the run (7 detections)"),
+        ({"verified": True, "equal": 6}, "verified: 6 of 7 detections are the same"),
+        ({"verified": True, "equal": 7}, "verified: the same to the bit (7 detections)"),
+        ({"no_yaml": "of timm"}, "not proved: of timm"),
+    ],
+)
+def test_export_that_is_not_proved_is_not_told_as_one(
+    found: Any, words: str, tmp_path: Path
+) -> None:
+    report = {"weights": "a.pth", "detections": 7, "error": "", **found}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (facts,) = export_proof(str(tmp_path), str(tmp_path)).blocks
+    assert dict(facts.rows)["student.pth, student.yaml"] == words
 
 
 @pytest.mark.parametrize("find, option", [(verdict, "--compare"), (export_proof, "--export")])

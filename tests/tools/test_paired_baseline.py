@@ -306,6 +306,68 @@ def test_equal_detectors_have_no_error_and_unlike_ones_have(ap: ModuleType) -> N
     assert ap.image_error([bad, bad], [good, good]) > 0.0
 
 
+def leave_runs(
+    paired: ModuleType, ap: ModuleType, coco: COCO, folder: Path, seeds: List[int]
+) -> Dict[str, Dict[int, Dict[str, float]]]:
+    """
+    What finished runs of both arms leave: alone the boxes are off and the masks right, distilled
+    the boxes are right and the masks those of nothing.
+
+    Returns:
+        AP of boxes and of masks of each arm and seed
+    """
+    for x in coco.dataset["annotations"]:
+        x0, y0, w, h = x["bbox"]
+        x["segmentation"] = [[x0, y0, x0 + w, y0, x0 + w, y0 + h, x0, y0 + h]]
+    coco.createIndex()
+    nothing = pycocotools.mask.encode(np.zeros((128, 128), dtype=np.uint8, order="F"))
+    results: Dict[str, Dict[int, Dict[str, float]]] = {arm: {} for arm in paired.ARMS}
+    for arm in paired.ARMS:
+        for seed in seeds:
+            found = detections(coco, noise=4.0 if arm == "alone" else 0.0, seed=seed)[::2]
+            for x, truth_of_it in zip(found, coco.dataset["annotations"]):
+                rle = coco.annToRLE(truth_of_it) if arm == "alone" else nothing
+                x["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+            inference = folder / f"{arm}_seed_{seed}" / "inference"
+            inference.mkdir(parents=True)
+            (inference / "coco_instances_results.json").write_text(json.dumps(found))
+            boxes, masks = (ap.ImageAP(coco, found, x)(range(12)) for x in ("bbox", "segm"))
+            results[arm][seed] = {"AP": boxes, paired.MASK_AP: masks}
+    return results
+
+
+def test_verdict_is_on_what_the_teacher_adds_by_the_users_threshold_of_boxes_and_of_masks(
+    paired: ModuleType, ap: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text("VERSION: 2\n")
+    words = ["--config-file", str(tmp_path / "run.yaml"), "--output", str(tmp_path)]
+    words += ["--seeds", "1", "2", "3", "--samples", "20"]
+    coco = truth(12)
+    results = leave_runs(paired, ap, coco, tmp_path, [1, 2, 3])
+    args = paired.parse_args(words)
+    boxes, masks = (paired.verdict_of(args, coco, results, x) for x in ("bbox", "segm"))
+    # Exact boxes have 100 AP, and masks of nothing 0.
+    alone = [results["alone"][seed] for seed in (1, 2, 3)]
+    assert boxes.gain == pytest.approx(100 - np.mean([x["AP"] for x in alone])) and boxes.gain > 20
+    assert masks.gain == pytest.approx(0 - np.mean([x[paired.MASK_AP] for x in alone]))
+    assert (boxes.decision, masks.decision) == ("GAIN", "NO GAIN") and masks.gain < -90
+    args = paired.parse_args([*words, "--threshold", "99"])
+    assert paired.verdict_of(args, coco, results).decision == "NO GAIN"
+
+
+def test_report_has_the_mean_of_the_seeds_and_what_each_of_them_gains(paired: ModuleType) -> None:
+    # 20 and 30 alone are 25 on average, 23 and 31 distilled 27.
+    results = {
+        arm: {seed: dict.fromkeys(METRICS, ap) for seed, ap in enumerate(aps, start=1)}
+        for arm, aps in (("alone", (20.0, 30.0)), ("distilled", (23.0, 31.0)))
+    }
+    report = paired.make_report(results, paired.decide([3.0, 1.0], 0.1), 10)
+    rows = [[x.strip() for x in line.split("|")[1:3]] for line in report.splitlines()[2:5]]
+    assert rows == [["alone", "25.0"], ["distilled", "27.0"], ["gain", "+2.0"]]
+    assert "mean of 2 seeds:\n  seed 1: 20.0 alone, 23.0 distilled, +3.0\n" in report
+    assert "  seed 2: 30.0 alone, 31.0 distilled, +1.0\n" in report
+
+
 class Process:
     """In the place of subprocess.Popen, without importing everything anew; see forks.python."""
 

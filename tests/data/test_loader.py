@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd.data import ResumableLoader, add_data_config, build_train_loader, register_datasets
 from d2kd.data.batches import build_sampler
+from d2kd.data.seeded import SeededDataset
 
 NUM_IMAGES = 10
 
@@ -148,6 +149,11 @@ class TestLoader(unittest.TestCase):
         self.assertEqual(used, set(range(3, NUM_IMAGES)))
         with self.assertRaisesRegex(RuntimeError, "100 images in a row"):
             _batches(self._cfg(), 0, 1, refused=tuple(range(NUM_IMAGES)))
+
+    def test_refused_image_is_replaced_by_any_other_and_not_always_by_the_same(self):
+        dataset = SeededDataset(_dataset_dicts(), Recorder(refused=(0,)), seed=3)
+        found = {dataset[0, place]["image_id"] for place in range(200)}
+        self.assertEqual(found, set(range(1, NUM_IMAGES)))
 
     def test_nothing_starts_before_the_first_batch(self):
         loader = build_train_loader(self._cfg(), 3, mapper=Recorder())

@@ -203,6 +203,17 @@ def test_keys_of_an_entry_are_of_its_own_heads(two: Callable[..., List[Entry]]) 
     assert weights["left/PKD"] == 0.5 and weights["right/PKD"] == 0.0
 
 
+def test_keys_of_an_entry_build_its_heads_and_scale_their_losses(
+    two: Callable[..., List[Entry]],
+) -> None:
+    left, right = two()
+    left["OPTS"] = ["DISTILL.PKD.NUM_LEVELS", 2, "DISTILL.MGD.REFERENCE_PIXELS", 4096]
+    right["OPTS"] = ["DISTILL.PKD.NUM_LEVELS", 3]
+    distiller = build("retinanet", ["PKD", "MGD"], DISTILL__TEACHERS=[left, right])
+    assert [len(distiller.heads[f"{x}/PKD"].levels) for x in HALVES] == [2, 3]
+    assert [distiller.reference_pixels[f"{x}/MGD"] for x in HALVES] == [4096, 0]
+
+
 def test_one_of_them_is_inherited_from(two: Callable[..., List[Entry]]) -> None:
     left, right = two()
     right["INHERIT"] = ["neck"]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -317,6 +318,24 @@ def test_plain_student_has_labelled_images_alone(tmp_path: Path, folder: str) ->
 def test_stream_goes_on_where_it_stopped(tmp_path: Path, folder: str) -> None:
     cfg = mixed_config(tmp_path, folder)
     assert stream(cfg, 2, 2) == stream(cfg, 0, 4)[2:]
+
+
+def test_no_two_images_of_a_batch_are_augmented_alike(tmp_path: Path, folder: str) -> None:
+    """Though both parts count their places from 0."""
+    cfg = mixed_config(tmp_path, folder)
+    register_datasets(cfg, "")
+    loader = build_train_loader(cfg, seed=1, mapper=lambda image: np.random.rand())
+    drawn = [x for _, batch in zip(range(3), loader) for x in batch]
+    assert len(set(drawn)) == len(drawn) == 12
+
+
+def test_run_is_not_resumed_with_other_images_without_labels(tmp_path: Path, folder: str) -> None:
+    cfg = mixed_config(tmp_path, folder)
+    interrupt(cfg, 2)
+    (Path(folder) / "4.png").unlink()
+    message = r"DATASETS.TRAIN or DISTILL.UNLABELLED.SETS: .*\(13 images then, 12 now"  # 8 labelled
+    with pytest.raises(ValueError, match=message):
+        run(cfg, resume=True)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

@@ -12,15 +12,21 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import load_config
 from d2kd.config.unread import why_unread
+from d2kd.conformance.detectors import enliven
 from d2kd.engine.preflight.summary import summary
 from d2kd.engine.preflight.teacher_check import check_teacher
 from d2kd.labelling.detector import load_detector
 from d2kd.modeling.backbone_teacher import BackboneTeacher, resample
 from d2kd.teacher import build_teacher
+from d2kd.teacher.stand_in import confident
 from tests.helpers.runs import assert_same_tensors, run, run_config
-from tests.helpers.toys import batch, distill_config
+from tests.helpers.toys import GROUP_NORM, batch, distill_config, write_teacher
 
 timm = pytest.importorskip("timm")
+WITHOUT_LABELS = {
+    "DISTILL__UNLABELLED__SETS": ["a_folder"],
+    "DISTILL__UNLABELLED__BOX_SCORE": 0.01,
+}
 
 
 def vit(patch: int = 16) -> Any:
@@ -155,6 +161,32 @@ def test_run_trains_and_its_ap_is_not_asked_for(
     assert "The teacher is not evaluated: it has features and detects nothing." in caplog.text
 
 
+def test_another_teacher_detects_where_labels_are_missing(
+    teacher: List[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "detector").mkdir()
+    detector = write_teacher(tmp_path / "detector", "retinanet", **GROUP_NORM)
+    entries = [
+        {"NAME": name, "TEACHER": {"WEIGHTS": opts[3], key: opts[1]}, "HEADS": [head]}
+        for name, key, opts, head in (
+            ("features", "BACKBONE", teacher, "PKD"),
+            ("boxes", "CONFIG_FILE", detector, "FGD"),
+        )
+    ]
+    distiller = build_model(
+        distill_config("retinanet", [], DISTILL__TEACHERS=entries, **WITHOUT_LABELS)
+    ).train()
+    enliven(distiller.lessons[1].teacher.model)
+    images = [{k: v for k, v in x.items() if k != "instances"} for x in batch()]
+    with EventStorage():
+        losses = distiller(images)
+    assert losses["loss_features_pkd"] > 0 and losses["loss_boxes_fgd_foreground"] > 0
+    view = distiller.view_of_teacher(images, distiller.lessons[1])
+    expected = confident(view.detections(), 0.01)
+    for x, boxes in zip(distiller.last_step.student.gt_instances, expected):
+        assert len(x) > 0 and torch.equal(x.gt_boxes.tensor, boxes.gt_boxes.tensor)
+
+
 # What it cannot -----------------------------------------------------------------------------------
 
 
@@ -187,6 +219,12 @@ def test_heads_that_need_predictions_are_refused(
 def test_bad_values_are_refused(opts: List[Any], expected: str, teacher: List[Any]) -> None:
     with pytest.raises(ValueError, match=expected):
         build_teacher(distill_config("retinanet", [*teacher, *opts]))
+
+
+def test_it_has_no_boxes_for_images_without_labels(teacher: List[Any]) -> None:
+    with pytest.raises(ValueError, match="FGD needs boxes, and the teacher .* detects none"):
+        build_model(distill_config("retinanet", teacher, ["FGD"], **WITHOUT_LABELS))
+    build_model(distill_config("retinanet", teacher, ["PKD"], **WITHOUT_LABELS))
 
 
 def test_it_cannot_be_inherited_from(teacher: List[Any]) -> None:

@@ -270,6 +270,18 @@ def test_best_value_of_another_metric_or_test_set_is_not_compared(
     assert "chosen by bbox/AP on a;" in caplog.text
 
 
+def test_best_checkpoint_is_chosen_anew_where_a_run_goes_on_with_another_test_set(
+    folder: Path, tmp_path: Path, answers: Dict[int, float]
+) -> None:
+    answers.update({0: 9.0, 1: 8.0})
+    cfg = best_config(folder, tmp_path)
+    interrupt(cfg, 2)
+    cfg.DATASETS.TEST = ("d2kd_shapes_train",)
+    answers.update({2: 1.0, 3: 2.0})
+    run(cfg, resume=True)
+    assert_same_tensors(weights(tmp_path, "model_best"), weights(tmp_path, "model_0000003"))
+
+
 def test_best_value_on_other_labels_is_not_compared(
     tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
 ) -> None:

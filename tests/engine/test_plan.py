@@ -23,7 +23,7 @@ from d2kd.engine import Trainer, train
 from d2kd.engine.plan import RunPlan
 from d2kd.engine.resume_point import ResumePoint
 from d2kd.engine.stages import plan_stages
-from tests.helpers.runs import Interrupt, Interruption, at, run_config
+from tests.helpers.runs import Interrupt, Interruption, at, build_trainer, run_config
 
 
 @pytest.fixture
@@ -120,6 +120,11 @@ def test_seed_left_to_chance_is_that_of_the_run_to_resume(staged: CfgNode) -> No
     seed = RunPlan.resolve(staged, resume=True).seed
     assert seed == torch.load(f"{staged.OUTPUT_DIR}/model_0000002.pth")["trainer"]["seed"]
     assert RunPlan.resolve(staged).seed != seed
+
+
+def test_seed_of_0_is_one_like_any_other(staged: CfgNode) -> None:
+    staged.SEED, staged.DISTILL.STAGES = 0, []
+    assert RunPlan.resolve(staged).seed == build_trainer(staged).seed == 0
 
 
 def test_config_is_scaled_to_the_number_of_processes_once_for_plan_and_trainer(

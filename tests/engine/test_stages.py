@@ -19,6 +19,7 @@ from detectron2.utils import comm
 
 from d2kd.config import student_config
 from d2kd.engine import Trainer, train
+from d2kd.engine.facts import read_facts
 from d2kd.engine.metrics import Metrics
 from d2kd.engine.preflight.check_config import check_config
 from d2kd.engine.stages import plan_stages
@@ -375,6 +376,30 @@ def test_weight_schedules_count_from_the_start_of_the_stage(whole: Dict[str, Any
     assert [weights[i] for i in range(6)] == [full / 2, full, full] * 2
 
 
+def test_heads_of_each_stage_are_watched_in_its_own_first_steps(whole: Dict[str, Any]) -> None:
+    # Before the first of the three steps that are looked at, and behind the third.
+    facts = read_facts(whole["cfg"].OUTPUT_DIR)
+    found = {x["iteration"]: x for x in facts if x["kind"] == "gradients"}
+    assert list(found) == [0, 2, 3, 5]
+    assert [set(found[i]["heads"]) for i in (2, 5)] == [{"MGD"}, {"MGD", "PKD"}]
+    for fact in found.values():  # a schedule that is not the stage's would have ended
+        assert "LOSS_WEIGHT" in fact["hint"] and "LOSS_WEIGHT 0 (" not in fact["hint"]
+
+
+def test_entry_with_another_teacher_has_nothing_of_the_first_teacher_s_classes(
+    staged: CfgNode, stronger: Dict[str, str]
+) -> None:
+    names = ["a", "b", "c"]
+    staged.DISTILL.TEACHER.CLASSES = names
+    staged.DISTILL.TEACHER.ALIASES, staged.DISTILL.TEACHER.FOR_CLASSES = [["disc", "a"]], ["disc"]
+    staged.DISTILL.STAGES.append({"ITERATIONS": 3, "TEACHER": {"MIN_AP": 5.0}})
+    staged.SOLVER.MAX_ITER, staged.SOLVER.STEPS = 9, ()
+    first, second, third = (x.cfg.DISTILL.TEACHER for x in plan_stages(staged))
+    assert first.CLASSES == third.CLASSES == names, "of the same teacher they stay"
+    assert second.CONFIG_FILE == stronger["CONFIG_FILE"]
+    assert second.CLASSES == second.ALIASES == second.FOR_CLASSES == []
+
+
 def test_final_model_is_that_of_the_whole_run(whole: Dict[str, Any]) -> None:
     files = {x for x in os.listdir(whole["cfg"].OUTPUT_DIR) if x.endswith(".pth")}
     first = {"model_stage_1_0000001.pth", "model_stage_1_final.pth"}
@@ -505,6 +530,23 @@ def test_other_stages_than_those_of_the_checkpoint_are_refused(whole: Dict[str, 
     cfg.SOLVER.STEPS = ()
     with pytest.raises(ValueError, match="began at iteration 3; by DISTILL.STAGES it begins at 2"):
         train(cfg, resume=True)
+
+
+def test_next_stage_does_not_begin_with_what_would_make_another_run(staged: CfgNode) -> None:
+    train_stages(staged, Interrupt(3))  # the checkpoint is that of the end of the first stage
+    other = staged.clone()
+    other.SEED += 1
+    with pytest.raises(ValueError, match=f"SEED: {staged.SEED}, now {other.SEED}: the images"):
+        train(other, resume=True)
+    other = staged.clone()
+    other.MODEL.RETINANET.NUM_CONVS = 2
+    # Of an earlier version, a checkpoint has no config that would tell.
+    path = Path(staged.OUTPUT_DIR, "model_stage_1_final.pth")
+    checkpoint = saved(staged, path.name)
+    del checkpoint["trainer"]["config"]
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="another student: 'head.*' is not in both"):
+        train(other, resume=True)
 
 
 def test_teacher_of_a_stage_that_has_moved_is_the_same_on_resume(

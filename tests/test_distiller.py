@@ -157,6 +157,15 @@ def test_hooks_are_gone_after_the_forward_even_where_it_fails(retinanet: List[An
     assert not any(m._forward_hooks for m in distiller.student.modules())
 
 
+def test_step_of_training_is_forgotten_in_eval_mode(retinanet: List[Any]) -> None:
+    """Its maps are the largest part of what training needs of the memory."""
+    distiller = build(distill_config("retinanet", retinanet))
+    losses_of(distiller, batch())
+    assert distiller.last_step is not None
+    distiller.eval()(batch())
+    assert distiller.last_step is None
+
+
 def test_disabled_distiller_has_no_teacher_no_heads_and_the_student_s_losses(
     retinanet: List[Any],
 ) -> None:

@@ -323,6 +323,28 @@ def test_graph_of_another_student_is_told(
     assert found["verified"] is False and found["equal"] < found["detections"]
 
 
+def test_students_that_detect_nothing_prove_nothing(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, weights = saved("retinanet", MODEL__RETINANET__NORM="")
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.999
+    load = graph.load_student
+    monkeypatch.setattr(graph, "load_student", lambda *args: load(*args[:2]))
+    found = graph.export_graph(cfg, weights, "torchscript", str(tmp_path))
+    assert (found["verified"], found["detections"]) == (False, 0)
+    module = sys.modules["d2kd.export.verify"]
+    nothing = [{"scores": torch.zeros(0)}] * 2
+    same = {"keys": {"missing": [], "unexpected": []}, "config": {}, "imported": [], "loaded": {}}
+    monkeypatch.setattr(module, "detect", lambda *_: nothing)
+    monkeypatch.setattr(module, "_in_fresh_process", lambda *_: {**same, "outputs": nothing})
+    report = verify(cfg, weights, str(tmp_path))
+    assert (report["verified"], report["detections"]) == (False, 0)
+    one = [{"scores": torch.ones(1)}] * 2
+    monkeypatch.setattr(module, "detect", lambda *_: one)
+    monkeypatch.setattr(module, "_in_fresh_process", lambda *_: {**same, "outputs": one})
+    assert verify(cfg, weights, str(tmp_path))["verified"]
+
+
 def test_graph_that_nothing_can_run_is_not_verified(
     saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,6 +232,48 @@ def test_boxes_of_a_teacher_in_half_precision_are_evaluated_without_rounding(
     assert len(boxes) > 5 and (boxes != rounded).float().mean() > 0.5
 
 
+def test_teacher_of_the_other_channel_order_is_evaluated_in_its_own(
+    cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="d2kd")
+    teacher = build_teacher(cfg)
+    check_teacher(cfg, teacher)
+    expected = ap_in(caplog.text)
+    # The same detector, with all that meets the channels of an image turned round
+    teacher.image_format = {"BGR": "RGB", "RGB": "BGR"}[teacher.image_format]
+    convolutions = [x for x in teacher.model.modules() if isinstance(x, torch.nn.Conv2d)]
+    (first,) = [x for x in convolutions if x.in_channels == 3]
+    first.weight.data = first.weight.flip(1)
+    for name in ("pixel_mean", "pixel_std"):
+        setattr(teacher.model, name, getattr(teacher.model, name).flip(0))
+    caplog.clear()
+    check_teacher(cfg, teacher)
+    # Sums over the channels are in another order.
+    assert ap_in(caplog.text) == pytest.approx(expected, abs=0.2) and expected > 20
+
+
+def test_images_that_are_not_looked_at_do_not_count(
+    cfg: CfgNode, tmp_path: Path, forget_sets: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="d2kd")
+    cfg.DISTILL.TEACHER.EVAL_IMAGES = 5
+    check_teacher(cfg, build_teacher(cfg))
+    of_whole = ap_in(caplog.text)
+    metadata = MetadataCatalog.get("d2kd_shapes_val")
+    said = json.loads(Path(metadata.json_file).read_text())
+    said["images"] = evenly_spaced(said["images"], 5)
+    ids = {x["id"] for x in said["images"]}
+    said["annotations"] = [x for x in said["annotations"] if x["image_id"] in ids]
+    entry = {"NAME": "these", "JSON": str(tmp_path / "x.json"), "IMAGES": metadata.image_root}
+    Path(entry["JSON"]).write_text(json.dumps(said))
+    cfg.DATASETS.COCO_FORMAT.append(entry)
+    cfg.DATASETS.TEST = ("these",)
+    register_datasets(cfg, "RetinaNet")
+    caplog.clear()
+    check_teacher(cfg, build_teacher(cfg))
+    assert "on 5 images of these" in caplog.text and ap_in(caplog.text) == of_whole
+
+
 def test_images_are_taken_at_equal_distances() -> None:
     images = [{"i": i} for i in range(10)]
     assert [x["i"] for x in evenly_spaced(images, 4)] == [0, 2, 5, 7]
@@ -339,6 +381,19 @@ def test_aliases_move_detections_where_there_is_one_class_for_them(
     check(cfg)
     assert ap_in(caplog.text) == pytest.approx(mean_ap(whole, places), abs=0.06)
     assert f"d2kd_shapes_val, {len(set(places.values()))} of its 6 classes." in caplog.text
+
+
+def test_class_of_which_the_images_have_no_object_does_not_count(
+    cfg: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="d2kd")
+    cfg.DISTILL.TEACHER.EVAL_IMAGES, cfg.DISTILL.TEACHER.MIN_AP = 1, 1.0
+    image = DatasetCatalog.get("d2kd_shapes_val")[0]
+    there = {x["category_id"] for x in image["annotations"]}
+    assert len(there) < len(NAMES)
+    check(with_classes(cfg, tmp_path, [3, 0, 5, 1, 4, 2], [NAMES[i] for i in (3, 0, 5, 1, 4, 2)]))
+    match = re.search(r"The teacher has ([\d.]+) AP on 1 images of .*, 6 of its 6", caplog.text)
+    assert float(match.group(1)) > 10
 
 
 def test_teacher_that_is_bad_at_the_common_classes_is_refused(cfg: CfgNode, tmp_path: Path) -> None:

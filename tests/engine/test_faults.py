@@ -107,6 +107,17 @@ def test_name_of_the_last_checkpoint_may_be_lost(tmp_path: Path) -> None:
     assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "model_0000001.pth")
 
 
+def test_newest_checkpoint_stands_in_for_the_last_one_whatever_its_name(tmp_path: Path) -> None:
+    """Of an earlier and longer run in this folder there may be some with larger numbers."""
+    for seconds, name in enumerate(("model_0000009", "model_0000003", "model_0000001")):
+        torch.save({"model": {"x": torch.zeros(3)}}, tmp_path / f"{name}.pth")
+        os.utime(tmp_path / f"{name}.pth", (seconds, seconds))
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")  # which is gone
+    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "model_0000001.pth")
+    truncate(tmp_path / "model_0000001.pth")
+    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "model_0000003.pth")
+
+
 def test_no_whole_checkpoint_stops_the_run_with_all_their_names(
     interrupted: CfgNode, tmp_path: Path
 ) -> None:

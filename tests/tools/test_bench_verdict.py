@@ -88,6 +88,20 @@ def test_rows_are_compared_with_the_baseline_on_the_set_of_the_table(
     assert all("NO GAIN: -" in x for x in lines)
 
 
+def test_threshold_and_number_of_samples_are_the_user_s(
+    place: Path, tool: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = write(place)
+    finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.2})
+    said = []
+    for words in (["--samples", "20"], ["--samples", "2"], ["--threshold", "99"]):
+        tool("bench_verdict").main([path, "--rows", "better", *words])
+        said.append(capsys.readouterr().out)
+    assert "GAIN: +" in said[0] and "NO GAIN: +" not in said[0]
+    assert said[0] != said[1], "the interval is that of so many samples"
+    assert "NO GAIN: +" in said[2] and "threshold +99.0" in said[2]
+
+
 def test_each_budget_is_compared_by_itself(
     place: Path, tool: Callable, capsys: pytest.CaptureFixture
 ) -> None:

@@ -314,6 +314,16 @@ def test_evaluation_needs_weights_for_the_whole_student(finished: CfgNode, tmp_p
         evaluate(cfg)
 
 
+def test_checkpoint_from_before_classes_were_kept_is_of_the_same_teacher() -> None:
+    for key in ("classes", "left: classes"):
+        manifest = TeacherManifest({"config": "a", key: "class i is class i"})
+        manifest.load_state_dict({"config": "a"})
+        with pytest.raises(ValueError, match=f"another teacher: {key} differs"):
+            manifest.load_state_dict({"config": "a", key: "[(0,)] <- [(1,)]"})
+    with pytest.raises(ValueError, match="another teacher: weights_sha256 differs"):
+        TeacherManifest({"weights_sha256": "1"}).load_state_dict({})
+
+
 def test_teacher_of_another_detectron2_is_the_same_where_both_know_its_keys() -> None:
     ours = "INPUT.FORMAT: BGR\nRPN:\n  NMS_THRESH: 0.7\nMASK_ON: false\n"
     newer = "INPUT.FORMAT: BGR\nRPN:\n  NMS_THRESH: 0.7\n  NEW: 1\nMASK_ON: false\n"

@@ -120,6 +120,23 @@ def test_override_that_nobody_reads_is_refused_with_what_would_read_it(
     assert key in unread_keys(cfg)
 
 
+@pytest.mark.parametrize(
+    "key, switch, off",
+    [
+        ("DISTILL.TEACHER.MIN_AP", "DISTILL.TEACHER.EVAL_IMAGES", 0),
+        ("DISTILL.LIVENESS.PERIOD", "DISTILL.LIVENESS.ENABLED", False),
+    ],
+)
+def test_key_of_a_check_is_unread_where_that_is_switched_off(
+    key: str, switch: str, off: Any
+) -> None:
+    cfg = distill_config("retinanet", [], ["PKD"])
+    cfg.merge_from_list(["DISTILL.TEACHER.EVAL_IMAGES", 10])
+    assert not why_unread(key, cfg)
+    cfg.merge_from_list([switch, off])
+    assert why_unread(key, cfg).startswith(f"with {switch}") and not why_unread(switch, cfg)
+
+
 def test_override_is_read_where_its_reader_is(teacher: List[Any]) -> None:
     opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 35.0]
     opts += ["DISTILL.STAGES", [{"HEADS": ["MGD"]}], "DISTILL.MGD.LOSS_WEIGHT", 1.0]

@@ -183,3 +183,15 @@ def test_code_in_a_file_of_proposals_is_refused_and_not_run(part: str, tmp_path:
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"PROPOSAL_FILES_{part}: there is no file"):
         register_datasets(cfg)
+
+
+def test_proposals_may_have_the_names_of_detectron1(tmp_path: Path) -> None:
+    cfg = detector_config("faster_rcnn", MODEL__LOAD_PROPOSALS=True)
+    path = tmp_path / "proposals.pkl"
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = (str(path),)
+    content = {"indexes": [1], "boxes": [np.zeros((2, 4))], "scores": [np.zeros(2)]}
+    path.write_bytes(pickle.dumps(content))
+    register_datasets(cfg)
+    path.write_bytes(pickle.dumps({k: v for k, v in content.items() if k != "scores"}))
+    with pytest.raises(ValueError, match="not a proposal file: it has no 'objectness_logits'"):
+        register_datasets(cfg)

@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import Distiller, Teacher, build_teacher, load_config
 from d2kd.teacher import resolve_teacher
+from d2kd.teacher.manifest import identity
 from tests.helpers.toys import batch, detector_config, distill_config, write_teacher
 
 LAZY_RETINANET = """
@@ -113,6 +114,18 @@ def test_unknown_override_is_refused_by_its_key(retinanet: List[Any]) -> None:
     message = r"DISTILL\.TEACHER\.OPTS .*\n  MODEL\.RETINANET\.NUM_CLASS \(did you mean"
     with pytest.raises(ValueError, match=message):
         build_teacher(cfg)
+
+
+def test_teacher_is_the_same_wherever_it_runs_and_whatever_it_was_trained_from() -> None:
+    cfg = detector_config("retinanet")
+    other = cfg.clone()
+    other.MODEL.DEVICE, other.MODEL.WEIGHTS, other.OUTPUT_DIR = "cuda:1", "R-50.pkl", "elsewhere"
+    other.SOLVER.MAX_ITER += 1
+    assert identity(other) == identity(cfg)
+    for key, value in (("INPUT.FORMAT", "RGB"), ("MODEL.PIXEL_STD", [57.0, 57.0, 57.0])):
+        changed = other.clone()
+        changed.merge_from_list([key, value])
+        assert identity(changed) != identity(cfg), key
 
 
 def test_manifest_tells_configs_and_weights_apart(retinanet: List[Any], tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
 """One command tells whether a distillation can be run, what it does and what it costs."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, List
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from d2kd import doctor, load_config
 from d2kd.data.shapes import SPLITS
+from d2kd.engine.preflight import teacher_savings
 from d2kd.heads.registry import head_names
+from d2kd.teacher import Teacher
 from tests.helpers.toy_sets import name_sets, second, write_set
 from tests.helpers.toys import distill_config, write_teacher
 
@@ -62,6 +67,54 @@ def test_images_that_a_run_does_not_resize_are_of_some_size(
     path = config_file("retinanet", "retinanet", ["PKD"])
     assert doctor.main(["--config-file", path, "INPUT.MIN_SIZE_TRAIN", "(0,)"]) == 0
     assert "images of 320x" in capsys.readouterr().out
+
+
+def test_run_costs_what_a_step_does_in_proportion_to_its_batch() -> None:
+    # 0.5 s for 2 images are 4 s for 16; 90,000 times that are 360,000 s, or 100 hours.
+    cfg = load_config(opts=["SOLVER.IMS_PER_BATCH", 16, "SOLVER.MAX_ITER", 90000])
+    text = doctor._estimate(cfg, doctor.Cost(0.5, 10.0, images=2, size=(64, 85)))
+    assert "0.50 s a step of 2 images of 64x85" in text and "at most 10 MiB" in text
+    assert "4.00 s for a batch of 16" in text and "4 days, 4:00:00 for 90000 iterations" in text
+
+
+@pytest.mark.parametrize(
+    "share, images, expected",
+    # Of a batch of 8; where there are both kinds, at least one of each is tried out.
+    [(0.25, 4, 1), (0.25, 2, 1), (0.75, 4, 3), (0.75, 2, 1), (1.0, 3, 3)],
+)
+def test_images_without_labels_have_their_share_of_those_tried_out(
+    share: float, images: int, expected: int
+) -> None:
+    keys = {"SETS": ["a_folder"], "SHARE": share}
+    values = {f"DISTILL__UNLABELLED__{k}": v for k, v in keys.items()}
+    cfg = distill_config("retinanet", [], ["PKD"], SOLVER__IMS_PER_BATCH=8, **values)
+    assert doctor._count_unlabelled(cfg, images) == expected
+
+
+def test_saving_of_an_option_is_what_a_step_gets_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a step of 6 s the teacher takes 3. With 1 s it would be 2/6 shorter, with 4 s 1/6 longer.
+    now, plain = (Teacher(nn.Linear(1, 1), "BGR", {}) for _ in range(2))
+    seconds = dict(zip((x[:2] for x in teacher_savings.TRIED.values()), (1.0, 4.0, 2.5)))
+    clock = [0.0]
+
+    def answer(distiller: Any, lesson: Any, inputs: Any, teacher: Teacher) -> None:
+        clock[0] += 3.0 if teacher is now else seconds[teacher.options[:2]]
+
+    monkeypatch.setattr(teacher_savings, "teacher_answers", answer)
+    monkeypatch.setattr(
+        teacher_savings, "with_options", lambda x, options: replace(x, options=options)
+    )
+    monkeypatch.setattr(teacher_savings, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    text = teacher_savings.teacher_savings(
+        None, SimpleNamespace(teacher=now), plain, [], 6.0, False
+    )
+    assert "The teacher takes 3.000 s of it, 50%" in text
+    rows = re.findall(r"^(\S.*?)  +([\d.]+) s +([+-]\d+)%", text, re.MULTILINE)
+    assert rows == [
+        ("FOLD_NORMS", "1.000", "+33"),
+        ("CHANNELS_LAST", "4.000", "-17"),
+        ("FOLD_NORMS and CHANNELS_LAST", "2.500", "+8"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,18 @@ def test_gradients_are_clipped_before_the_step(kind: str, clip_type: str, norm: 
         torch.testing.assert_close(seen, torch.full_like(seen, norm))
 
 
+@pytest.mark.parametrize("clip_type", ["value", "norm", "full_model"])
+def test_nothing_is_clipped_where_that_is_switched_off(clip_type: str) -> None:
+    """As by an override of a recipe that clips."""
+    net = model()
+    clip = {"ENABLED": False, "CLIP_TYPE": clip_type, "CLIP_VALUE": 0.5}
+    optimizer = build_optimizer(solver("SGD", clip), net)
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 9.0)
+    optimizer.step()
+    assert all((p.grad == 9.0).all() for p in net.parameters())
+
+
 def test_norm_over_the_whole_model_is_of_the_type_that_is_named() -> None:
     net = model()
     clip = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 0.5, "NORM_TYPE": 1.0}

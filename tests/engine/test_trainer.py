@@ -21,6 +21,7 @@ from tests.helpers.runs import (
     run,
     run_config,
     scalars,
+    snapshot,
 )
 from tests.helpers.toys import write_teacher
 
@@ -86,6 +87,33 @@ def test_run_without_a_seed_resumes_with_the_one_it_was_begun_with(
     another = at(cfg, tmp_path, "another")
     train(another)
     assert final(another)["trainer"]["seed"] != seed
+
+
+class Draws(HookBase):
+    """What the student starts from, and a number that each iteration draws."""
+
+    def __init__(self) -> None:
+        self.numbers: List[float] = []
+
+    def before_train(self) -> None:
+        self.weights = snapshot(self.trainer.model)
+
+    def before_step(self) -> None:
+        self.numbers.append(float(torch.rand(())))
+
+
+def test_seed_decides_on_the_first_weights_the_images_and_all_that_is_drawn(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Or seeds would tell nothing of the spread over seeds."""
+    found = []
+    for name, seed in (("one", 1), ("two", 2), ("two again", 2)):
+        draws, recorder = Draws(), RecordBatches()
+        run(at(run_config(folder, SEED=seed), tmp_path, name), recorder, draws)
+        files = [x["file_name"] for batch in recorder.batches for x in batch]
+        found.append((draws.weights["head.cls_subnet.0.weight"].tolist(), files, draws.numbers))
+    one, two, again = found
+    assert two == again and all(x != y for x, y in zip(one, two))
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(folder: Path, tmp_path: Path) -> None:

@@ -24,16 +24,17 @@ def keep_samples(table: Table, rows: Sequence[str]) -> None:
     """Measure the finished runs of these rows whose folders are there, each once."""
     path = _path(table)
     kept = {x["key"] for x in read_results(path, COLUMNS)}
-    truth: Optional[COCO] = None
+    truths: Dict[str, COCO] = {}  # rows may have data of their own
     for cell in table.cells:
         found = _detections(table, cell) if cell.row in rows else ""
         if not found or cell.key in kept:
             continue
-        if truth is None:
-            cfg = cell.cfg
-            cfg.DATASETS.TEST = (table.test,) if table.test else cfg.DATASETS.TEST
-            truth = truth_of(cfg)
-        for row in _measure(cell, truth, read_detections(found)):
+        cfg = cell.cfg
+        cfg.DATASETS.TEST = (table.test,) if table.test else cfg.DATASETS.TEST
+        data = repr([cfg.DATASETS[x] for x in ("TEST", "SHAPES", "COCO_FORMAT")])
+        if data not in truths:
+            truths[data] = truth_of(cfg)
+        for row in _measure(cell, truths[data], read_detections(found)):
             append_result(path, row, COLUMNS)
 
 

@@ -220,6 +220,35 @@ def test_masks_are_kept_beside_boxes_with_an_ap_of_their_own(place: Path, tool: 
         assert {float(x) for x in kept["samples"].split()} == {expected}
 
 
+def test_each_row_is_measured_on_its_own_set(place: Path, tool: Callable) -> None:
+    """As rows of data with more noise, or with masks, beside those without."""
+    others = {"alone": [], "other images": ["SEED", 1], "masks": ["MASKS", True]}
+    rows = [
+        {
+            "NAME": name,
+            "CONFIG": str(place / "student.yaml"),
+            "OPTS": [f"DATASETS.SHAPES.{x}" if i == 0 else x for i, x in enumerate(opts)],
+        }
+        for name, opts in others.items()
+    ]
+    table = tool("bench_cells").read_table(write(place, ROWS=rows, SEEDS=[0]))
+    for cell in table.cells:
+        register_datasets(cell.cfg, "", parts=("TEST",))
+        path = Path(MetadataCatalog.get("d2kd_shapes_val").json_file)
+        inference = Path(table.folder(cell), "inference")
+        inference.mkdir(parents=True)
+        found = [{**x, "score": 0.9} for x in json.loads(path.read_text())["annotations"]]
+        (inference / "coco_instances_results.json").write_text(json.dumps(found))
+        Path(table.folder(cell), "val.json").write_text("{}")
+    samples = tool("bench_samples")
+    samples.keep_samples(table, table.rows)
+    for task, names in ((samples.BOXES, list(others)), (samples.MASKS, ["masks"])):
+        found = samples.read_samples(table, task)
+        assert {row: float(x[0]["AP"]) for (row, _), x in found.items()} == dict.fromkeys(
+            names, 100
+        )
+
+
 @pytest.mark.parametrize("words", [["--samples", "1"], ["--threshold", "-1"], ["--samples", "201"]])
 def test_what_makes_no_verdict_is_refused(
     words: List[str], place: Path, tool: Callable, capsys: pytest.CaptureFixture

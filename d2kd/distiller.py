@@ -16,7 +16,7 @@ from .config import student_config
 from .config.lessons import lesson_configs
 from .heads.build import build_head
 from .heads.fit import OF_BOXES
-from .heads.registry import compared_levels, compares_logits
+from .heads.registry import compared_levels, compares_logits, losses_by_level
 from .inherit import inherit
 from .lesson import Lesson, Views, check_claims
 from .modeling.build import build_detector
@@ -296,9 +296,9 @@ class Distiller(nn.Module):
         for student, teacher in pairs:
             share = len(student.image_sizes) / total
             share *= pixel_factor(self.reference_pixels.get(name, 0), student.image_sizes)
-            for key, loss in head(student, teacher).items():
+            for key, levels in losses_by_level(name, head(student, teacher)).items():
                 sums = terms.setdefault(lesson.loss_name(key), {})
-                for level, x in (loss if isinstance(loss, dict) else {"": loss}).items():
+                for level, x in levels.items():
                     x = share * x if share != 1 else x
                     sums[level] = sums[level] + x if level in sums else x
         self.last_step.terms[name], self.last_step.maps[name] = terms, getattr(head, "maps", {})

@@ -345,6 +345,27 @@ def test_detectors_of_different_size_divisibility_train_together(tmp_path: Path)
     assert all(x.isfinite() for x in losses.values())
 
 
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        (torch.zeros(()), 'PKD: forward returns Tensor .* a dict such as {"loss_pkd": scalar}'),
+        (None, "PKD: forward returns NoneType None; it must return a dict"),
+        ({"pkd": torch.zeros(())}, "PKD: .* the key 'pkd'; all keys must start with \"loss_\""),
+        ({"loss_pkd": torch.zeros(2)}, r"PKD: loss_pkd is \(2,\); reduce it to a tensor"),
+        ({"loss_pkd": [torch.zeros(())]}, "PKD: loss_pkd is list; it must be a tensor"),
+        ({"loss_pkd": {"p3": 0.5}}, r"PKD: loss_pkd\['p3'\] is float; it must be a tensor"),
+        ({"loss_pkd": {}}, "PKD: loss_pkd is an empty dict; it must have at least one level"),
+    ],
+)
+def test_what_is_no_loss_is_told_with_the_head_s_name(
+    output: Any, message: str, retinanet: List[Any]
+) -> None:
+    distiller = build(distill_config("retinanet", retinanet, ["PKD"]))
+    distiller.heads["PKD"].forward = lambda student, teacher: output
+    with pytest.raises(ValueError, match=message):
+        losses_of(distiller, batch())
+
+
 def test_every_weight_is_applied_once(retinanet: List[Any]) -> None:
     losses = {}
     for weight in (1e-4, 3e-4):

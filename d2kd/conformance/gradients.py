@@ -52,15 +52,17 @@ def backward(case: Case, distiller: Distiller, inputs: Any = (), what: str = "")
         what: the condition under test, for the error
     """
     distiller.zero_grad()
-    terms = case.terms(distiller, inputs)
+    try:
+        terms = case.terms(distiller, inputs)
+    except ValueError as error:
+        raise AssertionError(f"{case}{what}: {error}") from error
     assert terms, (
         f"{case}: forward returns no loss{what}. Return a zero that is connected to the student, "
         "`(x * 0).sum()`, or a sum over a possibly empty selection."
     )
     for key, x in terms.items():
-        is_tensor = isinstance(x, Tensor)
-        assert not is_tensor or x.isfinite(), f"{case}: {key} is {x.item()}{what}."
-        assert is_tensor and x.requires_grad, (
+        assert x.isfinite(), f"{case}: {key} is {x.item()}{what}."
+        assert x.requires_grad, (
             f"{case}: {key} is not connected to the student{what}. Even a loss of 0 must be: use "
             "`(x * 0).sum()`, or a sum over a possibly empty selection."
         )

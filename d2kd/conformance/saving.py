@@ -41,7 +41,8 @@ def check_checkpoint(case: Case) -> None:
             f"{case}: in the step after a resume {key} is {found[key].item():.9g}, without the "
             f"interruption {x.item():.9g}. State between steps, and random values drawn when the "
             "head is built, belong in its state_dict: nn.Parameter, register_buffer, modules in an "
-            "nn.ModuleList or nn.ModuleDict, or get_extra_state and set_extra_state."
+            "nn.ModuleList or nn.ModuleDict, or get_extra_state and set_extra_state. Draw without "
+            "a generator of its own: torch's, NumPy's and Python's are seeded in each step."
         )
     # Also what this loss does not depend on, such as a queue that is used when it is full. What
     # each step sets anew is the same by now.

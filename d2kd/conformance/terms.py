@@ -1,11 +1,12 @@
 """Checks of a head's output: names, scalars, no loss weight, 0 for equal detectors."""
 
-from typing import Any, Iterator, Sequence, Set, Tuple
+from typing import Any, Sequence, Set
 
 import torch
 from torch import Tensor, nn
 
 from ..distiller import Distiller
+from ..heads.registry import losses_by_level
 from ..views import DetectorView
 from .batches import batch
 from .case import Case
@@ -44,17 +45,15 @@ def check_names(case: Case) -> None:
 
 
 def _check_output(case: Case, output: Any, own: Set[str], student: DetectorView) -> None:
-    assert isinstance(output, dict) and output, (
-        f"{case}: forward returns {type(output).__name__} {output!r:.60}; it must return a dict "
-        'such as {"loss_' + case.name.lower() + '": scalar}, with at least one term.'
-    )
-    for key, value in output.items():
-        assert isinstance(key, str) and key.startswith("loss_"), (
-            f'{case}: forward returns the key {key!r}; all keys must start with "loss_", by '
-            "which d2kd recognises losses."
-        )
+    try:
+        losses = losses_by_level(case.name, output)
+    except ValueError as error:
+        raise AssertionError(f"{case}: {error}") from error
+    assert losses, f"{case}: forward returns no loss, but an empty dict."
+    for key, levels in losses.items():
         assert key not in own, f"{case}: the student has its own loss {key!r}; use another name."
-        for label, x in _scalars(case, key, value):
+        for level, x in levels.items():
+            label = f"{key}[{level!r}]" if level != "" else key
             _check_scalar(case, label, x, list(student.features.values()))
 
 
@@ -68,20 +67,7 @@ def _check_maps(case: Case, maps: Any, student: DetectorView) -> None:
             assert not x.requires_grad, f"{label} is not detached: it keeps the step in memory."
 
 
-def _scalars(case: Case, key: str, value: Any) -> Iterator[Tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    assert value, f"{case}: {key} is an empty dict; it must have at least one level."
-    for level, x in value.items():
-        yield f"{key}[{level!r}]", x
-
-
-def _check_scalar(case: Case, label: str, x: Any, features: Sequence[Tensor]) -> None:
-    assert isinstance(x, Tensor) and x.shape == (), (
-        f"{case}: {label} is {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}; "
-        "reduce it to a tensor without dimensions (.mean() or .sum())."
-    )
+def _check_scalar(case: Case, label: str, x: Tensor, features: Sequence[Tensor]) -> None:
     assert x.dtype in (torch.float32, torch.float64), (
         f"{case}: {label} is {x.dtype}, in which sums overflow or lose small addends; compute the "
         "loss on x.float()."

@@ -1,12 +1,14 @@
 """The contract of a distillation head, and the heads that there are."""
 
-from typing import Any, List, Type
+from typing import Any, Dict, List, Type
 
 from fvcore.common.registry import Registry
-from torch import nn
+from torch import Tensor, nn
 
 from ..pairing.levels import LevelPair
 from ..utils.checks import nearest
+
+SETS_OF_WORDS = ("requires", "pairs", "class_activations", "no_weight_decay")
 
 
 class HeadRegistry(Registry):
@@ -18,6 +20,13 @@ class HeadRegistry(Registry):
                 f"DISTILL_HEAD_REGISTRY: the class {name} must be named {name}Head, which is "
                 f'"{name}" in DISTILL.HEADS.'
             )
+        for attribute in SETS_OF_WORDS:
+            word = getattr(obj, attribute, None)
+            if isinstance(word, str):  # else a set of its letters
+                raise ValueError(
+                    f"DISTILL_HEAD_REGISTRY: {name}.{attribute} is the word {word!r}. It must be a "
+                    f"set of words: frozenset({{{word!r}}})."
+                )
         super()._do_register(name, obj)
 
 
@@ -95,9 +104,52 @@ def head_class(name: str) -> Type[nn.Module]:
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
             f"DISTILL.HEADS names the unknown head {name!r}.{hint} "
-            f"Known: {', '.join(head_names())}."
+            f"Known: {', '.join(head_names())}. One of yours is known with --plugin FILE."
         )
     return DISTILL_HEAD_REGISTRY.get(f"{name}Head")
+
+
+def losses_by_level(name: str, output: Any) -> Dict[str, Dict[str, Tensor]]:
+    """
+    Args:
+        name: of the head, for the error
+        output: what its forward has returned
+
+    Returns:
+        each loss by level; under "" where it is not split by level
+
+    Raises:
+        ValueError: it is other than {"loss_...": scalar, or {level name: scalar}}
+    """
+    if not isinstance(output, dict):
+        term = f"loss_{name.rpartition('/')[2].lower()}"
+        raise ValueError(
+            f"{name}: forward returns {type(output).__name__} {output!r:.60}; it must return a "
+            f'dict such as {{"{term}": scalar}}.'
+        )
+    losses = {}
+    for key, loss in output.items():
+        if not (isinstance(key, str) and key.startswith("loss_")):
+            raise ValueError(
+                f'{name}: forward returns the key {key!r}; all keys must start with "loss_", by '
+                "which d2kd recognises losses."
+            )
+        losses[key] = loss if isinstance(loss, dict) else {"": loss}
+        if not losses[key]:
+            raise ValueError(f"{name}: {key} is an empty dict; it must have at least one level.")
+        for level, x in losses[key].items():
+            label = f"{key}[{level!r}]" if level != "" else key
+            if not isinstance(x, Tensor):
+                raise ValueError(
+                    f"{name}: {label} is {type(x).__name__}; it must be a tensor without "
+                    "dimensions, such as `(x * 0).sum()` where there is nothing to compare."
+                )
+            if x.shape != ():
+                raise ValueError(
+                    f"{name}: {label} is {tuple(x.shape)}; reduce it to a tensor without "
+                    "dimensions (.mean() or .sum())."
+                )
+    return losses
 
 
 def compared_levels(head: nn.Module) -> List[LevelPair]:

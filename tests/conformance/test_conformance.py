@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Type
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -273,6 +274,15 @@ class ForgetsWhereItWrites(SoundHead):
         return {"loss_defective": loss}
 
 
+class DrawsFromItsOwn(SoundHead):
+    def __init__(self, cfg, pair):
+        super().__init__(cfg, pair)
+        self.generator = np.random.default_rng(0)
+
+    def forward(self, student, teacher):
+        return {"loss_defective": self.error(student, teacher) * self.generator.uniform(0.5, 1)}
+
+
 class HasAMeanOfItsOwn(SoundHead):
     def __init__(self, cfg, pair):
         super().__init__(cfg, pair)
@@ -358,9 +368,10 @@ DEFECTS = [
     (NeedsBoxes, check_processes, "process 1 has no boxes in step 2"),
     (DividesByBoxes, check_without_boxes, "loss_defective is inf when no image has a box"),
     (ReturnsNothingWithoutBoxes, check_without_boxes, "returns no loss when no image has a box"),
-    (ReturnsANumberWithoutBoxes, check_without_boxes, "loss_defective is not connected to the st"),
+    (ReturnsANumberWithoutBoxes, check_without_boxes, "no image has a box: .*defective is float"),
     (CallsItOtherwiseWithoutBoxes, check_without_boxes, "loss_background when .* else loss_obj"),
     (ForgetsItsMemory, check_checkpoint, "after a resume loss_defective is .*register_buffer"),
+    (DrawsFromItsOwn, check_checkpoint, "after a resume .* Draw without a generator of its own"),
     (HidesItsQueue, check_checkpoint, "queue of the head changes in training, and is not the same"),
     (ForgetsWhereItWrites, check_checkpoint, "oldest of the head changes in training"),
     (HasAMeanOfItsOwn, check_processes, "Defective.mean in the head's state_dict is not the same"),
@@ -493,7 +504,7 @@ def test_head_that_cannot_be_built_is_told_once(tmp_path: Path, clean_registry: 
         "    def __init__(self, cfg):\n"
         "        super().__init__()\n"
     )
-    with pytest.raises(TypeError, match="OldStyleHead.*'cfg'"):
+    with pytest.raises(TypeError, match="OldStyleHead.__init__: nothing gives 'cfg'"):
         main([str(tmp_path / "old.py")])
 
 

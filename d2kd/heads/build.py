@@ -3,12 +3,14 @@
 from typing import List
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from detectron2.config import CfgNode
 
 from ..pairing.pair import DistillPair
+from ..utils.checks import shown
 from .fit import misfit
-from .keys import head_arguments, key_of, keys_in_errors, knobs
+from .keys import check_arguments, head_arguments, key_of, keys_in_errors, knobs
 from .registry import compares_logits, head_class, head_names
 
 
@@ -24,7 +26,15 @@ def build_head(name: str, cfg: CfgNode, pair: DistillPair) -> nn.Module:
     if problem:
         fit = ", ".join(fitting(cfg, pair))
         raise ValueError(f"DISTILL.HEADS: {problem} Heads that fit: {fit}.")
-    return _build(name, cfg, pair)
+    head = _build(name, cfg, pair)
+    lazy = [k for k, p in head.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise TypeError(
+            f"{type(head).__name__}: {shown(lazy)} gets its shape in the first forward, after the "
+            "optimizer is built and before a checkpoint is loaded. Take a layer that is not lazy: "
+            "each of `levels` has student_channels and teacher_channels."
+        )
+    return head
 
 
 def fitting(cfg: CfgNode, pair: DistillPair) -> List[str]:
@@ -48,5 +58,8 @@ def _build(name: str, cfg: CfgNode, pair: DistillPair) -> nn.Module:
         return head(cfg, pair)
     with keys_in_errors(key_of(head), knobs(head)):
         if hasattr(head, "from_config"):
-            return head(**head.from_config(cfg, pair))
-        return head(**head_arguments(head, cfg, pair))
+            arguments = head.from_config(cfg, pair)
+        else:
+            arguments = head_arguments(head, cfg, pair)
+        check_arguments(head, arguments)
+        return head(**arguments)

@@ -103,7 +103,7 @@ def test_unknown_head_is_refused_with_the_nearest_one(name: str, near: str) -> N
 
 
 def test_unknown_head_like_no_other_is_refused_with_the_list() -> None:
-    with pytest.raises(ValueError, match=r"unknown head 'Xyz'\. Known: .*MGD.*PKD"):
+    with pytest.raises(ValueError, match=r"unknown head 'Xyz'\. Known: .*MGD.*PKD.* --plugin"):
         head_class("Xyz")
 
 
@@ -114,6 +114,27 @@ def test_head_of_a_user_has_keys_and_is_built_from_them(register: Callable) -> N
     assert head.colour == "blue"
     pair = make_pair(RETINANET, RETINANET, SAME_CLASSES)
     assert requires_of(head_class("Toy"), cfg, pair) == {"features"}, "the default"
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"requires": "dense"}, {"pairs": "dense -> dense"}, {"no_weight_decay": "t"}]
+)
+def test_a_word_in_place_of_a_set_of_words_is_refused(
+    register: Callable, attributes: Dict[str, str]
+) -> None:
+    ((name, word),) = attributes.items()
+    with pytest.raises(ValueError, match=rf"ToyHead\.{name} .*: frozenset\(\{{'{word}'\}}\)"):
+        register(**attributes)
+
+
+def test_head_with_a_lazy_layer_is_refused(register: Callable) -> None:
+    def build(self: nn.Module, cfg: CfgNode, pair: DistillPair) -> None:
+        nn.Module.__init__(self)
+        self.conv = nn.LazyConv2d(4, 1)
+
+    register(__init__=build)
+    with pytest.raises(TypeError, match="ToyHead: conv.weight, conv.bias gets its shape in the fi"):
+        build_head("Toy", load_config(), make_pair(RETINANET, RETINANET, SAME_CLASSES))
 
 
 def test_head_that_needs_what_the_student_cannot_give_is_refused(register: Callable) -> None:

@@ -138,17 +138,70 @@ class OneKeyForTwo(nn.Module):
         """Both would be 4."""
 
 
+class HasAClass(nn.Module):
+    def __init__(self, *, levels: Sequence[LevelPair], activation: Any = nn.ReLU):
+        """No YAML can name another one."""
+
+
+class HasAPart(nn.Module):
+    def __init__(self, *, levels: Sequence[LevelPair], part: Any = Part):
+        """The class and not an instance."""
+
+
+class HasADict(nn.Module):
+    def __init__(self, *, levels: Sequence[LevelPair], weights: Any = {"p3": 1.0}):
+        """Its keys could not be told from those of the config."""
+
+
 @pytest.mark.parametrize(
     "head, message",
     [
         (OfTheDistiller, "'schedule' cannot be an argument: .*SCHEDULE is read by the Distiller"),
         (WeighsItself, "'loss_weight' cannot be an argument.*the class attribute loss_weight"),
         (OneKeyForTwo, "'t' and 'T' would be one key, .*T: rename one"),
+        (HasAClass, "'activation' has the default .*ReLU.*, which is no value of a key, and DIST"),
+        (HasAPart, "'part' has the default .*Part.*; an instance of a dataclass is a group"),
+        (HasADict, "'weights' has the default .*p3.*A key is a number, a word"),
     ],
 )
 def test_argument_without_a_key_of_its_own_is_refused(head: Type[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=f"{head.__name__}.__init__: {message}"):
         keys_of(head)
+
+
+def test_a_whole_number_is_a_float_where_one_is_meant() -> None:
+    class Whole(nn.Module):
+        loss_weight = 2
+
+        def __init__(self, *, levels: Sequence[LevelPair], t: float = 4, count: int = 3):
+            """As one writes it; yacs would refuse 0.5 for the weight and for T."""
+
+    node = keys_of(Whole)
+    assert node == {"LOSS_WEIGHT": 2, "T": 4, "COUNT": 3}
+    assert [type(node[k]) for k in ("LOSS_WEIGHT", "T", "COUNT")] == [float, float, int]
+
+
+class WantsTooMuchHead(nn.Module):
+    def __init__(self, *, levels: Sequence[LevelPair], temperature: float):
+        """With a default it would be a key."""
+        super().__init__()
+
+
+class WantsMoreThanItTakesHead(WantsTooMuchHead):
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pair: DistillPair) -> Dict[str, Any]:
+        return {"levels": pair.levels}
+
+
+@pytest.mark.parametrize("head", [WantsTooMuchHead, WantsMoreThanItTakesHead])
+def test_an_argument_that_nothing_gives_is_told_with_what_would(
+    head: Type[nn.Module], registered: None
+) -> None:
+    DISTILL_HEAD_REGISTRY.register(head)
+    name = head.__name__[: -len("Head")]
+    message = rf"'temperature'\. With .* key DISTILL\.{name}\.TEMPERATURE"
+    with pytest.raises(TypeError, match=message):
+        build(name)
 
 
 def test_class_without_a_head_s_name_is_not_registered(registered: None) -> None:

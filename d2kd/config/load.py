@@ -155,6 +155,8 @@ def _refuse_unknown(cfg: CfgNode, keys: List[str], source: str) -> None:
         # YAML takes {SIZE: (96, 128)} for the keys "SIZE" and "128)"
         hint = " (inside {} YAML has no tuples: write [96, 128])" if key.endswith(")") else hint
         lines.append(f"  {key}{hint}")
+    if any(x.startswith("DISTILL.") and x.split(".")[1] not in cfg.DISTILL for x in keys):
+        lines.append("  Keys of a head of yours are known with --plugin FILE.")
     if lines:
         raise ValueError(f"{source} has unknown keys:\n" + "\n".join(lines))
 

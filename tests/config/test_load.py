@@ -106,6 +106,15 @@ def test_unknown_key_on_the_command_line_is_refused_with_the_nearest() -> None:
         load_config(opts=["DISTILL.HAEDS", ["MGD"]])
 
 
+@pytest.mark.parametrize("key, is_of_a_head", [("Cosine.EPS", True), ("MGD.MASK_RATE", False)])
+def test_key_of_a_head_that_is_not_known_is_told_where_it_may_come_from(
+    key: str, is_of_a_head: bool
+) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(opts=[f"DISTILL.{key}", 0.1])
+    assert ("--plugin FILE" in str(error.value)) == is_of_a_head
+
+
 @pytest.mark.parametrize("number", ["3", "-3", 3])
 def test_whole_number_where_one_with_a_point_is_wanted_is_told_how_to_write_it(number: Any) -> None:
     with pytest.raises(ValueError, match=rf"a point: DISTILL.CWD.LOSS_WEIGHT {number}\.0$"):

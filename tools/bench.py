@@ -29,10 +29,10 @@ A table is a YAML:
     BASELINE: "alone"                      # the row that gains are told against
     ROWS:
       - {NAME: "alone", CONFIG: "configs/quickstart/student.yaml"}
-      - {NAME: "PKD", CONFIG: "configs/quickstart/pkd.yaml", OPTS: ["DISTILL.PKD.LOSS_WEIGHT", 3]}
-      - NAME: "CWD"                        # a row for each value, "CWD, LOSS_WEIGHT 10", ...
+      - {NAME: "PKD", CONFIG: "configs/quickstart/pkd.yaml", OPTS: ["DISTILL.PKD.LOSS_WEIGHT", 3.0]}
+      - NAME: "CWD"                        # a row for each value, "CWD, LOSS_WEIGHT 10.0", ...
         CONFIG: "configs/quickstart/cwd.yaml"
-        GRID: {"DISTILL.CWD.LOSS_WEIGHT": [10, 30, 100]}
+        GRID: {"DISTILL.CWD.LOSS_WEIGHT": [10.0, 30.0, 100.0]}
       - {NAME: "mine", CONFIG: "mine.yaml", PLUGIN: "my_head.py"}  # a head of your own
 
 A finished run is a row of the CSV: its AP on DATASETS.TEST ("val") and on TEST ("test"), seconds of

@@ -71,6 +71,19 @@ def test_a_grid_is_a_row_for_each_combination(
     assert [(x.cfg.SOLVER.BASE_LR, x.cfg.SOLVER.GAMMA) for x in table.cells[:4]] == values
 
 
+def test_table_of_the_help_can_be_read(
+    cells: ModuleType, tool: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    text = tool("bench").EPILOG.split("A table is a YAML:")[1].split("A finished run")[0]
+    said = yaml.safe_load(text)
+    said["ROWS"] = [x for x in said["ROWS"] if "PLUGIN" not in x]  # whose files are the reader's
+    (tmp_path / "help.yaml").write_text(yaml.dump(said))
+    table = cells.read_table(str(tmp_path / "help.yaml"))
+    assert len(table.rows) == 5 and f'"{table.rows[2]}"' in text
+    assert table.cells[-1].cfg.DISTILL.CWD.LOSS_WEIGHT == 100  # and no config is refused
+    assert {x.cfg.SOLVER.MAX_ITER for x in table.cells} == {2000, 4000}
+
+
 def test_short_runs_come_first(
     cells: ModuleType, write: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -30,9 +30,11 @@ def find_view(detector: nn.Module, role: str) -> Type[DetectorView]:
         if cls.__name__ in DETECTOR_VIEW_REGISTRY:
             return DETECTOR_VIEW_REGISTRY.get(cls.__name__)
     known = ", ".join(sorted(name for name, _ in DETECTOR_VIEW_REGISTRY))
+    name = type(detector).__name__
     raise ValueError(
-        f"The {role}'s meta-architecture {type(detector).__name__} has no DetectorView. Known: "
-        f"{known}. Register one with @DETECTOR_VIEW_REGISTRY (d2kd/views shows how)."
+        f"The {role}'s meta-architecture {name} has no DetectorView. Known: {known}. Register one "
+        f'under its name, DETECTOR_VIEW_REGISTRY._do_register("{name}", MyView), in a file for '
+        "--plugin (docs/add_a_detector.md)."
     )
 
 

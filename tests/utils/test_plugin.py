@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from detectron2.config.defaults import _C
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from d2kd import DISTILL_HEAD_REGISTRY
+from d2kd import DISTILL_HEAD_REGISTRY, load_config
 from d2kd.utils.plugin import import_file
 from tests.helpers.toys import ROOT, batch, distill_config, write_teacher
 
@@ -41,6 +42,22 @@ def test_importing_twice_registers_once(my_head: Path) -> None:
     import_file(str(my_head))
     import_file(str(my_head))
     assert "CosineHead" in DISTILL_HEAD_REGISTRY
+
+
+def test_keys_of_a_detector_are_those_that_its_file_adds_to_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "my_detector.py").write_text(
+        "from detectron2.config import CfgNode\n"
+        "import detectron2.config.defaults\n"
+        "detectron2.config.defaults._C.MODEL.MINE = CfgNode({'NUM_CLASSES': 80})\n"
+    )
+    opts = ["MODEL.MINE.NUM_CLASSES", "4"]
+    with pytest.raises(ValueError, match="unknown keys"):
+        load_config(opts=opts)
+    import_file(str(tmp_path / "my_detector.py"))
+    try:
+        assert load_config(opts=opts).MODEL.MINE.NUM_CLASSES == 4
+    finally:
+        del _C.MODEL["MINE"]
 
 
 def test_missing_file_is_named() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, Type
 
 import numpy as np
@@ -22,7 +23,8 @@ from d2kd.conformance.gradients import (
     check_without_boxes,
 )
 from d2kd.conformance.half_precision import check_mixed_precision, runs_in_float16
-from d2kd.conformance.numerics import check_extreme_logits
+from d2kd.conformance.numerics import check_extreme_logits, check_image_sizes
+from d2kd.conformance.requires import RequiredView
 from d2kd.conformance.saving import check_checkpoint
 from d2kd.conformance.terms import (
     check_batch_size,
@@ -78,6 +80,22 @@ class Misnamed(SoundHead):
 class Unreduced(SoundHead):
     def forward(self, student, teacher):
         return {"loss_defective": self.adapter(student.features["p3"]).square()}
+
+
+class ReturnsATensor(SoundHead):
+    def forward(self, student, teacher):
+        return self.error(student, teacher)
+
+
+class ReturnsHalfPrecision(SoundHead):
+    def forward(self, student, teacher):
+        return {"loss_defective": self.error(student, teacher).half()}
+
+
+class TakesLogOfZero(SoundHead):
+    def forward(self, student, teacher):
+        zero = student.features["p3"].sum() * 0
+        return {"loss_defective": self.error(student, teacher) - zero.log()}
 
 
 class TakenName(SoundHead):
@@ -146,6 +164,25 @@ class MovesTheTeacher(SoundHead):
         detector.backbone(detector.preprocess_image(teacher.batched_inputs).tensor)
         detector.eval()
         return super().forward(student, teacher)
+
+
+class UnfreezesTheTeacher(SoundHead):
+    def forward(self, student, teacher):
+        teacher.detector.backbone.requires_grad_(True)
+        return super().forward(student, teacher)
+
+
+class LeavesTheTeacherInTrainMode(SoundHead):
+    def forward(self, student, teacher):
+        teacher.detector.head.train()
+        return super().forward(student, teacher)
+
+
+class TakesRootOfZero(SoundHead):
+    def forward(self, student, teacher):
+        x = student.features["p3"]
+        root = (x - x.detach()).square().sum().sqrt()  # 0, and its gradient 0 / 0
+        return {"loss_defective": self.error(student, teacher) + root}
 
 
 class HasAnUnusedParameter(SoundHead):
@@ -237,6 +274,42 @@ class CallsItOtherwiseWithoutBoxes(SoundHead):
         boxes = sum(len(x) for x in student.gt_instances)
         name = "loss_objects" if boxes else "loss_background"
         return {name: self.error(student, teacher)}
+
+
+class DividesByUnlikeSizes(SoundHead):
+    def forward(self, student, teacher):
+        alike = torch.tensor(float(len(set(student.image_sizes)) == 1))
+        return {"loss_defective": self.error(student, teacher) / alike}
+
+
+class SkipsUnlikeSizes(SoundHead):
+    def forward(self, student, teacher):
+        alike = len(set(student.image_sizes)) == 1
+        zero = student.features["p3"].sum() * 0
+        return {"loss_defective": self.error(student, teacher) if alike else zero}
+
+
+class WritesIntoTheStudent(SoundHead):
+    def forward(self, student, teacher):
+        student.detector.register_buffer("steps", torch.zeros(()))
+        return super().forward(student, teacher)
+
+
+class KeepsTheTeacher(SoundHead):
+    def forward(self, student, teacher):
+        self.teacher = teacher.detector
+        return super().forward(student, teacher)
+
+
+class HasAQueueThatGrows(SoundHead):
+    def __init__(self, cfg, pair):
+        super().__init__(cfg, pair)
+        self.register_buffer("queue", torch.zeros(0))
+
+    def forward(self, student, teacher):
+        loss = self.error(student, teacher)
+        self.queue = torch.cat([self.queue, loss.detach()[None]])
+        return {"loss_defective": loss}
 
 
 class ForgetsItsMemory(SoundHead):
@@ -340,6 +413,9 @@ class RefusesCurtly(SoundHead):
 DEFECTS = [
     (Misnamed, check_names, "key 'distance'.* must start with \"loss_\""),
     (Unreduced, check_names, r"loss_defective is \(2, 32, 8, 8\); reduce it"),
+    (ReturnsATensor, check_names, "forward returns Tensor .*; it must return a dict"),
+    (ReturnsHalfPrecision, check_names, "loss_defective is torch.float16, in which sums overflow"),
+    (TakesLogOfZero, check_names, "loss_defective is inf on noise images"),
     (TakenName, check_names, "the student has its own loss 'loss_cls'|a name that is taken"),
     (DetachesALevel, check_names, r"loss_defective\['p4'\] is not connected to the student"),
     (
@@ -361,6 +437,13 @@ DEFECTS = [
     (IsNeverTheSame, check_weight, "in the same step with the same seeds"),
     (TrainsTheTeacher, check_gradients, "gradient for head.* of the teacher. Detach"),
     (MovesTheTeacher, check_gradients, "changes backbone.*running_.* of the teacher.*eval mode"),
+    (UnfreezesTheTeacher, check_gradients, "the head unfreezes backbone.* of the teacher"),
+    (LeavesTheTeacherInTrainMode, check_gradients, "leaves the teacher's head.* in train mode"),
+    (
+        TakesRootOfZero,
+        check_gradients,
+        r"the gradient of .* entries that are not finite.*sqrt\(0\)",
+    ),
     (HasAnUnusedParameter, check_gradients, "forgotten.weight, forgotten.bias of the head got no"),
     (HasAnUnusedParameter, check_processes, "finished reduction in the prior iteration"),
     (TakesLogOfSoftmax, check_extreme_logits, "loss_defective is nan when all class logits"),
@@ -370,6 +453,11 @@ DEFECTS = [
     (ReturnsNothingWithoutBoxes, check_without_boxes, "returns no loss when no image has a box"),
     (ReturnsANumberWithoutBoxes, check_without_boxes, "no image has a box: .*defective is float"),
     (CallsItOtherwiseWithoutBoxes, check_without_boxes, "loss_background when .* else loss_obj"),
+    (DividesByUnlikeSizes, check_image_sizes, "loss_defective is inf for a batch of a 64 x 64 and"),
+    (SkipsUnlikeSizes, check_image_sizes, "adapter.weight, .* got no gradient for a batch of a 64"),
+    (WritesIntoTheStudent, check_checkpoint, "the head adds steps to the student's state_dict"),
+    (KeepsTheTeacher, check_checkpoint, "belongs to the teacher, and would be saved and trained"),
+    (HasAQueueThatGrows, check_checkpoint, "state_dict cannot be saved and loaded: .*queue"),
     (ForgetsItsMemory, check_checkpoint, "after a resume loss_defective is .*register_buffer"),
     (DrawsFromItsOwn, check_checkpoint, "after a resume .* Draw without a generator of its own"),
     (HidesItsQueue, check_checkpoint, "queue of the head changes in training, and is not the same"),
@@ -440,6 +528,19 @@ def test_what_a_head_computes_again_need_not_be_saved(build: Callable) -> None:
             return {"loss_defective": loss}
 
     check_checkpoint(build(KeepsWhatItNeedNot))
+
+
+# Of a view, what no head has to require.
+ALWAYS = {"provides", "two_stage", "info", "num_classes", "num_anchors", "strides"}
+ALWAYS |= {"image_size", "image_sizes", "inside_image"}
+ASKING = sorted({x for x in vars(DetectorView) if not x.startswith("_")} - ALWAYS)
+
+
+@pytest.mark.parametrize("member", ASKING)
+def test_member_of_a_view_is_not_read_without_its_word(member: str) -> None:
+    view = SimpleNamespace(_recorded={}, _answers={}, **dict.fromkeys(ASKING, 7))
+    with pytest.raises(AssertionError, match=f"forward reads `{member}`, but `requires` is "):
+        getattr(RequiredView(view, frozenset({"other"}), "case"), member)
 
 
 def test_curt_refusal_is_caught(build: Callable) -> None:

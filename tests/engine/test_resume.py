@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 
 from d2kd.config import leaves, load_config
 from d2kd.engine import Trainer
 from d2kd.engine.resume import RunRecord, fingerprint
+from d2kd.engine.resume_point import ResumePoint
 from d2kd.engine.resume_rules import PASSED_OVER, REFUSED, RULES, TAKEN, UNUSED, rule_of
 from d2kd.utils.plugin import import_file
 from tests.helpers.runs import assert_same_tensors, at, build_trainer, run, run_config
@@ -59,17 +61,23 @@ EXAMPLES = {
     + ["DATASETS.SHAPES.TEXTURE", "DATALOADER.SAMPLER_TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS"]
     + ["MODEL.RETINANET.NUM_CONVS", "MODEL.PIXEL_STD", "INPUT.FORMAT", "MODEL.META_ARCHITECTURE"]
     + ["DISTILL.LEVELS", "DISTILL.STAGES", "DISTILL.TEACHER.ALIASES", "DISTILL.MGD.MASK_RATIO"]
-    + ["DISTILL.ReviewKD.MID_CHANNELS"],
+    + ["DISTILL.ReviewKD.MID_CHANNELS", "DISTILL.UNLABELLED.SHARE", "DISTILL.TEACHER.CLASSES"]
+    + ["DISTILL.TEACHERS", "DISTILL.ADAPT_EQUAL_CHANNELS"],
     TAKEN: ["SOLVER.BASE_LR", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE"]
     + ["SOLVER.AMP.ENABLED", "DISTILL.MGD.LOSS_WEIGHT", "DISTILL.FGD.FOREGROUND_WEIGHT"]
     + ["DISTILL.MGD.SCHEDULE.STOP_ITER", "DISTILL.REGIONS.PER_IMAGE", "INPUT.MIN_SIZE_TRAIN"]
     + ["TEST.EVAL_PERIOD", "VIS_PERIOD", "MODEL.RETINANET.SCORE_THRESH_TEST", "DATASETS.TEST"]
-    + ["DATASETS.SHAPES.NUM_TEST", "DISTILL.TEACHER.FOLD_NORMS", "DISTILL.TEACHER.DEVICE"],
+    + ["DATASETS.SHAPES.NUM_TEST", "DISTILL.TEACHER.FOLD_NORMS", "DISTILL.TEACHER.DEVICE"]
+    + ["DATASETS.SHAPES.NUM_VAL", "DATASETS.PROPOSAL_FILES_TRAIN", "DATASETS.PROPOSAL_FILES_TEST"]
+    + ["DISTILL.LIVENESS.ENABLED", "DISTILL.LIVENESS.PERIOD", "DISTILL.STAGE_LR", "MODEL.DEVICE"],
     UNUSED: ["MODEL.WEIGHTS", "DISTILL.INHERIT", "DISTILL.TEACHER.EVAL_IMAGES"]
     + ["DISTILL.TEACHER.MIN_AP", "DISTILL.TEACHER.ALLOW_OTHER_CLASSES"],
     # The teacher itself is compared by its manifest, the optimizer by its state.
     PASSED_OVER: ["OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DISTILL.TEACHER.WEIGHTS", "VERSION"]
-    + ["SOLVER.OPTIMIZER"],
+    + ["SOLVER.OPTIMIZER", "DATASETS.COCO_FORMAT", "DATASETS.SHAPES.ROOT", "DISTILL.HEADS"]
+    + ["DISTILL.UNLABELLED.SETS", "DISTILL.TEACHER.CONFIG_FILE", "DISTILL.TEACHER.OPTS"]
+    + ["DISTILL.TEACHER.BACKBONE", "DISTILL.TEACHER.BACKBONE_STRIDES", "DISTILL.ENABLED"]
+    + ["DISTILL.STUDENT_META_ARCHITECTURE"],
 }
 
 
@@ -85,6 +93,39 @@ def test_every_rule_is_the_first_for_some_key_and_only_detections_of_a_model_may
     assert set(rules.values()) == set(RULES)
     taken = [k for k, x in rules.items() if k.startswith("MODEL.") and x.action == TAKEN]
     assert "MODEL.DEVICE" in taken and all(k.endswith(("_TEST", "DEVICE")) for k in taken)
+
+
+# Which checkpoint ---------------------------------------------------------------------------------
+
+
+def test_processes_that_find_different_checkpoints_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on two machines, each with a disk of its own."""
+    told: Dict[str, str] = {}
+    for name, iteration, seed in (("a", 3, 7), ("b", 3, 7), ("c", 5, 7), ("d", 3, 8)):
+        (tmp_path / name).mkdir()
+        last = f"model_{iteration:07}.pth"
+        state = {"trainer": {"iteration": iteration, "seed": seed}}
+        torch.save(state, tmp_path / name / last)
+        (tmp_path / name / "last_checkpoint").write_text(last)
+
+    def find(of_main: str, of_other: str) -> ResumePoint:
+        """In the second of two processes."""
+        for name in (of_main, of_other):
+            monkeypatch.setattr(comm, "all_gather", lambda x: [told.setdefault(name, x)])
+            ResumePoint.find_together(str(tmp_path / name))
+        monkeypatch.setattr(comm, "all_gather", lambda x: [told[of_main], x])
+        return ResumePoint.find_together(str(tmp_path / of_other))
+
+    assert find("a", "b").done == 4
+    for pair, words in (
+        (("a", "c"), "process 0 model_0000003.pth of seed 7, process 1 model_0000005.pth of seed"),
+        (("a", "d"), "process 1 model_0000003.pth of seed 8"),
+        (("none", "a"), "process 0 no checkpoint, process 1 model_0000003.pth"),
+    ):
+        with pytest.raises(ValueError, match=f"OUTPUT_DIR: the processes find .*{words}"):
+            find(*pair)
 
 
 # Refused -----------------------------------------------------------------------------------------

@@ -92,6 +92,20 @@ def test_single_pixels_are_boxes() -> None:
     assert check(np.array([[7.0, 0.0, 1.0, 1.0]]), 90, 1) == []
 
 
+def test_a_few_boxes_are_no_evidence_of_another_unit() -> None:
+    # 19 boxes, of which 4 end beyond the image, lie in it if x, y is the centre; 20 tell.
+    size = [100.0, 100.0, 60.0, 60.0]
+    boxes = np.array([size] * 15 + [[600.0, 400.0, 60.0, 60.0]] * 4)
+    assert check(boxes) == []
+    with pytest.raises(ValueError, match="they seem to be centres"):
+        check(np.r_[boxes, [size]])
+    # So do 19 that end at 100 pixels of thousands.
+    boxes = np.array([[5.0, 5.0, 95.0, 95.0]] * 19)
+    assert check(boxes, 4000, 3000) == []
+    with pytest.raises(ValueError, match="they seem to be percent"):
+        check(np.r_[boxes, boxes[:1]], 4000, 3000)
+
+
 def test_few_odd_boxes_are_told_by_the_first_one_s_id() -> None:
     boxes = sound(50)
     boxes[7] = [9, 9, 0, 4]

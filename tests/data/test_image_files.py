@@ -160,6 +160,7 @@ def jpeg_with_a_tail(path: Path) -> None:
         lambda path: replace(path, Image.open(path).convert("P"), transparency=0),
         lambda path: replace(path, Image.open(path).convert("RGBA")),
         lambda path: replace(path, Image.open(path).convert("LA")),
+        lambda path: replace(path, Image.new("RGBA", SIZE, (0, 0, 0, 255))),  # a lens cap
         lambda path: replace(path, Image.open(path).convert("CMYK"), format="JPEG"),
         lambda path: replace(path, Image.open(path).convert("RGB"), format="BMP"),
         lambda path: replace(path, Image.open(path).convert("P"), format="BMP"),

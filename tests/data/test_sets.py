@@ -65,6 +65,7 @@ KEYPOINTS = {"MODEL__KEYPOINT_ON": True, "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINT
 KEYPOINTS["TEST__KEYPOINT_OKS_SIGMAS"] = [0.1, 0.1]
 keypoints = every("annotations", lambda x: x.update(keypoints=[9, 9, 2, 12, 9, 0]))
 TWO_POINTS = {"segmentation": [[1, 1, 5, 5]]}
+CROWD_ALONE = {"iscrowd": 1, "segmentation": []}
 OTHER_SIZE = {"segmentation": {**RLE, "size": [64, 48]}}
 
 
@@ -79,6 +80,8 @@ OTHER_SIZE = {"segmentation": {**RLE, "size": [64, 48]}}
         ("TRAIN", no_mask, LABELS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
         ("TEST", no_mask, MASKS, "annotation 2 has no segmentation, but with MODEL.MASK_ON True"),
         ("TEST", second("annotations", **TWO_POINTS), MASKS, "annotation 2 has no segmentation"),
+        # Whose evaluation asks the mask of each annotation.
+        ("TEST", second("annotations", **CROWD_ALONE), MASKS, "annotation 2 has no segmentation"),
         ("TRAIN", second("annotations", segmentation=RLE), MASKS, "Set it to 'bitmask'"),
         ("TRAIN", second("annotations", **OTHER_SIZE), BITS, "annotation 2 has an RLE whose size"),
         ("TEST", second("annotations", **OTHER_SIZE), MASKS, "annotation 2 has an RLE whose size"),
@@ -98,6 +101,7 @@ OTHER_SIZE = {"segmentation": {**RLE, "size": [64, 48]}}
         ("TRAIN", second("annotations", keypoints=[1]), KEYPOINTS, "annotation 2 has 1 numbers in"),
         ("TEST", second("annotations", keypoints=None), KEYPOINTS, "annotation 2 has 0 numbers in"),
         ("TEST", keypoints, {**KEYPOINTS, "TEST__KEYPOINT_OKS_SIGMAS": [0.1]}, "_SIGMAS has 1 val"),
+        ("TEST", keypoints, {**KEYPOINTS, "TEST__KEYPOINT_OKS_SIGMAS": []}, "_SIGMAS has 17 val"),
     ],
 )
 def test_set_that_cannot_play_its_part_is_refused(
@@ -121,6 +125,8 @@ def test_set_that_cannot_play_its_part_is_refused(
         ("TRAIN", second("annotations", **OTHER_SIZE), {}),
         ("TEST", second("annotations", keypoints=None), {}),
         ("TEST", lambda said: None, {**KEYPOINTS, **MASKS}),
+        ("TRAIN", second("annotations", **CROWD_ALONE), MASKS),
+        ("TRAIN", second("annotations", keypoints=[]), KEYPOINTS),
     ],
 )
 def test_set_is_only_asked_for_what_its_part_needs(

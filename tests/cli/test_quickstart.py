@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import pytest
 
@@ -71,6 +71,32 @@ def test_each_detector_is_drawn_by_the_config_of_its_step(
     quickstart.main(["MODEL.RETINANET.NUM_CONVS", "7"])
     students = {title for title, cfg, _ in drawn if cfg.MODEL.RETINANET.NUM_CONVS == 7}
     assert students == {"student alone", "student distilled"} and len(drawn) == 4
+
+
+@pytest.mark.parametrize("own", [(), ("d2kd_shapes_train",)])
+def test_all_detectors_are_measured_on_the_set_on_which_nothing_was_chosen(
+    own: Tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or on one that is asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "quickstart").mkdir(parents=True)
+    asked: List[tuple] = []
+
+    def run(self: Steps, config_file: str, opts: Sequence[str], weights: str, *_: str) -> dict:
+        asked.append((load_config(config_file, opts).DATASETS.TEST, weights))
+        return dict.fromkeys(METRICS, 1.0)
+
+    drawn: List[tuple] = []
+    monkeypatch.setattr(Steps, "run", run)
+    monkeypatch.setattr(quickstart, "register_datasets", lambda cfg: None)
+    monkeypatch.setattr(quickstart, "draw_detections", lambda panels, **_: drawn.extend(panels))
+    quickstart.main(["DATASETS.TEST", str(own)] if own else [])
+    expected = own or ("d2kd_shapes_test",)
+    assert [x for x, _ in asked] == [x.DATASETS.TEST for _, x, _ in drawn] == [expected] * 4
+    # And drawn are those that were measured.
+    shipped = {weights for _, weights in asked} - {""}
+    trained = {f"output/quickstart/{x}/model_final.pth" for x in ("student", "cwd")}
+    assert {os.path.normpath(x) for _, _, x in drawn} == shipped | trained and len(shipped) == 2
 
 
 def test_another_student_has_no_shipped_end() -> None:
@@ -207,6 +233,24 @@ def test_a_finished_step_is_not_taken_for_done_once_another_has_begun_in_its_fol
         Steps(fresh).run(ALONE, [*opts, seed])
     with pytest.raises(SystemExit, match="failed"):
         Steps().run(ALONE, [*opts, "1"])
+
+
+def test_trained_weights_are_evaluated_and_nothing_is_written_over(
+    scripted: Path, tmp_path: Path
+) -> None:
+    write(scripted, *(f"echo '{x}'" for x in FOUND), f'echo "$*" > {tmp_path}/words')
+    run, weights = tmp_path / "run", tmp_path / "weights.pth"
+    opts = ["OUTPUT_DIR", str(run), "MODEL.WEIGHTS", "start.pth"]
+    weights.write_text("trained")
+    assert Steps().run(ALONE, opts, str(weights)) == dict(zip(METRICS, [1, 2, 3, 4, 5]))
+    words = (tmp_path / "words").read_text().split()
+    assert words[2] == "eval"
+    last = load_config(ALONE, words[words.index(ALONE) + 1 :])
+    assert (last.MODEL.WEIGHTS, last.OUTPUT_DIR) == (str(weights), f"{run}/evaluation")
+    assert not (run / "quickstart.json").exists(), "nothing was trained"
+    weights.unlink()
+    Steps().run(ALONE, opts, str(weights))
+    assert (tmp_path / "words").read_text().split()[2] == "train"
 
 
 def test_an_interrupted_step_is_gone_on_with_and_another_begins_anew(

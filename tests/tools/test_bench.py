@@ -42,6 +42,8 @@ if "--resume" in words:
     if said["SEED"] == "13":
         sys.exit("unlucky")
     (folder / "model_final.pth").write_text("weights")
+else:  # the end of the training
+    assert pathlib.Path(said["MODEL.WEIGHTS"]).read_text() == "weights"
 ap = 30 + int(said["SEED"]) + 10 * ("--eval-only" in words)
 print("[1]: copypaste: Task: bbox")
 print("[1]: copypaste: AP,AP50,AP75,APs,APm,APl")
@@ -256,6 +258,34 @@ def test_run_that_goes_on_with_other_code_has_both_commits(
     monkeypatch.setattr(tool("bench_steps"), "provenance", lambda *_: {**how, "dirty": "no"})
     assert bench(tool, table) == 0
     assert results(tool, place)[0]["commit"].endswith(" new")
+
+
+@pytest.mark.parametrize("first, then, told", [("yes", "no", "yes"), ("no", "yes", "yes")])
+def test_run_that_began_or_went_on_with_code_that_is_not_committed_says_so(
+    first: str,
+    then: str,
+    told: str,
+    tool: Callable,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table, steps = write(place, SEEDS=[13]), tool("bench_steps")
+    how = steps.provenance("cpu", str(place / "results.csv"))
+    for dirty in (first, then):
+        monkeypatch.setattr(steps, "provenance", lambda *_: {**how, "dirty": dirty})
+        bench(tool, table)
+        (place / "fake.py").write_text(FAKE.replace('== "13"', '== "14"'))
+    assert [x["dirty"] for x in results(tool, place)] == [told]
+
+
+def test_several_runs_at_a_time_are_refused_on_a_gpu(
+    tool: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool("bench"), "check_table", lambda table: None)  # which asks for the GPU
+    table = write(place, OPTS=["MODEL.DEVICE", "cuda"])
+    with pytest.raises(ValueError, match="--jobs: runs on a GPU go one after the other"):
+        bench(tool, table, "--jobs", "2")
+    assert calls(place) == []
 
 
 def test_train_net_is_what_the_bench_runs(

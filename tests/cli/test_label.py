@@ -222,3 +222,37 @@ def test_mistake_is_one_line_and_nothing_is_written(
     assert lines[-1].startswith(f"d2kd label: error: {told}")
     assert [x.name for x in Path().iterdir()] == ["there.json"]
     assert Path("there.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["json", "png"])
+def test_list_of_an_earlier_worst_is_not_written_over(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(f"new_worst.{kind}").touch()
+    words = ["--config-file", "mine.yaml", "--images", ".", "--output", "new.json"]
+    label.check_args(label.parse_args(words))
+    with pytest.raises(FileExistsError, match=f"--output: 'new_worst.{kind}' exists"):
+        label.check_args(label.parse_args([*words, "--worst", "3"]))
+
+
+@pytest.mark.parametrize("learnt", ["train", "val"])
+def test_labelled_set_that_was_learnt_from_is_told(
+    learnt: str,
+    shapes: List[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def detect(*_: Any) -> None:
+        raise Reached
+
+    monkeypatch.setattr(label.labelling, "detect", detect)
+    sets = ["DATASETS.TRAIN", f"('d2kd_shapes_{learnt}',)"]
+    with pytest.raises(Reached):
+        label.main([*words_of(shapes, str(tmp_path / "new.json")), *sets])
+    told = "d2kd_shapes_val is also in DATASETS.TRAIN: on images that a detector has learnt"
+    assert (told in caplog.text) == (learnt == "val")

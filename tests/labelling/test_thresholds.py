@@ -6,7 +6,7 @@ from typing import List, Optional, Tuple
 import numpy as np
 import pytest
 
-from d2kd.labelling import ClassMatches, Gate, choose_gate, gate_warnings
+from d2kd.labelling import ClassMatches, Gate, choose_gate, gate_table, gate_warnings
 
 
 def gate_of(scores: List[float], hits: List[bool], boxes: int, wanted: Optional[float]) -> Gate:
@@ -100,3 +100,14 @@ def test_a_class_to_be_careful_with_gets_one_line(gate: Gate, told: List[str]) -
     assert len(lines) == len(told)
     for line, pattern in zip(lines, told):
         assert line.startswith("cat: ") and re.search(pattern, line)
+
+
+def test_table_has_a_row_for_each_class() -> None:
+    # Of 4 boxes 3 are found, and of 5 detections from 0.5 on 3 are right.
+    some = gate_of([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 0, 1, 0, 1, 0], 4, 0.6)
+    none = gate_of([0.9], [False], 2, 0.9)._replace(category_id=8, name="dog")
+    header, _, *rows = gate_table([some, none], {3: 17, 8: 0}).splitlines()
+    words = "class boxes threshold precision recall misses false alarms labels"
+    assert header.split() == words.split()
+    assert rows[0].split() == ["cat", "4", "0.500", "0.600", "0.750", "1", "2", "17"]
+    assert rows[1].split() == ["dog", "2", *"-----", "0"]

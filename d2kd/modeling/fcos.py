@@ -89,11 +89,12 @@ def _with_float_losses(base: Type[nn.Module]) -> Type[nn.Module]:
 
 def _check(node: CfgNode) -> None:
     check_range("MODEL.FCOS.NUM_CLASSES", node.NUM_CLASSES, 1, 10**6)
-    check_range("MODEL.FCOS.NUM_CONVS", node.NUM_CONVS, 0, 100)
+    check_range("MODEL.FCOS.NUM_CONVS", node.NUM_CONVS, 1, 100)
     check_range("MODEL.FCOS.PRIOR_PROB", node.PRIOR_PROB, 1e-6, 1 - 1e-6)
     check_range("MODEL.FCOS.FOCAL_LOSS_ALPHA", node.FOCAL_LOSS_ALPHA, 0, 1)
     check_weight("MODEL.FCOS.FOCAL_LOSS_GAMMA", node.FOCAL_LOSS_GAMMA)
-    check_range("MODEL.FCOS.CENTER_SAMPLING_RADIUS", node.CENTER_SAMPLING_RADIUS, 0, 10**4)
+    radius, why = node.CENTER_SAMPLING_RADIUS, "within 0 of an object's centre no cell learns it"
+    check_range("MODEL.FCOS.CENTER_SAMPLING_RADIUS", radius, 1e-3, 10**4, why)
     check_range("MODEL.FCOS.SCORE_THRESH_TEST", node.SCORE_THRESH_TEST, 0, 1)
     check_range("MODEL.FCOS.NMS_THRESH_TEST", node.NMS_THRESH_TEST, 0, 1)
     check_range("MODEL.FCOS.TOPK_CANDIDATES_TEST", node.TOPK_CANDIDATES_TEST, 1, 10**6)

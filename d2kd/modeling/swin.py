@@ -1,4 +1,4 @@
-"""Swin with an FPN from YAML. Detectron2 has the backbone since 0.6, but registers no builder."""
+"""Swin with an FPN from YAML. Detectron2 got the backbone after 0.6, but no builder for it."""
 
 import importlib.util
 
@@ -20,7 +20,8 @@ def build_swin(cfg: CfgNode) -> nn.Module:
     Raises:
         ValueError: the installed Detectron2 has no Swin
     """
-    swin = require("detectron2.modeling.backbone.swin", "MODEL.BACKBONE.NAME: a Swin backbone")
+    wanted_by = "MODEL.BACKBONE.NAME: a Swin backbone"
+    swin = require("detectron2.modeling.backbone.swin", wanted_by, came="after 0.6")
     node = cfg.MODEL.SWIN
     if node.DROP_PATH_RATE > 0 and importlib.util.find_spec("timm") is None:
         raise ValueError(

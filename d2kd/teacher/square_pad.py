@@ -21,7 +21,14 @@ def check_images_fit(detector: nn.Module, cfg: CfgNode) -> None:
         ValueError: images can be larger than the square; Detectron2 would cut them off
     """
     side = square_pad(detector)
-    for key in ("MAX_SIZE_TRAIN", "MAX_SIZE_TEST") if side else ():
+    for part in ("TRAIN", "TEST") if side else ():
+        shorter, key = cfg.INPUT[f"MIN_SIZE_{part}"], f"MAX_SIZE_{part}"
+        if 0 in (shorter if isinstance(shorter, (list, tuple)) else [shorter]):
+            raise ValueError(
+                f"INPUT.MIN_SIZE_{part} is {shorter}: images stay as large as they are, whatever "
+                f"INPUT.{key} is, but the teacher pads every image to {side} x {side} pixels and "
+                "would lose what is beyond. Set it to the shorter side that images shall have."
+            )
         if cfg.INPUT[key] > side:
             raise ValueError(
                 f"INPUT.{key} is {cfg.INPUT[key]}, but the teacher pads every image to {side} x "

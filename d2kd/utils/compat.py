@@ -6,13 +6,14 @@ from types import ModuleType
 from detectron2.utils import comm
 
 
-def require(module: str, wanted_by: str) -> ModuleType:
+def require(module: str, wanted_by: str, came: str = "with 0.6") -> ModuleType:
     """
     Import a module that older versions of Detectron2 lack.
 
     Args:
         module: dotted name
         wanted_by: the config key and value that need it, for the error
+        came: when, with a release or after it, for the error
 
     Raises:
         ValueError: the installed Detectron2 does not have it
@@ -24,7 +25,7 @@ def require(module: str, wanted_by: str) -> ModuleType:
 
         raise ValueError(
             f"{wanted_by} needs {module}, which the installed Detectron2 {detectron2.__version__} "
-            "does not have; it came with 0.6."
+            f"does not have; it came {came}."
         ) from None
 
 

@@ -24,15 +24,37 @@ needs_fcos = pytest.mark.skipif(not has_fcos, reason="this Detectron2 has no FCO
 
 @needs_fcos
 def test_yaml_builds_upstream_s_class_with_the_values_of_the_yaml() -> None:
+    # None of these is a default, of d2kd's or of upstream's.
     cfg = detector_config(
-        "fcos", MODEL__FCOS__PRIOR_PROB=0.2, MODEL__FCOS__NMS_THRESH_TEST=0.3, INPUT__FORMAT="RGB"
+        "fcos",
+        MODEL__FCOS__IN_FEATURES=["p3", "p4", "p5"],
+        MODEL__FCOS__NUM_CONVS=3,
+        MODEL__FCOS__NORM="",
+        MODEL__FCOS__PRIOR_PROB=0.2,
+        MODEL__FCOS__CENTER_SAMPLING_RADIUS=2.0,
+        MODEL__FCOS__FOCAL_LOSS_ALPHA=0.4,
+        MODEL__FCOS__FOCAL_LOSS_GAMMA=1.0,
+        MODEL__FCOS__SCORE_THRESH_TEST=0.1,
+        MODEL__FCOS__TOPK_CANDIDATES_TEST=50,
+        MODEL__FCOS__NMS_THRESH_TEST=0.3,
+        MODEL__PIXEL_MEAN=[1.0, 2.0, 3.0],
+        MODEL__PIXEL_STD=[4.0, 5.0, 6.0],
+        TEST__DETECTIONS_PER_IMAGE=7,
     )
     model = build_model(cfg)
     assert isinstance(model, detectron2.modeling.FCOS) and type(model).__name__ == "FCOS"
-    assert model.head_in_features == ["p3", "p4", "p5", "p6", "p7"]
-    assert (model.num_classes, model.test_nms_thresh) == (3, 0.3)
+    assert model.head_in_features == ["p3", "p4", "p5"]
+    assert (model.num_classes, model.head.cls_score.out_channels) == (3, 3)
+    for tower in (model.head.cls_subnet, model.head.bbox_subnet):
+        assert [type(x) for x in tower] == [nn.Conv2d, nn.ReLU] * 3
     # sigmoid(bias) = 0.2
     assert torch.allclose(model.head.cls_score.bias.sigmoid(), torch.tensor(0.2))
+    assert model.center_sampling_radius == 2.0
+    assert (model.focal_loss_alpha, model.focal_loss_gamma) == (0.4, 1.0)
+    assert (model.test_score_thresh, model.test_topk_candidates) == (0.1, 50)
+    assert (model.test_nms_thresh, model.max_detections_per_image) == (0.3, 7)
+    assert model.pixel_mean.flatten().tolist() == [1.0, 2.0, 3.0]
+    assert model.pixel_std.flatten().tolist() == [4.0, 5.0, 6.0]
 
 
 @needs_fcos
@@ -53,6 +75,9 @@ def test_defaults_are_those_of_upstream() -> None:
     }
     assert {k: defaults[k] for k in pairs} == pairs
     assert math.isclose(node.PRIOR_PROB, 0.01)
+    # Of the towers as its LazyConfig has them
+    head = build_model(detector_config("fcos", MODEL__FCOS__NORM=node.NORM)).head
+    assert isinstance(head.cls_subnet[1], nn.GroupNorm) and node.NUM_CONVS == 4
 
 
 @needs_fcos
@@ -108,6 +133,13 @@ def test_fcos_trains_under_float16_autocast(boxes: int) -> None:
     assert all(x.dtype == torch.float32 and x.isfinite() for x in losses.values()), losses
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@needs_fcos
+@pytest.mark.parametrize("key, value", [("NUM_CONVS", 0), ("CENTER_SAMPLING_RADIUS", 0.0)])
+def test_value_with_which_nothing_is_built_or_learnt_is_refused(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"MODEL\.FCOS\.{key} must be .*, got {value}"):
+        build_model(detector_config("fcos", **{f"MODEL__FCOS__{key}": value}))
 
 
 @pytest.mark.skipif(has_fcos, reason="this Detectron2 has FCOS")

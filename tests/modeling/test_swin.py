@@ -92,7 +92,7 @@ def test_defaults_are_swin_tiny_as_upstream_has_it() -> None:
 
 @pytest.mark.skipif(has_swin, reason="this Detectron2 has Swin")
 def test_swin_is_refused_where_detectron2_lacks_it() -> None:
-    with pytest.raises(ValueError, match="a Swin backbone needs .* came with 0.6"):
+    with pytest.raises(ValueError, match="a Swin backbone needs .* came after 0.6"):
         build("faster_rcnn", "build_swin_fpn_backbone")
 
 

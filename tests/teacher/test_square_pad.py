@@ -126,6 +126,15 @@ def test_images_larger_than_the_square_are_refused(key: str, vit: List[Any]) -> 
         build_teacher(distill_config("retinanet", vit, **sizes))
 
 
+@pytest.mark.parametrize("part, shorter", [("TRAIN", (64, 0)), ("TEST", 0)])
+def test_images_that_no_size_bounds_are_refused(part: str, shorter: Any, vit: List[Any]) -> None:
+    # Detectron2 leaves an image as it is where its shorter side shall have 0 pixels.
+    sizes = {"INPUT__MAX_SIZE_TRAIN": 128, "INPUT__MAX_SIZE_TEST": 128}
+    sizes[f"INPUT__MIN_SIZE_{part}"] = shorter
+    with pytest.raises(ValueError, match=rf"INPUT\.MIN_SIZE_{part} is .*0.* 128 x 128"):
+        build_teacher(distill_config("retinanet", vit, **sizes))
+
+
 def test_missing_package_of_a_lazy_config_is_named_with_the_remedy(tmp_path: Path) -> None:
     if not hasattr(detectron2_config, "LazyConfig"):
         pytest.skip("this Detectron2 has no LazyConfig")

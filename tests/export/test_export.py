@@ -30,6 +30,7 @@ from d2kd.modeling.deform_conv2d import as_traced, deform_conv2d
 from tests.helpers.forks import run_python
 from tests.helpers.runs import run, run_config
 from tests.helpers.toys import detector_config, stock_backbone, write_teacher
+from tests.helpers.view_toys import needs_fcos
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +155,11 @@ def test_command_exports_and_verifies_the_last_checkpoint_without_the_teacher(
     assert report["torchscript"].get("verified"), report
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn", "cascade_rcnn"])
-def test_torchscript_detects_what_a_student_of_two_stages_does(
-    name: str, saved: Any, tmp_path: Path
-) -> None:
-    cfg, weights = saved(name)
+@pytest.mark.parametrize(
+    "name", ["faster_rcnn", "cascade_rcnn", pytest.param("fcos", marks=needs_fcos)]
+)
+def test_torchscript_detects_what_the_student_does(name: str, saved: Any, tmp_path: Path) -> None:
+    cfg, weights = saved(name, MODEL__FCOS__NORM="")
     found = export_graph(cfg, weights, "torchscript", str(tmp_path))
     assert found.get("verified"), found
     assert os.path.isfile(found["file"]) and found["detections"] > 0
@@ -230,10 +231,11 @@ DEFORMABLE = {
     [
         ("mask_rcnn", {}),
         ("reppoints", {}),
+        pytest.param("fcos", {}, marks=needs_fcos),
         ("retinanet", DEFORMABLE),
         pytest.param("retinanet", TIMM, marks=needs_timm),
     ],
-    ids=["mask_rcnn", "reppoints", "deformable retinanet", "retinanet on timm"],
+    ids=["mask_rcnn", "reppoints", "fcos", "deformable retinanet", "retinanet on timm"],
 )
 def test_onnx_detects_what_the_student_does(
     name: str, opts: Dict[str, Any], saved: Any, tmp_path: Path
@@ -241,7 +243,8 @@ def test_onnx_detects_what_the_student_does(
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     # GN with one channel a group takes no map of one cell.
-    cfg, weights = saved(name, MODEL__RETINANET__NORM="", MODEL__REPPOINTS__NORM="", **opts)
+    norms = {f"MODEL__{x}__NORM": "" for x in ("RETINANET", "REPPOINTS", "FCOS")}
+    cfg, weights = saved(name, **norms, **opts)
     found = export_graph(cfg, weights, "onnx", str(tmp_path))
     assert found.get("verified"), found
     assert os.path.isfile(found["file"]) and found["equal"] > 50

@@ -330,7 +330,8 @@ class View:
         return RoIPredictions(noise(3, 2), sign * self.logits, self.deltas)
 
     def anchor_labels(self) -> AnchorLabels:
-        return AnchorLabels([torch.tensor([[[[-1, 0], [2, K]]]])], K)
+        centerness = torch.tensor([[[[0.1, 1.5], [3.0, 0.2]]]])
+        return AnchorLabels([torch.tensor([[[[-1, 0], [2, K]]]])], K, [centerness])
 
 
 def view_of(two_stage: bool, groups: Any = ((1, 3), (0,))) -> Any:
@@ -367,6 +368,7 @@ def test_labels_of_a_view_are_in_the_common_classes() -> None:
     labels = common.anchor_labels()
     assert labels.maps[0].tolist() == [[[[-1, 1], [2, 2]]]] and labels.num_classes == 2
     assert labels.mean_positives == 1, "the object of class 2 is background"
+    assert labels.mean_centerness == 1.5, "and so it is for FCOS"
     for name in ("gt_instances", "sampled_proposals", "mask_proposals"):
         (found,) = getattr(common, name)
         assert found.gt_classes.tolist() == [1, 2, 0] and len(found.gt_boxes) == 3

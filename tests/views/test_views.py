@@ -463,10 +463,15 @@ def test_probabilities_in_place_of_logits_are_kept_out(last: bool) -> None:
     ],
 )
 def test_logits_outlive_the_detector_s_own_inference(name: str, overrides: Dict[str, Any]) -> None:
-    detector, inputs, logits = build_teacher(name, **overrides), batch(), []
+    detector, inputs, maps = build_teacher(name, **overrides), batch(), []
     head = detector.proposal_generator.rpn_head if name == "faster_rcnn" else detector.head
-    head.register_forward_hook(lambda m, x, output: logits.extend(y.clone() for y in output[0]))
-    assert_same(record(detector, inputs).dense().logits, logits)
+    head.register_forward_hook(
+        lambda m, x, output: maps.extend([y.clone() for y in x] for x in output)
+    )
+    dense = record(detector, inputs).dense()
+    assert_same(dense.logits, maps[0])
+    if name == "fcos":  # whose inference makes probabilities of it, too
+        assert_same(dense.centerness, maps[2])
 
 
 # The teacher: computed when asked ----------------------------------------------------------------

@@ -97,7 +97,7 @@ class DISTHead(nn.Module):
         regions = student.regions()
         x = student.roi_predictions().probabilities(self.temperature)
         target = teacher.roi_predictions(regions.boxes).probabilities(self.temperature).detach()
-        inter = distance(x, target, dims=(1,)).sum() / regions.mean_count * _has_several(x)
+        inter = _of_several(x, distance(x, target, dims=(1,)).sum() / regions.mean_count)
         # Without proposals no class has anything to correlate; the zero keeps its gradient.
         intra = distance(x, target, dims=(0,)).mean() * min(len(x), 1)
         scale = self.temperature**2
@@ -112,17 +112,17 @@ class DISTHead(nn.Module):
         for level, x, target in match_levels(self.levels, logits, targets):
             x, target = ((v.float() / self.temperature).sigmoid() for v in (x, target.detach()))
             of_cells, of_classes = (distance(x, target, dims) for dims in ((1,), (0, 2, 3)))
-            inter[level] = scale * self.inter_weight * of_cells.mean() * _has_several(x)
+            inter[level] = scale * self.inter_weight * _of_several(x, of_cells.mean())
             intra[level] = scale * self.intra_weight * of_classes.mean()
         return inter, intra
 
 
-def _has_several(x: Tensor) -> bool:
+def _of_several(x: Tensor, inter: Tensor) -> Tensor:
     """
-    Whether a row or cell has several classes to correlate. Of one the distance is 1, whatever it
-    is: a constant, which would look like a loss that does not work.
+    The distance over the classes of x, (rows, classes) or (N, classes, Hi, Wi); 0 where there is
+    one class, whose distance is 1, whatever it is: a constant, like a loss that does not work.
     """
-    return x.shape[1] > 1
+    return inter if x.shape[1] > 1 else inter * 0
 
 
 def distance(x: Tensor, target: Tensor, dims: Tuple[int, ...]) -> Tensor:

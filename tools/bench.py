@@ -28,7 +28,9 @@ A table is a YAML:
     OPTS: ["SOLVER.CHECKPOINT_PERIOD", 1000]
     BASELINE: "alone"                      # the row that gains are told against
     ROWS:
-      - {NAME: "alone", CONFIG: "configs/quickstart/student.yaml"}
+      - NAME: "alone"
+        CONFIG: "configs/quickstart/student.yaml"
+        SEEDS: {4000: [1, 2, 3, 4, 5]}     # of one of its budgets
       - {NAME: "PKD", CONFIG: "configs/quickstart/pkd.yaml", OPTS: ["DISTILL.PKD.LOSS_WEIGHT", 3.0]}
       - NAME: "CWD"                        # a row for each value, "CWD, LOSS_WEIGHT 10.0", ...
         CONFIG: "configs/quickstart/cwd.yaml"

@@ -228,15 +228,22 @@ def _cells_of(row: Dict[str, Any], table: Dict[str, Any], where: str) -> Iterato
         with prefixed(where):
             import_file(plugin)
     words = tuple(map(str, opts))
-    for iterations in _whole_numbers("ITERATIONS", row, table, where, 1):
-        for seed in _whole_numbers("SEEDS", row, table, where, 0):
+    budgets = _whole_numbers(row.get("ITERATIONS", table.get("ITERATIONS")), "ITERATIONS", where, 1)
+    seeds = row.get("SEEDS", table.get("SEEDS"))
+    of_budget: Dict[int, Any] = {}
+    if isinstance(row.get("SEEDS"), dict):
+        of_budget, seeds = row["SEEDS"], table.get("SEEDS")
+    for budget in of_budget:
+        if budget not in budgets:
+            raise ValueError(
+                f"{where}: SEEDS has {budget!r} iterations, which are not in ITERATIONS, {budgets}."
+            )
+    for iterations in budgets:
+        for seed in _whole_numbers(of_budget.get(iterations, seeds), "SEEDS", where, 0):
             yield Cell(row["NAME"], row["CONFIG"], words, seed, iterations, plugin)
 
 
-def _whole_numbers(
-    key: str, row: Dict[str, Any], table: Dict[str, Any], where: str, low: int
-) -> List[int]:
-    values = row.get(key, table.get(key))
+def _whole_numbers(values: Any, key: str, where: str, low: int) -> List[int]:
     wrong = not isinstance(values, list) or not values or len(set(values)) < len(values)
     if wrong or any(type(x) is not int or x < low for x in values):
         raise ValueError(

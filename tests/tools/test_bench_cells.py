@@ -58,6 +58,15 @@ def test_rows_have_the_tables_seeds_and_budgets_or_their_own(
     assert (table.name, table.results) == ("table", str(tmp_path / "table.csv"))
 
 
+def test_budget_of_a_row_has_seeds_of_its_own(
+    cells: ModuleType, write: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [row(tmp_path, ITERATIONS=[4, 8], SEEDS={8: [1, 2, 3]}), row(tmp_path, "other")]
+    found = [(x.row, x.iterations, x.seed) for x in cells.read_table(write(ROWS=rows)).cells]
+    of_four = [("alone", 4, 1), ("other", 4, 1), ("alone", 4, 2), ("other", 4, 2)]
+    assert found == [*of_four, ("alone", 8, 1), ("alone", 8, 2), ("alone", 8, 3)]
+
+
 def test_a_grid_is_a_row_for_each_combination(
     cells: ModuleType, write: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -80,8 +89,9 @@ def test_table_of_the_help_can_be_read(
     (tmp_path / "help.yaml").write_text(yaml.dump(said))
     table = cells.read_table(str(tmp_path / "help.yaml"))
     assert len(table.rows) == 5 and f'"{table.rows[2]}"' in text
-    assert table.cells[-1].cfg.DISTILL.CWD.LOSS_WEIGHT == 100  # and no config is refused
-    assert {x.cfg.SOLVER.MAX_ITER for x in table.cells} == {2000, 4000}
+    cfgs = {(x.row, x.iterations, x.seed): x.cfg for x in table.cells}  # and no config is refused
+    assert cfgs[table.rows[4], 4000, 3].DISTILL.CWD.LOSS_WEIGHT == 100
+    assert [x for x in cfgs if x[2] > 3] == [("alone", 4000, 4), ("alone", 4000, 5)]
 
 
 def test_short_runs_come_first(
@@ -250,6 +260,15 @@ def test_output_of_another_config_is_in_another_folder(
         ({"ITERATIONS": 4}, "ITERATIONS must be a list of different whole numbers from 1 on, .* 4"),
         ({"SEEDS": [1, 1]}, r"SEEDS must be a list of different .*\[1, 1\]"),
         ({"SEEDS": [True]}, "SEEDS must be a list of different"),
+        ({"SEEDS": {4: [1]}}, r"SEEDS must be a list of different .* got \{4: \[1\]\}"),
+        (
+            {"ROWS": [{"NAME": "a", "CONFIG": "b", "SEEDS": {9: [1]}}]},
+            r"ROWS\[0\]: SEEDS has 9 iterations, which are not in ITERATIONS, \[4\]",
+        ),
+        (
+            {"ROWS": [{"NAME": "a", "CONFIG": "b", "SEEDS": {4: 1}}]},
+            r"ROWS\[0\]: SEEDS must be a list of different .* got 1",
+        ),
         ({"OPTS": ["SEED"]}, "OPTS must be KEY, VALUE"),
         ({"BASELINE": "lone"}, "BASELINE 'lone' is no row; there are alone"),
         ({"TEST": "d2kd_shapes_tset"}, "TEST is .*Did you mean d2kd_shapes_test"),

@@ -115,13 +115,25 @@ def test_key_of_a_head_that_is_not_known_is_told_where_it_may_come_from(
     assert ("--plugin FILE" in str(error.value)) == is_of_a_head
 
 
-@pytest.mark.parametrize("number", ["3", "-3", 3])
-def test_whole_number_where_one_with_a_point_is_wanted_is_told_how_to_write_it(number: Any) -> None:
-    with pytest.raises(ValueError, match=rf"a point: DISTILL.CWD.LOSS_WEIGHT {number}\.0$"):
-        load_config(opts=["DISTILL.CWD.LOSS_WEIGHT", number])
-    with pytest.raises(ValueError, match="DISTILL.CWD.LOSS_WEIGHT cannot be 'x'") as error:
-        load_config(opts=["DISTILL.CWD.LOSS_WEIGHT", "x"])
-    assert "point" not in str(error.value)
+@pytest.mark.parametrize("number", ["3", "-3", 3, "3.0"])
+def test_whole_number_is_taken_for_one_with_a_point_where_that_is_the_default(
+    number: Any, tmp_path: Path
+) -> None:
+    path = write(
+        tmp_path / "a.yaml", f"DISTILL: {{CWD: {{LOSS_WEIGHT: {number}}}, HEADS: [MGD]}}\n"
+    )
+    for cfg in (load_config(opts=["DISTILL.CWD.LOSS_WEIGHT", number]), load_config(path)):
+        value = cfg.DISTILL.CWD.LOSS_WEIGHT
+        assert isinstance(value, float) and value == float(number)
+
+
+@pytest.mark.parametrize("value", ["x", True, "3.0.1", "[3]"])
+def test_what_is_no_number_where_one_is_wanted_is_named(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="DISTILL.CWD.LOSS_WEIGHT cannot be"):
+        load_config(opts=["DISTILL.CWD.LOSS_WEIGHT", value])
+    path = write(tmp_path / "a.yaml", f"DISTILL: {{CWD: {{LOSS_WEIGHT: {value}}}}}\n")
+    with pytest.raises(ValueError, match="a.yaml: Type mismatch .* key: DISTILL.CWD.LOSS_WEIGHT"):
+        load_config(path)
 
 
 def test_key_without_value_is_refused() -> None:

@@ -3,7 +3,8 @@ Look at a distillation before it is run: d2kd doctor --config-file run.yaml
 
 Builds student, teacher and heads, takes a few steps on two images of noise, and prints what was
 built, which heads fit this pair and why the others do not, what each loss does, what a run will
-cost, and what the teacher would with other options; at last, whether the data sets are there.
+cost, and what the teacher would with other options; at last, whether every head has an effect, and
+the data sets are there.
 Nothing is written. Whether the teacher detects anything in this data is for the run to find out.
 """
 
@@ -35,6 +36,9 @@ from .data.unlabelled import batch_sizes, find_unlabelled
 from .distiller import Distiller
 from .engine.initialise import initialise
 from .engine.monitor.finite import FiniteAMPTrainer, FiniteSimpleTrainer
+from .engine.monitor.head_check import HeadCheck
+from .engine.monitor.head_parameters import HeadParameters
+from .engine.monitor.liveness import has_boxes
 from .engine.monitor.loss_gradients import LossGradients, describe, loss_scale, suggest
 from .engine.optimizer import build_optimizer
 from .engine.preflight.check_config import check_config, check_teacher_is_kept
@@ -48,7 +52,8 @@ from .utils.command_line import count, parse_command_line
 from .utils.distils import distils
 from .utils.user_mistakes import run_command
 
-STEPS = 3
+MEASURED = (0, 3)  # steps on noise in which the losses' gradients are; those between are timed
+STEPS = MEASURED[-1] + 1
 EPILOG = """
 Exit code 0: it can be run, if the teacher has DISTILL.TEACHER.MIN_AP on the test set, which a run
 looks at before its first step; 2: it cannot, and the last line says why.
@@ -139,7 +144,7 @@ def examine(cfg: CfgNode, num_images: int) -> None:
         plain.append(plain_copy(lesson.teacher))
         for option in lesson.teacher.options.steps:
             speed_up(lesson.teacher, option)
-    found, cost = try_out(cfg, distiller, num_images)
+    found, errors, cost = try_out(cfg, distiller, num_images)
     print("\nLosses on noise, in the first step:\n" + describe(found))
     print(suggest(found, distiller.schedules, 0, cfg.DISTILL.LIVENESS.WANTED_SHARE))
     print("\n" + _estimate(cfg, cost))
@@ -148,12 +153,20 @@ def examine(cfg: CfgNode, num_images: int) -> None:
     for lesson, teacher in zip(distiller.lessons, plain):
         saved = teacher_savings(distiller, lesson, teacher, batch, cost.seconds, amp)
         print("\n" + (f"{lesson.name}: {saved}" if lesson.name else saved))
+    if errors and cfg.DISTILL.LIVENESS.ENABLED:
+        raise ValueError(
+            f"On images of noise: {' '.join(errors)} A run looks at this in its first "
+            f"{cfg.DISTILL.LIVENESS.FIRST_STEPS} steps and stops if it finds the same."
+        )
 
 
-def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Tuple[LossGradients, Cost]:
+def try_out(
+    cfg: CfgNode, distiller: Distiller, num_images: int
+) -> Tuple[LossGradients, List[str], Cost]:
     """
     Returns:
-        gradients of the losses in the first step, and the cost of the steps after it
+        gradients of the losses in the first step, what is wrong with heads by the check of a run's
+        first steps, and the cost of a step
     """
     device, classes = torch.device(cfg.MODEL.DEVICE), distiller.pair.student.num_classes
     height = cfg.INPUT.MIN_SIZE_TRAIN[0] or 320  # 0: images stay as they are
@@ -164,12 +177,16 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Tuple[LossGr
     for batch in batches:
         for image in batch[:count]:
             del image["instances"]
+    optimizer = build_optimizer(cfg, distiller)
     kind = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteSimpleTrainer
-    trainer = kind(distiller, batches, build_optimizer(cfg, distiller))
+    trainer = kind(distiller, batches, optimizer)
+    parameters = HeadParameters(distiller.heads, optimizer)
+    parameters.snapshot()
+    checks = {k: HeadCheck(k, x, parameters, len(MEASURED)) for k, x in distiller.heads.items()}
     found: List[LossGradients] = []
 
     def look(module: Distiller, inputs: Any, losses: Dict[str, torch.Tensor]) -> None:
-        if not found:
+        if trainer.iter in MEASURED:
             found.append(LossGradients.measure(losses, module.last_step, loss_scale(trainer)))
 
     distiller.register_forward_hook(look)
@@ -181,8 +198,15 @@ def try_out(cfg: CfgNode, distiller: Distiller, num_images: int) -> Tuple[LossGr
                 trainer.run_step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    return found[0], Cost(min(seconds[1:]), _peak_mib(device), num_images, size)
+            if trainer.iter not in MEASURED:
+                seconds.append(time.perf_counter() - start)
+                continue
+            for name in found[-1].heads:
+                if has_boxes(distiller, name):
+                    checks[name].add(found[-1], is_main=True)
+    errors = [x.error() for x in checks.values() if x.is_done]
+    cost = Cost(min(seconds), _peak_mib(device), num_images, size)
+    return found[0], list(filter(None, errors)), cost
 
 
 def _count_unlabelled(cfg: CfgNode, num_images: int) -> int:

@@ -61,6 +61,18 @@ def test_run_that_works_is_described(
     assert sorted(x.name for x in tmp_path.iterdir()) == before, "nothing is written"
 
 
+@pytest.mark.parametrize("enabled, code", [(True, 2), (False, 0)])
+def test_head_without_effect_is_told_as_in_a_run(
+    enabled: bool, code: int, config_file: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = config_file("retinanet", "retinanet", ["PKD", "MGD"], DISTILL__MGD__LOSS_WEIGHT=1e-30)
+    assert doctor.main(["--config-file", path, "DISTILL.LIVENESS.ENABLED", str(enabled)]) == code
+    out, error = capsys.readouterr()
+    assert out.endswith("It can be run.\n") == (not enabled)
+    message = r"On images of noise: .* steps of MGD, .* A run looks at this in its first 3 steps"
+    assert bool(re.search(message, error)) == enabled and "steps of PKD" not in error
+
+
 def test_images_that_a_run_does_not_resize_are_of_some_size(
     config_file: Callable, capsys: pytest.CaptureFixture
 ) -> None:

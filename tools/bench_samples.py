@@ -4,13 +4,13 @@ can be told from it, also against another baseline, when the runs' folders are g
 """
 
 import os
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from pycocotools.coco import COCO
 
 from bench_cells import Cell, Table
-from bench_results import Group, Row, append_result, groups, read_results
+from bench_results import Row, append_result, groups, read_results
 from d2kd.utils.silent import silent
 from paired_ap import SAMPLES, ImageAP, image_error, read_detections
 from paired_baseline import truth_of
@@ -38,27 +38,72 @@ def keep_samples(table: Table, rows: Sequence[str]) -> None:
             append_result(path, row, COLUMNS)
 
 
-def read_samples(table: Table, task: str = BOXES) -> Dict[Tuple[str, int], Group]:
-    """Rows of COLUMNS, by row and budget and then by seed."""
-    return groups([x for x in read_results(_path(table), COLUMNS) if x["task"] == task])
+class Kept(NamedTuple):
+    """
+    Of one row and budget, by seed. `ap`: of all runs, as in the table's results; `samples`: on
+    samples of the images, of the runs of which these were kept.
+    """
+
+    ap: Dict[int, float]
+    samples: Dict[int, np.ndarray]
+
+
+NOTHING = Kept({}, {})
+
+
+class Told(NamedTuple):
+    """`verdict` on so many `seeds`, with the images' part of its error from `sampled` of them."""
+
+    seeds: int
+    sampled: int
+    verdict: Verdict
+
+    @property
+    def count(self) -> str:
+        """As "5", or "5 (2)" where samples were kept of two of five."""
+        return str(self.seeds) + (f" ({self.sampled})" if self.sampled < self.seeds else "")
+
+
+def read_kept(table: Table, task: str = BOXES) -> Dict[Tuple[str, int], Kept]:
+    """What is known of the finished runs, by row and budget."""
+    drawn = groups([x for x in read_results(_path(table), COLUMNS) if x["task"] == task])
+    column = f"{'test' if table.test else 'val'}{'_mask' if task == MASKS else ''}_AP"
+    results = groups([x for x in read_results(table.results) if x[column]])
+    found = {}
+    for place in {**results, **drawn}:
+        runs = {k: float(x[column]) for k, x in results.get(place, {}).items()}
+        recipes = {x["recipe"] for x in results.get(place, {}).values()}
+        # A teacher that was trained again to the same weights is another file, and another recipe.
+        samples = {
+            k: x
+            for k, x in drawn.get(place, {}).items()
+            if not runs or x["recipe"] in recipes or float(x["AP"]) == runs.get(k)
+        }
+        own = {k: float(x["AP"]) for k, x in samples.items()}
+        found[place] = Kept({**own, **runs}, {k: _drawn(x) for k, x in samples.items()})
+    return found
 
 
 def verdict_on(
-    runs: Group, baseline: Group, threshold: float = 0.5, samples: int = SAMPLES
-) -> Tuple[int, Optional[Verdict]]:
+    runs: Kept, baseline: Kept, threshold: float = 0.5, samples: int = SAMPLES
+) -> Optional[Told]:
     """
+    The verdict on all seeds that both have. How much it depends on the images is told from those of
+    which samples are kept: of fewer seeds that is more, so the interval is rather too wide.
+
     Args:
         samples: how many of those kept to take
 
     Returns:
-        number of seeds that both have, and the verdict on them; None where there are none
+        None where no seed has samples in both
     """
-    seeds = [x for x in runs if x in baseline]
-    if not seeds:
-        return 0, None
-    gains = [float(runs[x]["AP"]) - float(baseline[x]["AP"]) for x in seeds]
-    ours, theirs = ([_drawn(of[x])[:samples] for x in seeds] for of in (runs, baseline))
-    return len(seeds), decide(gains, image_error(theirs, ours), threshold)
+    seeds = [x for x in runs.ap if x in baseline.ap]
+    both = [x for x in runs.samples if x in baseline.samples]
+    if not both:
+        return None
+    gains = [runs.ap[x] - baseline.ap[x] for x in seeds]
+    ours, theirs = ([of.samples[x][:samples] for x in both] for of in (runs, baseline))
+    return Told(len(seeds), len(both), decide(gains, image_error(theirs, ours), threshold))
 
 
 def _drawn(row: Row) -> np.ndarray:

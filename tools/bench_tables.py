@@ -3,10 +3,11 @@
 Write the figures of tools/bench.py into the documents. What stands between a mark and
 <!-- /bench --> is what configs/bench/NAME.yaml and its CSV give:
 
-<!-- bench:NAME -->                             all runs, in the order of the table
-<!-- bench:NAME at 1000 -->                     those of so many iterations, the best first
-<!-- bench:NAME by grid -->                     a line for all settings that a GRID lists
-<!-- bench:NAME verdicts against ROW | ROW -->  what bench_verdict.py says of the runs it has kept
+<!-- bench:NAME -->                                 all runs, in the order of the table
+<!-- bench:NAME at 1000 -->                         those of so many iterations, the best first
+<!-- bench:NAME by grid -->                         a line for all settings that a GRID lists
+<!-- bench:NAME verdicts against ROW | ROW -->      what bench_verdict.py says of the runs it kept,
+<!-- bench:NAME verdicts at 1000 against ROW -->    of those of so many iterations, the most first
 """
 
 import argparse
@@ -20,7 +21,7 @@ from tabulate import tabulate
 
 from bench_cells import Table, named_rows, read_table
 from bench_results import Group, Row, groups, in_order, read_results
-from bench_samples import read_samples, verdict_on
+from bench_samples import NOTHING, read_kept, verdict_on
 from d2kd.cli.common import command_parser
 from d2kd.utils.atomic_file import atomic_write
 from d2kd.utils.user_mistakes import run_command
@@ -28,7 +29,7 @@ from paired_verdict import INCONCLUSIVE, Verdict
 from quickstart import ROOT
 from student_t import t_interval
 
-KIND = r" by grid| at \d+| verdicts against [^>]+"
+KIND = r" by grid| at \d+| verdicts(?: at \d+)? against [^>]+"
 MARKED = re.compile(rf"(<!-- bench:([\w-]+)({KIND})? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 COMMON = ["run", "YAML", "iterations", "seeds"]
 
@@ -81,8 +82,9 @@ def block(tables: str, name: str, root: str, kind: str) -> str:
     table = table._replace(results=os.path.join(root, table.results))
     what, _, asked = kind.strip().partition(" ")
     if what == "verdicts":
-        baselines = asked[len("against ") :].split("|")
-        text = make_verdict_table(table, [x.strip() for x in baselines])
+        of, _, baselines = asked.partition("against ")
+        budget = int(of[len("at ") :] or 0)
+        text = make_verdict_table(table, [x.strip() for x in baselines.split("|")], budget)
     elif what == "by":
         text = make_grid_table(table, read_results(table.results))
     else:
@@ -138,26 +140,33 @@ def make_grid_table(table: Table, results: Sequence[Row]) -> str:
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
 
-def make_verdict_table(table: Table, baselines: Sequence[str]) -> str:
+def make_verdict_table(table: Table, baselines: Sequence[str], budget: int = 0) -> str:
     """
     A Markdown table of a line for each row and budget that has two seeds or more beside a baseline.
+
+    Args:
+        budget: as for :func:`make_table`
 
     Raises:
         ValueError: a baseline that is no row of the table
     """
     named_rows(table, baselines, "verdicts against")
-    found, lines = read_samples(table), []
+    found = read_kept(table)
+    lines: List[Tuple[float, List[str]]] = []
     for row, iterations in in_order(found, table.rows):
-        others = [found.get((x, iterations), {}) if x != row else {} for x in baselines]
+        others = [found.get((x, iterations), NOTHING) if x != row else NOTHING for x in baselines]
         told = [verdict_on(found[row, iterations], x) for x in others]
-        counts = sorted({seeds for seeds, _ in told if seeds > 1})
-        cells = [verdict_cell(x) if seeds > 1 else "" for seeds, x in told]
-        if counts:
-            lines.append([row, str(iterations), "/".join(map(str, counts)), *cells])
+        told = [x if x and x.seeds > 1 else None for x in told]
+        counts = sorted({x.count for x in told if x})
+        if counts and budget in (0, iterations):
+            cells = [verdict_cell(x.verdict) if x else "" for x in told]
+            gain = -next(x.verdict.gain for x in told if x) if budget else 0.0
+            lines.append((gain, [row, str(iterations), "/".join(counts), *cells]))
     if not lines:
         return "No verdict of this table is there."
+    lines.sort(key=lambda x: x[0])
     header = ["run", "iterations", "seeds", *(f"against {x}" for x in baselines)]
-    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+    return tabulate([x for _, x in lines], header, tablefmt="github", disable_numparse=True)
 
 
 def verdict_cell(verdict: Verdict) -> str:

@@ -3,8 +3,9 @@
 Say of each row of a bench whether it is better than the baseline: GAIN, NO GAIN or INCONCLUSIVE, by
 the rule of paired_baseline.py, over the seeds that both have finished.
 
-It needs the AP of each run on samples of the images, which the bench keeps in a CSV beside the
-table's results. Of older runs it keeps that itself, where their folders are still there.
+It needs the AP of runs on samples of the images, which the bench keeps in a CSV beside the table's
+results. Of older runs it keeps that itself, where their folders are still there. Where they are not
+of all seeds, "5 (2) seeds" is a verdict on the AP of five, and of the samples of two.
 """
 
 import argparse
@@ -13,12 +14,11 @@ from typing import Iterator, Optional, Sequence, Tuple
 
 from bench_cells import Table, named_rows, read_table
 from bench_results import in_order
-from bench_samples import BOXES, MASKS, keep_samples, read_samples, verdict_on
+from bench_samples import BOXES, MASKS, NOTHING, Told, keep_samples, read_kept, verdict_on
 from d2kd.cli.common import command_parser
 from d2kd.utils.user_mistakes import run_command
 from paired_ap import SAMPLES
 from paired_baseline import check_rule
-from paired_verdict import Verdict
 
 EPILOG = """
 Example:
@@ -33,9 +33,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     args = parse_args(argv)
     table, compared = read_table(args.table), False
-    for row, iterations, seeds, verdict in verdicts(table, args):
-        count = "one seed" if seeds == 1 else f"{seeds} seeds"
-        print(f"{row}, {iterations} iterations, {count}: {verdict}", flush=True)
+    for row, iterations, told in verdicts(table, args):
+        count = "one seed" if told.seeds == 1 else f"{told.count} seeds"
+        print(f"{row}, {iterations} iterations, {count}: {told.verdict}", flush=True)
         compared = True
     if not compared:
         raise ValueError(
@@ -46,21 +46,21 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         )
 
 
-def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int, int, Verdict]]:
-    """Yields: row, iterations, number of seeds, and the verdict on them."""
+def verdicts(table: Table, args: argparse.Namespace) -> Iterator[Tuple[str, int, Told]]:
+    """Yields: row, iterations, and the verdict on them."""
     rows, baseline = named_rows(table, args.rows), args.baseline or table.baseline
     named_rows(table._replace(grids={}), [baseline], "--baseline")  # one row, no GRID
     keep_samples(table, [*rows, baseline])
-    found = read_samples(table, MASKS if args.masks else BOXES)
+    found = read_kept(table, MASKS if args.masks else BOXES)
     if args.masks:
-        for row, _ in read_samples(table):
+        for row, _ in read_kept(table):
             if row in (*rows, baseline) and row not in dict(found):
                 raise ValueError(f"--masks: {row} detects boxes alone.")
     for row, iterations in in_order(found, [x for x in rows if x != baseline]):
-        base = found.get((baseline, iterations), {})
-        seeds, verdict = verdict_on(found[row, iterations], base, args.threshold, args.samples)
-        if verdict:
-            yield row, iterations, seeds, verdict
+        base = found.get((baseline, iterations), NOTHING)
+        told = verdict_on(found[row, iterations], base, args.threshold, args.samples)
+        if told:
+            yield row, iterations, told
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -201,6 +201,14 @@ def test_verdicts_are_those_on_the_samples_that_are_kept(
             "**GAIN** +4.0 (+4.0 to +4.0)",
         ],
     ]
+    (folder / "README.md").write_text(text.replace("against", "at 100 against"))
+    tables.main(["--root", str(folder)])
+    of_budget = cells_of(folder / "README.md")[2:]
+    # By the first verdict that a row has; "alone" has one against mgd only.
+    assert of_budget == [rows[2], rows[1], rows[0]]
+    (folder / "README.md").write_text(text.replace("against", "at 200 against"))
+    tables.main(["--root", str(folder)])
+    assert "No verdict of this table is there." in (folder / "README.md").read_text()
 
 
 def test_single_seed_beside_a_baseline_has_no_verdict_in_the_table(

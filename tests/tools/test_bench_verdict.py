@@ -163,7 +163,7 @@ def test_bench_keeps_of_each_run_what_a_verdict_needs(
     path = write(place, BASELINE=baseline)
     finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.3})
     for done in place.glob("runs/*/val.json"):  # trained and evaluated, but not yet in the CSV
-        done.write_text('{"AP": 30.0}')
+        done.write_text('{"AP": %d}' % (80 if done.parent.name.startswith("better") else 20))
     assert tool("bench").main([path, "--rows", "alone", "better"]) == 0
     assert (place / "x_samples.csv").exists() == bool(baseline), "without, there is no verdict"
     shutil.rmtree(place / "runs")
@@ -183,7 +183,7 @@ def test_what_is_kept_gives_the_verdict_of_the_runs(place: Path, tool: Callable)
         tool("bench_cells").read_table(path),
     )
     samples.keep_samples(table, table.rows)
-    found = samples.read_samples(table)
+    found = samples.read_kept(table)
     measures: Dict[str, List[Any]] = {"alone": [], "better": []}
     coco = tool("paired_baseline").truth_of(table.cells[0].cfg)
     for cell in table.cells:
@@ -194,9 +194,49 @@ def test_what_is_kept_gives_the_verdict_of_the_runs(place: Path, tool: Callable)
     gains = [b(everything) - a(everything) for a, b in zip(*measures.values())]
     drawn = {k: [x.samples(50) for x in v] for k, v in measures.items()}
     expected = tool("paired_verdict").decide(gains, ap.image_error(*drawn.values()), 2.0)
-    seeds, told = samples.verdict_on(found["better", 4], found["alone", 4], 2.0, 50)
-    assert seeds == 2 and told.decision == expected.decision
-    assert list(told[1:4]) == pytest.approx(list(expected[1:4]), abs=0.02)
+    told = samples.verdict_on(found["better", 4], found["alone", 4], 2.0, 50)
+    assert told.count == "2" and told.verdict.decision == expected.decision
+    assert list(told.verdict[1:4]) == pytest.approx(list(expected[1:4]), abs=0.02)
+
+
+def test_runs_without_samples_count_with_the_image_error_of_those_that_have_them(
+    place: Path, tool: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    """
+    Gains of 4, 4 and 7 are 5 on average, with a deviation of sqrt(3) over seeds. Samples are kept
+    of the first seed alone, 1 and 3 AP better: a deviation of sqrt(2) over images.
+    """
+    path, results, samples = write(place), tool("bench_results"), tool("bench_samples")
+    blank = dict.fromkeys(results.COLUMNS, "")
+    for row, values in {"alone": [20, 21, 22], "better": [24, 25, 29], "same": [9]}.items():
+        for seed, ap in enumerate(values, 1):
+            said = {"row": row, "seed": str(seed), "iterations": "4", "recipe": row}
+            results.append_result(str(place / "x.csv"), {**blank, **said, "val_AP": str(ap)})
+    for row, drawn in {"alone": "20 20", "better": "21 23"}.items():
+        # Its AP is of another machine, and the table's counts.
+        said = {"row": row, "seed": "1", "iterations": "4", "recipe": row, "key": row}
+        said.update(task="bbox", AP="50", samples=drawn)
+        results.append_result(str(place / "x_samples.csv"), said, samples.COLUMNS)
+    tool("bench_verdict").main([path])
+    # t of 2 degrees of freedom is 4.303: (3 / 3 x 4.303 + 2 x 1.96) / sqrt(3 / 3 + 2) is 4.75.
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("better, 4 iterations, 3 (1) seeds: INCONCLUSIVE: +5.0 AP")
+    assert "seeds and images +0.3 to +9.7, " in line
+
+
+@pytest.mark.parametrize("ap, is_of_this_run", [("20", True), ("50", False)])
+def test_samples_of_another_recipe_are_taken_where_they_are_of_the_same_run(
+    ap: str, is_of_this_run: bool, place: Path, tool: Callable
+) -> None:
+    """A teacher that was trained again to the same weights is another file."""
+    path, results, samples = write(place), tool("bench_results"), tool("bench_samples")
+    said = {"row": "alone", "seed": "1", "iterations": "4", "recipe": "new"}
+    blank = dict.fromkeys(results.COLUMNS, "")
+    results.append_result(str(place / "x.csv"), {**blank, **said, "val_AP": "20"})
+    said.update(recipe="old", key="old", task="bbox", AP=ap, samples="50 50")
+    results.append_result(str(place / "x_samples.csv"), said, samples.COLUMNS)
+    (kept,) = samples.read_kept(tool("bench_cells").read_table(path)).values()
+    assert kept.ap == {1: 20.0} and bool(kept.samples) == is_of_this_run
 
 
 def test_masks_are_kept_beside_boxes_with_an_ap_of_their_own(place: Path, tool: Callable) -> None:
@@ -215,9 +255,8 @@ def test_masks_are_kept_beside_boxes_with_an_ap_of_their_own(place: Path, tool: 
     file.write_text(json.dumps(found))
     samples.keep_samples(table, ["alone"])
     for task, expected in ((samples.BOXES, 100), (samples.MASKS, 0)):
-        kept = samples.read_samples(table, task)["alone", 4][0]
-        assert float(kept["AP"]) == expected
-        assert {float(x) for x in kept["samples"].split()} == {expected}
+        kept = samples.read_kept(table, task)["alone", 4]
+        assert kept.ap == {0: expected} and set(kept.samples[0]) == {expected}
 
 
 def test_each_row_is_measured_on_its_own_set(place: Path, tool: Callable) -> None:
@@ -243,10 +282,8 @@ def test_each_row_is_measured_on_its_own_set(place: Path, tool: Callable) -> Non
     samples = tool("bench_samples")
     samples.keep_samples(table, table.rows)
     for task, names in ((samples.BOXES, list(others)), (samples.MASKS, ["masks"])):
-        found = samples.read_samples(table, task)
-        assert {row: float(x[0]["AP"]) for (row, _), x in found.items()} == dict.fromkeys(
-            names, 100
-        )
+        found = samples.read_kept(table, task)
+        assert {row: x.ap[0] for (row, _), x in found.items()} == dict.fromkeys(names, 100)
 
 
 @pytest.mark.parametrize("words", [["--samples", "1"], ["--threshold", "-1"], ["--samples", "201"]])

@@ -11,8 +11,7 @@ import sys
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from bench_cells import named_rows, read_table
-from bench_results import Row, read_results
-from bench_tables import groups
+from bench_results import Row, groups, read_results
 from d2kd.cli.common import command_parser
 from d2kd.utils.user_mistakes import run_command
 

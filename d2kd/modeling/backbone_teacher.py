@@ -108,7 +108,7 @@ def resample(x: Tensor, old: int, new: int, size: Sequence[int]) -> Tensor:
         return x[..., : size[0] // new, : size[1] // new]
     if new >= 2 * old:
         factor = new // old
-        x, old = F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False), factor * old
+        x, old = F.avg_pool2d(x, factor, ceil_mode=True), factor * old
     axes = []
     for pixels, cells in zip(size, x.shape[-2:]):
         centers = (torch.arange(pixels // new, device=x.device) + 0.5) * new / old

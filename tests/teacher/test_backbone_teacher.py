@@ -5,6 +5,7 @@ from typing import Any, List, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detectron2.modeling import build_model
@@ -67,6 +68,8 @@ def test_resampled_cell_has_the_value_of_its_centre(old: int, new: int) -> None:
     assert inner.any()
     torch.testing.assert_close(found[0, 0][inner][:, 0], expected[inner])
     torch.testing.assert_close(found[0, 1][:, inner][0], expected[inner])
+    # Beyond them, by no more than from an old cell's centre to its border.
+    assert (found[0, 0][:, 0] - expected).abs().max() <= old / 2
 
 
 def test_half_precision_rounds_the_values_and_not_the_places() -> None:
@@ -101,15 +104,32 @@ def test_map_of_the_wanted_stride_is_the_model_s_own() -> None:
     assert torch.equal(found, expected)
 
 
-def test_convolutional_model_teaches_several_strides_without_resampling() -> None:
+@pytest.mark.parametrize("size", [(64, 96), (48, 80)])  # of which the second needs padding
+def test_convolutional_model_teaches_several_strides_without_resampling(
+    size: Sequence[int],
+) -> None:
     torch.manual_seed(0)
     net = timm.create_model("test_efficientnet", num_classes=0).eval()
-    image = torch.randn(1, 3, 64, 96)
+    image = torch.randn(1, 3, *size)
+    padded = F.pad(image, (0, 96 - size[1], 0, 64 - size[0]))
     with torch.no_grad():
         found = BackboneTeacher(net, [8, 16]).backbone(image)
-        expected = net.forward_intermediates(image, intermediates_only=True)
+        expected = net.forward_intermediates(padded, intermediates_only=True)
     own = {x.shape[-1]: x for x in expected}
-    assert torch.equal(found["p3"], own[12]) and torch.equal(found["p4"], own[6])
+    for level, stride in (("p3", 8), ("p4", 16)):
+        rows, columns = (x // stride for x in size)
+        assert torch.equal(found[level], own[96 // stride][..., :rows, :columns])
+
+
+def test_stride_beyond_those_of_the_model_is_of_its_last_map() -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("test_efficientnet", num_classes=0).eval()
+    image = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        found = BackboneTeacher(net, [64]).backbone(image)["p6"]
+        last = net.forward_intermediates(image, intermediates_only=True)[-1]
+    # A cell of 64 pixels is four of 32.
+    torch.testing.assert_close(found, F.avg_pool2d(last, 2))
 
 
 def test_images_are_normalised_as_the_model_was_trained() -> None:
@@ -207,6 +227,7 @@ def test_heads_that_need_predictions_are_refused(
         (["DISTILL.TEACHER.WEIGHTS", ""], "WEIGHTS is empty: name a file with weights of test_vit"),
         (["DISTILL.TEACHER.BACKBONE_STRIDES", [12]], r"BACKBONE_STRIDES must be .* got \[12\]"),
         (["DISTILL.TEACHER.BACKBONE_STRIDES", [16, 16]], "BACKBONE_STRIDES must be different"),
+        (["DISTILL.TEACHER.BACKBONE_STRIDES", [2048]], r"up to 1024, got \[2048\]"),
         (["DISTILL.TEACHER.BACKBONE_STRIDES", []], r"BACKBONE_STRIDES must be .* got \[\]"),
         (["DISTILL.TEACHER.BACKBONE", "no_vit"], "BACKBONE: timm .* has no 'no_vit'"),
         (["DISTILL.TEACHER.BACKBONE", "test_vit2"], "is not of the model that .*BACKBONE"),

@@ -17,6 +17,7 @@ from d2kd.conformance.detectors import enliven
 from d2kd.engine.preflight.summary import summary
 from d2kd.engine.preflight.teacher_check import check_teacher
 from d2kd.labelling.detector import load_detector
+from d2kd.modeling import backbone_teacher
 from d2kd.modeling.backbone_teacher import BackboneTeacher, resample
 from d2kd.teacher import build_teacher
 from d2kd.teacher.stand_in import confident
@@ -240,6 +241,14 @@ def test_heads_that_need_predictions_are_refused(
 def test_bad_values_are_refused(opts: List[Any], expected: str, teacher: List[Any]) -> None:
     with pytest.raises(ValueError, match=expected):
         build_teacher(distill_config("retinanet", [*teacher, *opts]))
+
+
+def test_model_without_features_in_between_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = torch.nn.Identity()
+    net.pretrained_cfg = {}
+    monkeypatch.setattr(backbone_teacher, "create_timm", lambda key, name, **options: net)
+    with pytest.raises(ValueError, match="BACKBONE: timm gives no intermediate features of x"):
+        backbone_teacher.build_backbone_teacher("x", [16])
 
 
 def test_it_has_no_boxes_for_images_without_labels(teacher: List[Any]) -> None:

@@ -11,6 +11,7 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.events import EventStorage
 
 from d2kd.checkpoint import PlainCheckpointer, load_whole_detector
+from d2kd.modeling.timm_fpn import Images, TimmBackbone
 from tests.helpers.toys import detector_config, distill_config, write_teacher
 from tests.helpers.view_toys import masked_batch, needs_fcos
 
@@ -193,6 +194,13 @@ def test_distillation_step_trains_the_student_alone(
     load_whole_detector(student, str(tmp_path / "run.pth"), "KEY")
 
 
+def test_norm_without_weights_trains_as_its_model_has_it() -> None:
+    net = timm.create_model("test_efficientnet", features_only=True)
+    net.of_its_own = nn.BatchNorm2d(4, affine=False)
+    images = Images("RGB", (0.0,) * 3, (1.0,) * 3)
+    assert TimmBackbone(net, images, "EvalBN").train().net.of_its_own.training
+
+
 # Errors -------------------------------------------------------------------------------------------
 
 
@@ -200,6 +208,10 @@ def test_distillation_step_trains_the_student_alone(
     "keys, expected",
     [
         ({"net": "mobilenetv3_larje_100"}, r"MODEL\.TIMM\.NAME.*no 'mobilenetv3_larje_100'.*large"),
+        (
+            {"net": "visformer_tiny"},
+            r"MODEL\.TIMM\.NAME: visformer_tiny takes images of \(224, 224\)",
+        ),
         ({"net": "test_vit"}, r"MODEL\.TIMM\.STRIDES must be of \[16\]"),
         ({"STRIDES": [8, 32]}, r"MODEL\.TIMM\.STRIDES.*twice the one before.*got \[8, 32\]"),
         ({"STRIDES": [8, 16, 32, 64]}, r"MODEL\.TIMM\.STRIDES must be of \[2, 4, 8, 16, 32\]"),

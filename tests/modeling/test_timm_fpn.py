@@ -194,6 +194,14 @@ def test_distillation_step_trains_the_student_alone(
     load_whole_detector(student, str(tmp_path / "run.pth"), "KEY")
 
 
+def test_images_have_as_many_channels_as_means() -> None:
+    grey = {"MODEL__PIXEL_MEAN": [128.0], "MODEL__PIXEL_STD": [64.0], "INPUT__FORMAT": "L"}
+    cfg = detector_config("retinanet", **timm_keys("retinanet"), **grey)
+    bottom_up = build_model(cfg).backbone.bottom_up
+    assert bottom_up.images == Images("L", (128.0,), (64.0,))
+    assert next(bottom_up.net.parameters()).shape[1] == 1
+
+
 def test_norm_without_weights_trains_as_its_model_has_it() -> None:
     net = timm.create_model("test_efficientnet", features_only=True)
     net.of_its_own = nn.BatchNorm2d(4, affine=False)

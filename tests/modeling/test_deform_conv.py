@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
@@ -17,6 +18,7 @@ from d2kd.conformance.cuda_autocast import cuda_autocast
 from d2kd.conformance.half_precision import runs_in_float16
 from d2kd.modeling import deform_conv
 from d2kd.modeling.deform_conv import DeformConv
+from d2kd.modeling.deform_conv2d import deform_conv2d
 from tests.helpers.toys import detector_config, noise
 
 # Channels of the layers below are 4 -> 6.
@@ -65,6 +67,21 @@ def test_values_and_gradients_are_those_of_a_loop(masked: bool, shape: Any) -> N
         *(torch.autograd.grad(y, learning, upstream) for y in (found, expected))
     ):
         assert theirs.abs().max() > 0 and torch.allclose(ours, theirs)
+
+
+def test_kernel_that_differs_by_axis_reads_as_torchvision_s() -> None:
+    weight, how = noise(6, 4, 3, 2), {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 3)}
+    x = noise(2, 4, 7, 8, seed=1)
+    size = F.conv2d(x, weight, **how).shape[-2:]
+    offset = 2 * noise(2, 12, *size, seed=2)
+    found = deform_conv2d(x, offset, weight, **how)
+    assert torch.allclose(found, torchvision.ops.deform_conv2d(x, offset, weight, **how))
+
+
+def test_a_traced_graph_has_the_operator_that_exporters_know() -> None:
+    layer, (x, offset, _) = layer_and_inputs(False)
+    graph = torch.jit.trace(layer, (x, offset)).inlined_graph
+    assert "torchvision::deform_conv2d" in {node.kind() for node in graph.nodes()}
 
 
 def by_loop(layer: DeformConv, x: Tensor, offset: Tensor, mask: Optional[Tensor]) -> Tensor:

@@ -22,11 +22,11 @@ from detectron2.utils.events import EventStorage
 from d2kd import DISTILL_HEAD_REGISTRY, build_teacher
 from d2kd.engine import Trainer, launch, train
 from d2kd.engine.monitor.liveness import Liveness
-from d2kd.engine.parallel import _worker, data_parallel
+from d2kd.engine.parallel import _free_port, _worker, data_parallel
 from d2kd.engine.preflight.teacher_check import check_teacher
 from d2kd.heads import DistillPair
 from d2kd.views import DetectorView
-from tests.helpers.forks import in_clean_process, launch_two
+from tests.helpers.forks import cheap_processes, in_clean_process, launch_two
 from tests.helpers.runs import (
     SHAPES_CLASSES,
     assert_same_tensors,
@@ -304,6 +304,31 @@ def test_processes_wait_for_each_other_as_long_as_detectron2s() -> None:
         with pytest.raises(InterruptedError):
             _worker(0, None, print, 2, 2, 0, "tcp://127.0.0.1:1", "cuda", ())
     assert begin.call_args.kwargs["timeout"] == DEFAULT_TIMEOUT
+
+
+def note_place(folder: Path) -> None:
+    rank = comm.get_rank()
+    found = [comm.get_world_size(), comm.get_local_rank(), comm.get_local_size()]
+    (folder / str(rank)).write_text(repr([*found, torch.get_num_threads()]))
+
+
+def one_machine(rank: int, url: str, folder: Path) -> None:
+    torch.set_num_threads(4)
+    with cheap_processes("fork"):
+        launch(note_place, 2, 2, rank, url, "cpu", (folder,))
+
+
+def test_two_machines_have_four_ranks_and_share_their_cores_among_their_own(tmp_path: Path) -> None:
+    url = f"tcp://127.0.0.1:{_free_port()}"
+    context = multiprocessing.get_context("forkserver")
+    machines = [context.Process(target=one_machine, args=(x, url, tmp_path)) for x in range(2)]
+    for machine in machines:
+        machine.start()
+    for machine in machines:
+        machine.join(60)
+        machine.kill()
+    found = {int(x.name): x.read_text() for x in tmp_path.iterdir()}
+    assert found == {rank: repr([4, rank % 2, 2, 2]) for rank in range(4)}
 
 
 def test_one_process_runs_in_place() -> None:

@@ -73,6 +73,16 @@ def test_head_without_effect_is_told_as_in_a_run(
     assert bool(re.search(message, error)) == enabled and "steps of PKD" not in error
 
 
+def test_step_that_mixed_precision_skips_tells_nothing_of_a_head(
+    config_file: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_file("retinanet", "retinanet", ["MGD"], DISTILL__MGD__LOSS_WEIGHT=1e-30)
+    assert doctor.main(["--config-file", path]) == 2
+    scales = (2.0**-x for x in range(99))
+    monkeypatch.setattr(doctor, "loss_scale", lambda trainer: next(scales))
+    assert doctor.main(["--config-file", path]) == 0
+
+
 def test_images_that_a_run_does_not_resize_are_of_some_size(
     config_file: Callable, capsys: pytest.CaptureFixture
 ) -> None:

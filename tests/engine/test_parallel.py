@@ -19,7 +19,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from d2kd import DISTILL_HEAD_REGISTRY, build_teacher
+from d2kd import DISTILL_HEAD_REGISTRY, build_teacher, load_config
 from d2kd.engine import Trainer, launch, train
 from d2kd.engine.monitor.liveness import Liveness
 from d2kd.engine.parallel import _free_port, _worker, data_parallel
@@ -261,6 +261,11 @@ def test_checkpoint_of_two_processes_is_that_of_the_plain_student(
 def test_error_in_one_process_ends_the_others(folder: Path) -> None:
     with pytest.raises(Exception, match="loss_mgd is not finite"):
         launch(fails_on_the_second, 2, device="cpu", args=(folder,))
+
+
+def test_user_s_mistake_is_raised_as_in_one_process() -> None:
+    with pytest.raises(FileNotFoundError, match="^Config file 'nowhere.yaml' does not exist"):
+        launch_two(load_config, "nowhere.yaml")
 
 
 def wait_for_ever(folder: Path) -> None:

@@ -34,11 +34,12 @@ class Metrics:
 
     def __init__(self, folder: str):
         curves: Dict[str, Curve] = {}
-        # Lines that were written together are in no order, but those of one scalar are. The one
-        # with the total loss is of the latest iteration: whatever is beyond it was lost, also of
-        # scalars that this run has not logged yet, such as the AP, or never does.
+        # Lines that were written together are in no order, but those of one scalar are. Where the
+        # total loss goes back, whatever is beyond it was lost, also of scalars that this run has
+        # not logged yet, such as the AP, or never does.
         for line in read_lines(os.path.join(folder, "metrics.json")):
-            if "total_loss" in line:
+            steps = curves["total_loss"].iterations if "total_loss" in curves else []
+            if "total_loss" in line and steps and steps[-1] >= line["iteration"]:
                 for curve in curves.values():
                     curve.forget_from(line["iteration"])
             for name, value in line.items():

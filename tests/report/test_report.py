@@ -281,6 +281,15 @@ def test_begun_run_has_nothing_of_the_one_whose_folder_it_took(tmp_path: Path) -
     assert metrics.done == 20 and metrics.curve("gradient_share/pkd") == ([2], [0.5])
 
 
+def test_ap_at_the_end_of_a_stage_is_kept_where_the_next_one_logs_in_its_first_step(
+    tmp_path: Path,
+) -> None:
+    lines = [{"iteration": i, "total_loss": 2.0} for i in (18, 19, 39)]
+    lines.insert(1, {"iteration": 19, "bbox/AP": 9.0})
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    assert Metrics(str(tmp_path)).curve("bbox/AP") == ([19], [9.0])
+
+
 def test_resumed_run_keeps_what_was_evaluated_before_and_not_what_was_lost(tmp_path: Path) -> None:
     lines = [{"iteration": i, "total_loss": 2.0, "bbox/AP": i / 10} for i in (19, 39, 59)]
     (tmp_path / "metrics.json").write_text(

@@ -342,9 +342,18 @@ def test_one_process_runs_in_place() -> None:
     assert called == ["here"]
 
 
-def test_more_processes_than_gpus_are_refused() -> None:
-    with pytest.raises(ValueError, match="--num-gpus 99"):
-        launch(print, 99, device="cuda")
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ({"num_processes": 99, "device": "cuda"}, "--num-gpus 99: this machine has"),
+        ({"num_processes": 1, "num_machines": 2, "device": "cpu"}, "auto works on one machine"),
+    ],
+)
+def test_processes_that_cannot_begin_are_refused(args: Dict[str, Any], words: str) -> None:
+    with mock.patch("d2kd.engine.parallel.mp.start_processes") as start:
+        with pytest.raises(ValueError, match=words):
+            launch(print, **args)
+    assert not start.called
 
 
 def trainable(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:

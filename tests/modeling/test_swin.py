@@ -75,6 +75,17 @@ def test_swin_detector_trains(name: str, backbone: str, stages: Any) -> None:
 
 
 @needs_swin
+def test_keys_are_those_of_the_swin_that_is_built() -> None:
+    pytest.importorskip("timm")
+    keys = {"WINDOW_SIZE": 3, "DROP_PATH_RATE": 0.5, "FREEZE_AT": 1}
+    values = {f"MODEL__SWIN__{k}": v for k, v in keys.items()}
+    swin = build("faster_rcnn", "build_swin_fpn_backbone", **values).backbone.bottom_up
+    assert swin.layers[0].window_size == 3 and swin.layers[3].blocks[0].drop_path.drop_prob == 0.5
+    assert not any(p.requires_grad for p in swin.patch_embed.parameters())
+    assert all(p.requires_grad for p in swin.layers.parameters())
+
+
+@needs_swin
 def test_defaults_are_swin_tiny_as_upstream_has_it() -> None:
     node = load_config().MODEL.SWIN
     parameters = inspect.signature(detectron2.modeling.SwinTransformer.__init__).parameters

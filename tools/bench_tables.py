@@ -161,11 +161,13 @@ def make_verdict_table(table: Table, baselines: Sequence[str], budget: int = 0) 
         if counts and budget in (0, iterations):
             cells = [verdict_cell(x.verdict) if x else "" for x in told]
             gain = -next(x.verdict.gain for x in told if x) if budget else 0.0
-            lines.append((gain, [row, str(iterations), "/".join(counts), *cells]))
+            places = [] if budget else [str(iterations)]
+            lines.append((gain, [row, *places, "/".join(counts), *cells]))
     if not lines:
         return "No verdict of this table is there."
     lines.sort(key=lambda x: x[0])
-    header = ["run", "iterations", "seeds", *(f"against {x}" for x in baselines)]
+    header = ["run", *([] if budget else ["iterations"]), "seeds"]
+    header += [f"against {x}" for x in baselines]
     return tabulate([x for _, x in lines], header, tablefmt="github", disable_numparse=True)
 
 

@@ -112,3 +112,20 @@ def test_stochastic_depth_without_timm_is_refused_with_the_remedy(monkeypatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="MODEL.SWIN.DROP_PATH_RATE is 0.1.*pip install timm"):
         build("faster_rcnn", "build_swin_fpn_backbone", MODEL__SWIN__DROP_PATH_RATE=0.1)
+
+
+@needs_swin
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("NUM_HEADS", [1, 1], r"DEPTHS \[1, 1, 1, 1\] and MODEL.SWIN.NUM_HEADS \[1, 1\] must be"),
+        ("OUT_FEATURES", ["p4"], r"OUT_FEATURES must name some of p0, p1, p2, p3, got \['p4'\]"),
+        ("OUT_FEATURES", [], r"OUT_FEATURES must name some of .* got \[\]"),
+        ("EMBED_DIM", 0, "EMBED_DIM must be"),
+        ("WINDOW_SIZE", 0, "WINDOW_SIZE must be"),
+        ("DROP_PATH_RATE", 2.0, "DROP_PATH_RATE must be"),
+    ],
+)
+def test_value_that_makes_no_swin_is_refused(key: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"MODEL.SWIN.{words}"):
+        build("faster_rcnn", "build_swin_fpn_backbone", **{f"MODEL__SWIN__{key}": value})

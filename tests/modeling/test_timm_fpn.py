@@ -52,6 +52,15 @@ def test_pyramids_have_the_levels_that_detectors_expect() -> None:
     }
 
 
+def test_pyramid_is_built_by_the_keys_of_fpn() -> None:
+    pyramid = build("retinanet").backbone
+    assert isinstance(pyramid.fpn_lateral3.norm, nn.BatchNorm2d) and pyramid._fuse_type == "sum"
+    keys = {"MODEL__FPN__NORM": "GN", "MODEL__FPN__FUSE_TYPE": "avg"}
+    cfg = detector_config("retinanet", **timm_keys("retinanet"), **keys)
+    pyramid = build_model(cfg).backbone
+    assert isinstance(pyramid.fpn_lateral3.norm, nn.GroupNorm) and pyramid._fuse_type == "avg"
+
+
 # Three ways in which timm returns features, one of them with channels last; without and with a
 # stage of stride 2.
 @pytest.mark.parametrize(

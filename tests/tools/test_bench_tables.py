@@ -287,6 +287,23 @@ def test_csv_whose_first_row_is_being_written_has_none_yet(tool: Callable, tmp_p
     assert tool("bench_results").read_results(str(tmp_path / "x.csv")) == []
 
 
+def test_line_is_dotted_where_the_row_left_a_budget_out(
+    tool: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    plot, styles = axes.plot, []
+
+    def note(self: Any, x: Any, *args: Any, linestyle: str, **kwargs: Any) -> Any:
+        styles.append((*x, linestyle))
+        return plot(self, x, *args, linestyle=linestyle, **kwargs)
+
+    monkeypatch.setattr(axes, "plot", note)
+    point = (1.0, 2.0, 3.0)
+    found = {"all": dict.fromkeys((10, 20, 40), point), "some": dict.fromkeys((10, 40), point)}
+    tool("bench_curves").draw(found, "AP", str(tmp_path / "curves.png"))
+    assert styles == [(10, 20, "-"), (20, 40, "-"), (10, 40, ":")]
+
+
 def test_curves_are_lowest_mean_and_highest_of_the_seeds(
     tool: Callable[[str], ModuleType], folder: Path, add: Callable
 ) -> None:

@@ -73,7 +73,7 @@ def merge_mapping(cfg: CfgNode, mapping: Dict[str, Any], source: str) -> None:
     _refuse_unknown(cfg, list(_unknown(cfg, mapping, source)), source)
     before = dict(leaves(cfg))
     try:
-        cfg.merge_from_other_cfg(CfgNode(_with_floats(cfg, mapping)))
+        cfg.merge_from_other_cfg(CfgNode(_like(cfg, mapping)))
     except (AssertionError, ValueError) as error:  # yacs: wrong type, a date, set or bytes
         raise ValueError(f"{source}: {error}") from None
     _refuse_none(cfg, before, source)
@@ -94,9 +94,8 @@ def merge_opts(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
     for key, value in zip(opts[0::2], opts[1::2]):
         if key not in before:
             raise ValueError(f"{source}: {key} is a group of keys; name one of them, {key}.<KEY>.")
-        is_float = isinstance(before[key], float)
         try:
-            cfg.merge_from_list([key, _as_float(value) if is_float else value])
+            cfg.merge_from_list([key, _like(before[key], value)])
         # Errors that yacs and its literal parser raise.
         except (AssertionError, MemoryError, RecursionError, TypeError, ValueError) as error:
             hint = _as_list(key, value) if isinstance(before[key], (list, tuple)) else ""
@@ -114,22 +113,12 @@ def _as_list(key: str, value: Any) -> str:
     return f'. A list is written {key} "{entries}"'
 
 
-def _with_floats(node: CfgNode, mapping: Dict[str, Any]) -> Dict[str, Any]:
-    """A copy in which 3 is 3.0 where the default has a point: yacs takes no other."""
-    return {
-        key: (
-            _with_floats(node[key], value)
-            if isinstance(value, dict)
-            else _as_float(value) if isinstance(node[key], float) else value
-        )
-        for key, value in mapping.items()
-    }
-
-
-def _as_float(value: Any) -> Any:
-    """A whole number, or the text of one, as a float; anything else as it is."""
+def _like(default: Any, value: Any) -> Any:
+    """A value, or a mapping of them, with 3 as 3.0 where the default has a point, as yacs wants."""
+    if isinstance(value, dict) and isinstance(default, dict):
+        return {key: _like(default.get(key), x) for key, x in value.items()}
     is_whole = type(value) in (int, str) and str(value).lstrip("+-").isdecimal()
-    return float(str(value)) if is_whole else value
+    return float(str(value)) if is_whole and isinstance(default, float) else value
 
 
 def _unknown(

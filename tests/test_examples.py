@@ -199,7 +199,7 @@ def run_preview(words: List[str]) -> None:
 
 # Their words tell of no config.
 PARSED = ("d2kd check", "d2kd draw-detections", "d2kd heads", "d2kd keys", "d2kd report")
-PARSED += ("tools/bench_curves.py", "tools/gpu_check.py")
+PARSED += ("tools/bench_curves.py", "tools/bench_losses.py", "tools/gpu_check.py")
 TRIED: Dict[str, Callable[[List[str]], Any]] = {
     **{name: partial(try_config, name) for name in COMMANDS},
     **{name: partial(parse, name) for name in PARSED},

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import IO, Dict, Iterator, List, Optional, Sequence
 
 from bench_cells import Cell, Table
+from bench_losses import keep_losses
 from bench_progress import Clock
 from bench_results import append_result, read_results
 from bench_samples import keep_samples
@@ -62,7 +63,7 @@ class Bench:
             ended, pending = wait(pending, self.every, FIRST_COMPLETED)
             elsewhere += [jobs[job] for job in ended if not job.result()]
             if ended:
-                self._keep_samples()
+                self._keep_for_comparisons()
             count = f"{len(self.finished())}/{len(self.table.cells)}"
             print(f"[{count} cells] {clock}", flush=True)
         return elsewhere
@@ -89,10 +90,11 @@ class Bench:
         scores = [f"{k[:-3]} AP {row[k]}" for k in ("val_AP", "test_AP") if k in row]
         print(f"finished: {cell}: {', '.join(scores)}", flush=True)
 
-    def _keep_samples(self) -> None:
-        """Of a table with a baseline, which bench_verdict.py can then compare without the runs."""
+    def _keep_for_comparisons(self) -> None:
+        """Of a table with a baseline: bench_verdict.py and bench_losses.py then need no runs."""
         if self.table.baseline:
             rows = [x for x in self.table.rows if x not in self.table.grids]
+            keep_losses(self.table, rows)
             try:
                 keep_samples(self.table, rows)
             except ValueError as error:

@@ -8,6 +8,8 @@ Write the figures of tools/bench.py into the documents. What stands between a ma
 <!-- bench:NAME by grid -->                         a line for all settings that a GRID lists
 <!-- bench:NAME verdicts against ROW | ROW -->      what bench_verdict.py says of the runs it kept,
 <!-- bench:NAME verdicts at 1000 against ROW -->    of those of so many iterations, the most first
+<!-- bench:NAME losses -->                          how own losses and AP go together, by budget
+<!-- bench:NAME losses at 1000 -->                  by row, of those of so many iterations
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from tabulate import tabulate
 
 from bench_cells import Table, named_rows, read_table
+from bench_losses import losses_by_budget, losses_of_rows, read_losses
 from bench_results import Group, Row, groups, in_order, read_results
 from bench_samples import NOTHING, read_kept, verdict_on
 from d2kd.cli.common import command_parser
@@ -29,7 +32,7 @@ from paired_verdict import INCONCLUSIVE, Verdict
 from quickstart import ROOT
 from student_t import t_interval
 
-KIND = r" by grid| at \d+| verdicts(?: at \d+)? against [^>]+"
+KIND = r" by grid| at \d+| losses(?: at \d+)?| verdicts(?: at \d+)? against [^>]+"
 MARKED = re.compile(rf"(<!-- bench:([\w-]+)({KIND})? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 COMMON = ["run", "YAML", "iterations", "seeds"]
 
@@ -85,6 +88,9 @@ def block(tables: str, name: str, root: str, kind: str) -> str:
         of, _, baselines = asked.partition("against ")
         budget = int(of[len("at ") :] or 0)
         text = make_verdict_table(table, [x.strip() for x in baselines.split("|")], budget)
+    elif what == "losses":
+        found, budget = read_losses(table), int(asked[len("at ") :] or 0)
+        text = losses_of_rows(table, found, budget) if budget else losses_by_budget(table, found)
     elif what == "by":
         text = make_grid_table(table, read_results(table.results))
     else:

@@ -29,6 +29,7 @@ from d2kd.utils.distils import distils
 from d2kd.utils.silent import silent
 from d2kd.utils.user_mistakes import run_command
 from paired_ap import SAMPLES, ImageAP, image_error, read_detections
+from paired_fit import describe_fit
 from paired_verdict import Verdict, decide
 from quickstart import MASK_AP, Steps, mask_warning, metrics_of
 
@@ -81,6 +82,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         verdict = verdict_of(args, truth, results)
         masks = verdict_of(args, truth, results, "segm") if have_masks(results) else None
     report = make_report(results, verdict, args.samples, masks)
+    runs = [tuple(folder_of(arm, seed, args) for arm in ARMS) for seed in args.seeds]
+    report += "\n".join(filter(None, ["", describe_fit(runs)]))
     if cfg.DISTILL.STAGES and cfg.DISTILL.STAGE_LR == "restart":
         report += (
             '\nNot the same schedule: by DISTILL.STAGE_LR "restart", the distilled student has its '
@@ -99,6 +102,10 @@ def opts_of(arm: str, seed: int, args: argparse.Namespace) -> List[str]:
     alone = ["DISTILL.ENABLED", "False"] if arm == "alone" else []
     folder = os.path.join(args.output, f"{arm}_seed_{seed}")
     return [*args.opts, *alone, "SEED", str(seed), "OUTPUT_DIR", folder]
+
+
+def folder_of(arm: str, seed: int, args: argparse.Namespace) -> str:
+    return load_config(args.config_file, opts_of(arm, seed, args)).OUTPUT_DIR
 
 
 def truth_of(cfg: CfgNode) -> COCO:
@@ -141,7 +148,7 @@ def verdict_of(
     key = MASK_AP if task == "segm" else "AP"
     for arm in ARMS:
         for seed in args.seeds:
-            folder = load_config(args.config_file, opts_of(arm, seed, args)).OUTPUT_DIR
+            folder = folder_of(arm, seed, args)
             path = os.path.join(folder, "inference", "coco_instances_results.json")
             measure = ImageAP(truth, read_detections(path), task)
             there, then = measure(range(measure.num_images)), results[arm][seed][key]

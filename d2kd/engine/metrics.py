@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Dict, List, NamedTuple
+from typing import Dict, Iterable, List, NamedTuple
 
 from detectron2.utils import comm
 
@@ -63,6 +63,14 @@ class Metrics:
         # Not the AP of a class that is called so, such as "bbox/AP-floss".
         names = [k for k in self._curves if "loss" in k and "/AP" not in k]
         return sorted(names, key=lambda k: k != "total_loss")
+
+    def at_end(self, names: Iterable[str]) -> float:
+        """Sum of these losses, each averaged over the last tenth of the iterations."""
+        total = 0.0
+        for curve in map(self.curve, names):
+            last = [v for i, v in zip(*curve) if i >= 0.9 * curve.iterations[-1]]
+            total += sum(last) / len(last)
+        return total
 
     def evaluations(self) -> Dict[str, Dict[str, str]]:
         """Name of a task, and of its data set where there are several, to {"AP": scalar's name}."""

@@ -28,6 +28,7 @@ COMMANDS: Dict[str, str] = {
     "d2kd.data.preview": "d2kd.data.preview",
     "tools/bench.py": "bench",
     "tools/bench_curves.py": "bench_curves",
+    "tools/bench_losses.py": "bench_losses",
     "tools/bench_tables.py": "bench_tables",
     "tools/bench_verdict.py": "bench_verdict",
     "tools/benchmark.py": "benchmark",

@@ -271,6 +271,21 @@ def test_ap_of_a_class_is_no_loss_whatever_it_is_called(tmp_path: Path) -> None:
     assert Metrics(str(tmp_path)).losses() == ["total_loss", "loss_cls"]
 
 
+def test_losses_at_the_end_are_means_over_the_last_tenth(tmp_path: Path) -> None:
+    """Of iterations 0 to 99 that is 90 to 99: (90 + ... + 99) / 10 = 94.5, and 0.5 of the other."""
+    lines = [{"iteration": i, "total_loss": 0.0, "loss_a": float(i)} for i in range(100)]
+    lines += [{"iteration": i, "loss_b": 0.5} for i in (19, 39, 59, 79, 99)]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    metrics = Metrics(str(tmp_path))
+    assert metrics.at_end(["loss_a", "loss_b"]) == 95.0
+    assert metrics.at_end([]) == 0.0
+
+
+def test_losses_at_the_end_of_a_short_run_are_the_last_ones(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"iteration": 4, "loss_a": 3.0}))
+    assert Metrics(str(tmp_path)).at_end(["loss_a"]) == 3.0
+
+
 def test_begun_run_has_nothing_of_the_one_whose_folder_it_took(tmp_path: Path) -> None:
     old = [{"iteration": i, "total_loss": 2.0, "loss_mgd": 1.0} for i in range(19, 100, 20)]
     new = [{"iteration": 2, "gradient_share/pkd": 0.5}, {"iteration": 19, "total_loss": 3.0}]

@@ -229,6 +229,26 @@ def test_single_seed_beside_a_baseline_has_no_verdict_in_the_table(
     assert "later" not in rows
 
 
+def test_losses_are_those_that_are_kept_by_budget_or_of_one_by_row(
+    tables: ModuleType, tool: Callable, folder: Path
+) -> None:
+    """Losses (3, 2, 1) with AP (10, 20, 30): on a line, so -1."""
+    losses = tool("bench_losses")
+    for row, seed, loss, ap in [("alone", 1, 3, 10), ("mgd", 1, 2, 20), ("mgd", 2, 1, 30)]:
+        said = {"row": row, "seed": seed, "iterations": 100, "own_loss": loss, "AP": ap}
+        path = str(folder / "configs/bench/pairs_losses.csv")
+        row_of = {**said, "key": f"{row}{seed}", "recipe": row}
+        tool("bench_results").append_result(path, row_of, losses.COLUMNS)
+    (folder / "README.md").write_text("<!-- bench:pairs losses -->\n<!-- /bench -->\n")
+    tables.main(["--root", str(folder)])
+    (by_budget,) = cells_of(folder / "README.md")[2:]
+    assert by_budget == ["100", "3", "1.000 to 3.000", "10.0 to 30.0", "-1.00"]
+    (folder / "README.md").write_text("<!-- bench:pairs losses at 100 -->\n<!-- /bench -->\n")
+    tables.main(["--root", str(folder)])
+    by_row = cells_of(folder / "README.md")[2:]
+    assert by_row == [["mgd", "2", "1.500", "25.0"], ["alone", "1", "3.000", "10.0"]]
+
+
 def test_verdict_against_a_row_that_is_not_in_the_table_is_refused(
     tables: ModuleType, folder: Path
 ) -> None:

@@ -157,20 +157,25 @@ def test_verdict_is_told_again_without_the_runs_and_against_another_baseline(
 
 
 @pytest.mark.parametrize("baseline", ["alone", ""])
-def test_bench_keeps_of_each_run_what_a_verdict_needs(
+def test_bench_keeps_of_each_run_what_a_verdict_and_a_look_at_losses_need(
     baseline: str, place: Path, tool: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     path = write(place, BASELINE=baseline)
     finish(tool, path, "d2kd_shapes_val", {"alone": 0.2, "better": 0.8, "same": 0.3})
     for done in place.glob("runs/*/val.json"):  # trained and evaluated, but not yet in the CSV
         done.write_text('{"AP": %d}' % (80 if done.parent.name.startswith("better") else 20))
+        line = {"iteration": 3, "total_loss": 0.5, "loss_cls": 0.5}
+        (done.parent / "metrics.json").write_text(json.dumps(line))
     assert tool("bench").main([path, "--rows", "alone", "better"]) == 0
-    assert (place / "x_samples.csv").exists() == bool(baseline), "without, there is no verdict"
+    for kept in ("x_samples.csv", "x_losses.csv"):
+        assert (place / kept).exists() == bool(baseline), "without, there is nothing to compare"
     shutil.rmtree(place / "runs")
     capsys.readouterr()
     if baseline:
         tool("bench_verdict").main([path, "--rows", "better"])
         assert "better, 4 iterations, 3 seeds: GAIN" in capsys.readouterr().out
+        tool("bench_losses").main([path, "--rows", "better"])
+        assert "| better | 3       | 0.500 " in capsys.readouterr().out
 
 
 def test_what_is_kept_gives_the_verdict_of_the_runs(place: Path, tool: Callable) -> None:

@@ -404,6 +404,7 @@ def test_two_runs_give_table_csv_and_picture(
     assert "ENABLED: false" in config and "SEED: 5" in config and "BASE_LR: 0.001" in config
     assert "d2kd_shapes_train" not in config.split("TEST:")[1].split("TRAIN:")[0]
     assert "INCONCLUSIVE: +0.0 AP of one seed" in capsys.readouterr().out
+    assert "The student's own losses at the end: " in (folder / "table.md").read_text()
     # Another evaluation in the folder of a run leaves its own detections there.
     found = [{**x, "score": 1.0} for x in paired.truth_of(cfg).dataset["annotations"]]
     inference = folder / "distilled_seed_5" / "inference"

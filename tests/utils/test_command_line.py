@@ -30,6 +30,7 @@ FLAGS = {
 OVERRIDES = ["SOLVER.MAX_ITER", "1000", "SEED", "-1", "DISTILL.MGD.LOSS_WEIGHT", "-1e-5"]
 WITHOUT_OVERRIDES = {"d2kd check", "d2kd heads", "d2kd keys", "tools/shrink_checkpoint.py"}
 WITHOUT_OVERRIDES |= {"d2kd report", "tools/bench.py", "tools/bench_curves.py"}
+WITHOUT_OVERRIDES |= {"tools/bench_losses.py"}
 WITHOUT_OVERRIDES |= {"tools/bench_tables.py", "tools/gpu_check.py", "tools/bench_verdict.py"}
 WITHOUT_OVERRIDES |= {"tools/efficientnet_lite.py", "tools/choose_classes.py"}
 

@@ -33,6 +33,11 @@ def check_evaluation(cfg: CfgNode, training: bool) -> None:
             "anew cannot be resumed exactly. Set it to False; MODEL.RESNETS.NORM FrozenBN or GN "
             "needs no such statistics."
         )
+    if len(set(cfg.DATASETS.TEST)) < len(cfg.DATASETS.TEST):
+        raise ValueError(
+            f"DATASETS.TEST names a set twice: {tuple(cfg.DATASETS.TEST)}. It would be evaluated "
+            "twice with the same result."
+        )
     if training and cfg.TEST.BEST_METRIC and cfg.TEST.EVAL_PERIOD > 0:
         if "d2kd_shapes_test" in cfg.DATASETS.TEST:
             raise ValueError(

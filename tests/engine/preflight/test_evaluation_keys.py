@@ -33,6 +33,7 @@ MISTAKES = [
         {"TEST.EVAL_PERIOD": 500, "DATASETS.TEST": ("d2kd_shapes_test",)},
         "BEST_METRIC 'bbox/AP' would choose a checkpoint, and on d2kd_shapes_test nothing is",
     ),
+    ({"DATASETS.TEST": ("a", "b", "a")}, r"TEST names a set twice: \('a', 'b', 'a'\)"),
     ({"TEST.BEST_METRIC": "AP50", **ONE}, "BEST_METRIC is 'AP50'; it is a task and a metric"),
     ({"TEST.BEST_METRIC": "bbox/mAP", **ONE}, "BEST_METRIC is 'bbox/mAP'; it is a task"),
     ({"TEST.BEST_METRIC": "bbox/AP60", **ONE}, "BEST_METRIC is 'bbox/AP60'; it is a task"),
